@@ -1,5 +1,6 @@
 """Makes this user's cron start a command after the host has booted."""
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 OF_A_SESSION = {"_", "MAIL", "OLDPWD", "PWD", "SHLVL", "TERM", "TMUX"}
+NO_CRONTAB = ("no crontab for", "no such file")  # to `crontab -l` an error like any other
 PREFIXES_OF_A_SESSION = ("DBUS_", "SSH_", "XDG_")
 
 
@@ -36,9 +38,14 @@ class AtReboot:
         self._script.unlink(missing_ok=True)
 
     def _others(self) -> list[str]:
-        """The lines of the crontab that are not ours; none where there is no crontab, which is an error of
-        `crontab`."""
-        listed = subprocess.run(["crontab", "-l"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        """The lines of the crontab that are not ours; none where there is no crontab. Raises
+        CalledProcessError where it cannot be read: to replace it would lose its lines."""
+        environment = os.environ | {"LC_ALL": "C"}
+        listed = subprocess.run(
+            ["crontab", "-l"], stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment
+        )
+        if not any(reason in listed.stderr.lower() for reason in NO_CRONTAB):
+            listed.check_returncode()
         return [line for line in listed.stdout.splitlines() if line != self._line]
 
     @staticmethod

@@ -203,7 +203,11 @@ class _Supervisor:
             print("this host has no cron: after a reboot of it, run `ray up` again", file=sys.stderr)
             return
         command = [sys.argv[0], "supervise", "--at-reboot", str(self._file), "--", *self._ray_start]
-        self._at_reboot.install(command, os.environ)
+        try:
+            self._at_reboot.install(command, os.environ)
+        except subprocess.CalledProcessError as error:
+            why = (error.stderr or "").strip() or f"it exits with status {error.returncode}"
+            print(f"crontab fails ({why}): after a reboot of this host, run `ray up` again", file=sys.stderr)
 
     def start_ray(self) -> None:
         """Starts Ray in place of a dead one, whose logs stay until the next start. Raises CommandFailed."""
@@ -232,7 +236,8 @@ class _Supervisor:
                 return  # the host shuts down, perhaps: with it, the supervisor starts again
             local_hosts.end_ray(self._copy)
         if AtReboot.is_possible():
-            self._at_reboot.remove()
+            with suppress(subprocess.CalledProcessError):  # then nothing was installed either
+                self._at_reboot.remove()
 
     def _serve(self) -> bool:
         """Returns at the end of `pdserve up`: whether it was asked to end."""

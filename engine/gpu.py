@@ -127,7 +127,7 @@ def _device(index: int) -> DeviceInfo | None:
     except pynvml.NVMLError as error:
         log.warning("GPU %d is left out: %s", index, error)
         return None
-    if _told(lambda: pynvml.nvmlDeviceGetMigMode(handle)[0]):
+    if _if_reported(lambda: pynvml.nvmlDeviceGetMigMode(handle)[0]):
         log.warning("GPU %d is left out: it is in MIG mode", index)
         return None
     return DeviceInfo(index, str(name), str(uuid), int(memory.total), int(memory.free))
@@ -157,33 +157,39 @@ class GpuProbe:
     def sample(self) -> GpuSample:
         """Values that the GPU does not report are None."""
         device, handle, peaks = self._device, self._handle, self._peaks
-        memory = _told(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))
+        memory = _if_reported(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))
         return GpuSample(
             index=device.index,
             uuid=device.uuid,
             name=device.name,
             memory_total_bytes=device.total_bytes,
             memory_used_bytes=None if memory is None else int(memory.used),
-            power_watts=_told(lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3),
-            power_limit_watts=_told(lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3),
-            temperature_celsius=_told(
+            power_watts=_if_reported(lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3),
+            power_limit_watts=_if_reported(lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3),
+            temperature_celsius=_if_reported(
                 lambda: float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
             ),
-            sm_clock_hertz=_told(lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM) * 1e6),
-            memory_clock_hertz=_told(
+            sm_clock_hertz=_if_reported(
+                lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM) * 1e6
+            ),
+            memory_clock_hertz=_if_reported(
                 lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM) * 1e6
             ),
-            pcie_sent_bytes_per_s=_told(lambda: _pcie_bytes_per_s(handle, pynvml.NVML_PCIE_UTIL_TX_BYTES)),
-            pcie_received_bytes_per_s=_told(
+            pcie_sent_bytes_per_s=_if_reported(
+                lambda: _pcie_bytes_per_s(handle, pynvml.NVML_PCIE_UTIL_TX_BYTES)
+            ),
+            pcie_received_bytes_per_s=_if_reported(
                 lambda: _pcie_bytes_per_s(handle, pynvml.NVML_PCIE_UTIL_RX_BYTES)
             ),
-            nvlink_sent_bytes=_told(
+            nvlink_sent_bytes=_if_reported(
                 lambda: _link_bytes(handle, pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX)
             ),
-            nvlink_received_bytes=_told(
+            nvlink_received_bytes=_if_reported(
                 lambda: _link_bytes(handle, pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX)
             ),
-            throttled_by=_told(lambda: _throttles(pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle))),
+            throttled_by=_if_reported(
+                lambda: _throttles(pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle))
+            ),
             peak_flops_per_s=None if peaks is None else peaks.flops_per_s,
             peak_bytes_per_s=None if peaks is None else peaks.bytes_per_s,
         )
@@ -195,7 +201,7 @@ class GpuProbe:
         pynvml.nvmlShutdown()
 
 
-def _told(ask: Callable[[], T]) -> T | None:
+def _if_reported(ask: Callable[[], T]) -> T | None:
     """Returns the answer, or None where this GPU or this driver has none."""
     try:
         return ask()

@@ -283,7 +283,7 @@ class Router:
         if (
             live.request.deadline_s is None
             or live.first_token_s is not None
-            or not placement.prefill.prefilling
+            or not placement.prefill.num_prefilling
         ):
             return False
         return self.model.knows_prefill and now_s + placement.ttft_s / CAUTION > live.request.deadline_s

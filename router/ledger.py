@@ -143,7 +143,7 @@ class Ledger:
             decoding = [d for d in self.at(worker) if d.decode is worker and Leg.DECODE in d.open_legs]
             prefilling = [d for d in self._dispatches.values() if d.prefill is worker and d.is_prefilling]
             expected = {
-                "prefilling": len(prefilling),
+                "num_prefilling": len(prefilling),
                 "num_queued_tokens": sum(d.num_new_tokens for d in prefilling),
                 "num_sequences": sum(len(d.spec.choices) for d in decoding),
                 "num_context_tokens": sum(
@@ -155,6 +155,6 @@ class Ledger:
             }
             actual = {name: getattr(worker, name) for name in expected}
             assert actual == expected, f"{worker.worker_id}: {actual}, its open legs say {expected}"
-            assert worker.prefilling or worker.queued_prefill_s == 0.0, (
+            assert worker.num_prefilling or worker.queued_prefill_s == 0.0, (
                 f"{worker.worker_id}: queue without prefills"
             )

@@ -46,12 +46,12 @@ class RegisteredWorker(Automaton[RoutingState]):
         "num_held_blocks",
         "num_held_sequences",
         "num_pending_blocks",
+        "num_prefilling",
         "num_prompt_tokens",
         "num_queued_tokens",
         "num_reserved_blocks",
         "num_sequences",
         "open_legs",
-        "prefilling",
         "queued_prefill_s",
         "role",
         "tokens_per_s",
@@ -69,7 +69,7 @@ class RegisteredWorker(Automaton[RoutingState]):
         self.load = WorkerLoad(num_free_blocks=info.num_blocks)
         self._stepped_s: float | None = None  # when a step last ended, or there was nothing to do
         self.open_legs: dict[TransferId, None] = {}  # ordered, so that a loss is handled in order of dispatch
-        self.prefilling = 0  # dispatches that have not brought their first token
+        self.num_prefilling = 0  # dispatches that have not brought their first token
         self.num_queued_tokens = 0  # uncached prompt tokens of those
         self.queued_prefill_s = 0.0  # predicted compute of those
         self._progress_s = 0.0  # the part of that which is already computed
@@ -116,8 +116,8 @@ class RegisteredWorker(Automaton[RoutingState]):
         if not self._is_within_trial:
             return False
         limit = 2 * self.info.max_batch_tokens if limit_tokens is None else limit_tokens
-        return not self.prefilling or (
-            self.num_queued_tokens < limit and self.prefilling < max(1, self.info.max_batch_size)
+        return not self.num_prefilling or (
+            self.num_queued_tokens < limit and self.num_prefilling < max(1, self.info.max_batch_size)
         )
 
     def has_decode_room(self, num_tokens: int, num_choices: int) -> bool:
@@ -136,21 +136,21 @@ class RegisteredWorker(Automaton[RoutingState]):
         return self.trial_limit is None or len(self.open_legs) < self.trial_limit
 
     def start_prefill(self, num_tokens: int, seconds: float) -> None:
-        self.prefilling += 1
+        self.num_prefilling += 1
         self.num_queued_tokens += num_tokens
         self.queued_prefill_s += seconds
 
     def end_prefill(self, num_tokens: int, seconds: float) -> None:
-        self.prefilling -= 1
+        self.num_prefilling -= 1
         self.num_queued_tokens -= num_tokens
         self.queued_prefill_s -= seconds
         self._progress_s = max(0.0, self._progress_s - seconds)
-        if not self.prefilling:
+        if not self.num_prefilling:
             self.queued_prefill_s = self._progress_s = 0.0
 
     def progress(self, seconds: float) -> None:
         """Accounts for a step of `seconds` that computed some of the queued prefill."""
-        if self.prefilling:
+        if self.num_prefilling:
             self._progress_s += seconds
 
     def note_step(self, is_step: bool, now_s: float) -> None:

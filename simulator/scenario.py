@@ -15,7 +15,8 @@ from .simulated_worker import WorkerShape
 
 MAX_MODEL_LEN = 128
 CALM_S = 6.0  # faults end here
-SOON_S = 1.0  # deadline for the first token of a client that runs nothing, whatever one other is running
+SOON_S = 1.0  # deadline for the first token of a request that others must not delay
+MAX_GRAY_FAILURES = 12  # dispatches that a gray worker may cost before it is left alone
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Scenario:
     rates: FaultRates
     requests: tuple[PlannedRequest, ...]
     accidents: tuple[PlannedAccident, ...]
+    gray_worker: str | None = None  # fails to read or write any block, at once
 
     @property
     def is_computed_once(self) -> bool:
@@ -68,6 +70,7 @@ class Scenario:
             {accident.kind for accident in self.accidents} <= set(OF_THE_ROUTER)
             and not rates.lose + rates.duplicate + rates.overtake + rates.corrupt + rates.fail_store
             and all(plan.unread_after_tokens is None for plan in self.requests)
+            and self.gray_worker is None
         )
 
 
@@ -113,8 +116,12 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
             for _ in range(num_accidents)
         ),
     )
-    has_greedy_client = num_requests is None and rng.random() < 0.03
-    return _with_greedy_client(rng, scenario) if has_greedy_client else scenario
+    if num_requests is None and rng.random() < 0.03:
+        return _with_greedy_client(rng, scenario)
+    special = Random(f"special of {seed}")
+    if num_requests is None and special.random() < 0.04:
+        return special.choice((_with_gray_worker, _with_large_request))(special, scenario)
+    return scenario
 
 
 def _with_greedy_client(rng: Random, scenario: Scenario) -> Scenario:
@@ -147,12 +154,68 @@ def _with_greedy_client(rng: Random, scenario: Scenario) -> Scenario:
     )
 
 
+def _with_gray_worker(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without other faults in which one of three workers of a pool fails fast."""
+    return replace(
+        scenario,
+        pools={Role.PREFILL: 3, Role.DECODE: 3},
+        shapes=_roomy(scenario, num_blocks=10 * MAX_MODEL_LEN),
+        hosts=(PlannedHost(64, 0.0),),
+        rates=FaultRates(),
+        accidents=(),
+        max_queued_requests=1024,
+        max_attempts=5,
+        prefill_on_decode=False,
+        requests=tuple(
+            _plain_request(rng, f"r{number}", f"c{number % 4}", 2.0 + rng.uniform(0.0, 4.0), 5, 1)
+            for number in range(60)
+        ),
+        gray_worker=f"worker-{rng.randrange(6)}",
+    )
+
+
+def _with_large_request(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without faults in which a client's large request has to wait for a stream to end,
+    and its small ones must not."""
+    start_s = 2.0
+    return replace(
+        scenario,
+        pools={Role.PREFILL: 1, Role.DECODE: 1},
+        shapes=_roomy(scenario, num_blocks=40),
+        hosts=(PlannedHost(64, 0.0),),
+        rates=FaultRates(),
+        accidents=(),
+        max_queued_requests=1024,
+        prefill_on_decode=False,
+        requests=(
+            _plain_request(rng, "stream", "c", start_s, 60, 1, num_tokens=60),
+            _plain_request(rng, "large", "c", start_s + 0.3, 5, 1, num_tokens=100),
+            *(
+                replace(
+                    _plain_request(rng, f"small{number}", "c", start_s + rng.uniform(0.4, 0.9), 2, 1),
+                    first_token_within_s=SOON_S,
+                )
+                for number in range(3)
+            ),
+        ),
+    )
+
+
+def _roomy(scenario: Scenario, num_blocks: int) -> dict[Role, WorkerShape]:
+    return {
+        role: replace(
+            shape, num_blocks=num_blocks, block_size=4, max_batch_tokens=256, max_batch_size=16, step_s=0.03
+        )
+        for role, shape in scenario.shapes.items()
+    }
+
+
 def _plain_request(
-    rng: Random, request_id: str, client: str, at_s: float, max_tokens: int, n: int
+    rng: Random, request_id: str, client: str, at_s: float, max_tokens: int, n: int, *, num_tokens: int = 9
 ) -> PlannedRequest:
     request = Request(
         request_id=request_id,
-        prompt_token_ids=tuple(rng.randrange(VOCABULARY) for _ in range(9)),
+        prompt_token_ids=tuple(rng.randrange(VOCABULARY) for _ in range(num_tokens)),
         sampling=SamplingParams(max_tokens=max_tokens, n=n, seed=rng.getrandbits(32)),
         client=client,
     )

@@ -114,6 +114,10 @@ class WorkerWorld(Protocol):
     rng: Random
     faults: Faults
 
+    def fails_store(self, worker_id: str) -> bool:
+        """Whether a worker fails to read or write a block."""
+        ...
+
     def dial(self, source: "SimulatedWorker", pair: OutboundPair, epoch: int) -> Dialling:
         """Connects a worker to another one."""
         ...
@@ -168,7 +172,10 @@ class SimulatedWorker:
         self.clock = StepClock(time, shape)
         self.pool = BlockPool(shape.num_blocks, shape.block_size)
         self.store = ChainStore(
-            self.pool, self.clock, lambda text: world.violation(f"{spec}: {text}"), world.faults.fails_store
+            self.pool,
+            self.clock,
+            lambda text: world.violation(f"{spec}: {text}"),
+            partial(world.fails_store, spec.worker_id),
         )
         self.local = Local(
             Identity(*spec.key, Place(placement.node_id, "")),

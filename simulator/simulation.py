@@ -19,7 +19,7 @@ from ..router.fleet_member import MemberState
 from .faults import ORDERLY, Accident, Faults
 from .leftovers import leftovers
 from .network import End, Network
-from .scenario import CALM_S, PlannedAccident, Scenario
+from .scenario import CALM_S, MAX_GRAY_FAILURES, PlannedAccident, Scenario
 from .simulated_client import SimulatedClient
 from .simulated_head import SimulatedHead
 from .simulated_hosts import SimulatedHost, SimulatedHosts
@@ -132,6 +132,9 @@ class Simulation:
             accident.value for accident in ORDERLY
         }:
             self.violation(f"{self.head.router.counters.retried} dispatches failed without a fault")
+        counters = self.head.router.counters
+        if self._scenario.gray_worker and (counters.failed or counters.retried > MAX_GRAY_FAILURES):
+            self.violation(f"a gray worker cost {counters.retried} dispatches and {counters.failed} streams")
         for member in self.head.fleet.status():
             if member.num_restarts > self._num_started[member.worker_id]:
                 self.violation(
@@ -213,6 +216,12 @@ class Simulation:
         worker.process.when_it_dies(lambda: self.note(f"{spec} died"))
         worker.start(scenario.start_s)
         return worker
+
+    def fails_store(self, worker_id: str) -> bool:
+        if worker_id == self._scenario.gray_worker:
+            self.faults.count("gray worker failed")
+            return True
+        return self.faults.fails_store()
 
     def dial(self, source: SimulatedWorker, pair: OutboundPair, epoch: int) -> SimulatedDial:
         target = self.workers.get((pair.target.worker_id, pair.target.incarnation))

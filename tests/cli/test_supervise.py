@@ -268,6 +268,14 @@ def test_a_script_runs_in_the_current_environment_without_session_variables(tmp_
     assert not {"SSH_CONNECTION", "XDG_RUNTIME_DIR", "BASH_FUNC_x%%"} & after.keys()
 
 
+def test_a_crontab_that_cannot_be_read_is_not_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = 'if [ "$1" = -l ]; then echo "cannot read the spool" >&2; exit 1; else cat > crontab; fi'
+    Path("bin/crontab").write_text(f"#!/bin/sh\n{stub}\n")
+    with pytest.raises(subprocess.CalledProcessError):
+        AtReboot(folder / "at_reboot").install(["ray"], {})
+    assert Path("crontab").read_text() == "5 4 * * * backup\n"
+
+
 def test_other_lines_of_a_crontab_stay(folder: Path) -> None:
     at_reboot = AtReboot(folder / "at_reboot")
     for _ in range(2):

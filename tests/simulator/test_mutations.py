@@ -40,10 +40,12 @@ from pdserve.router.dispatch import Dispatch, Job, LiveRequest
 from pdserve.router.events import RouterCommand
 from pdserve.router.fleet import Fleet
 from pdserve.router.fleet_member import Member, MemberState
+from pdserve.router.health import Health
 from pdserve.router.hosts import HostChecked, Hosts, SeenHost
 from pdserve.router.links import Links
 from pdserve.router.places import Places
 from pdserve.router.request_life import RequestLife
+from pdserve.router.reservation import Reservation
 from pdserve.router.room import RoomMaker
 from pdserve.router.stream import ChoiceStream
 from pdserve.router.supervisor import ProcessEnded, Supervisor
@@ -422,6 +424,14 @@ def end_workers_with_the_router() -> Planted:
     return patch.object(RouterSession, "lost", lost)
 
 
+def give_a_gray_worker_as_much_as_others() -> Planted:
+    return patch.object(Health, "failed", lambda self, worker, error, now_s: None)
+
+
+def let_nobody_pass_a_large_request() -> Planted:
+    return patch.object(Reservation, "may_be_passed", lambda self, job: False)
+
+
 def leave_all_places_to_the_client_that_has_them() -> Planted:
     return patch.object(RoomMaker, "newcomer", lambda self, head, jobs: None)
 
@@ -437,7 +447,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     keep_serving_on_a_host_that_is_taken_out_of_the_file: 19,
     time_out_a_worker_that_waits_for_a_host: 1,
     never_check_a_refused_host_again: 122,
-    free_on_abort_before_the_transfer_has_drained: 90,
+    free_on_abort_before_the_transfer_has_drained: 339,
     forget_the_epoch_check: 419,
     repeat_a_token_after_a_resume: 1,
     leak_on_cancel: 0,
@@ -450,24 +460,26 @@ FIRST_FOUND: dict[Mutation, int] = {
     announce_layers_before_they_are_computed: 0,
     share_kv_between_salts: 1,
     leave_workers_working_for_an_ended_request: 0,
-    decode_an_aborted_sequence: 6,
+    decode_an_aborted_sequence: 36,
     miss_a_deadline: 0,
     stop_a_worker_without_draining_it: 7,
     commit_a_chunk_that_never_left: 42,
     forget_tokens_computed_before_the_router_died: 82,
-    forget_to_abort_the_broken_dispatches_that_a_new_router_finds: 212,
-    count_attempts_from_0_in_a_new_router: 233,
+    forget_to_abort_the_broken_dispatches_that_a_new_router_finds: 432,
+    count_attempts_from_0_in_a_new_router: 159,
     compute_only_part_of_a_prompt_with_requested_logprobs: 1,
     release_an_ended_sequence_while_a_step_has_a_row_of_it: 0,
     report_the_token_of_a_wasted_row: 0,
     run_ahead_of_a_token_that_decides: 0,
     leave_all_places_to_the_client_that_has_them: 12,
+    give_a_gray_worker_as_much_as_others: 83,
+    let_nobody_pass_a_large_request: 147,
     reassign_the_cores_of_a_process_before_it_is_gone: 17,
-    forget_a_process_that_ends_by_itself: 21,
-    hide_a_broken_connection_from_the_supervisor: 8,
+    forget_a_process_that_ends_by_itself: 48,
+    hide_a_broken_connection_from_the_supervisor: 10,
     keep_only_the_last_frame_of_held_legs: 589,
-    greet_only_the_first_router: 150,
-    end_workers_with_the_router: 150,
+    greet_only_the_first_router: 82,
+    end_workers_with_the_router: 82,
 }
 
 

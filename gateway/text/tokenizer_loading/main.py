@@ -80,9 +80,7 @@ def _from_gguf(path: Path) -> TokenizerData:
     return TokenizerData(
         backend_json=gguf_tokenizer_json(metadata, str(path)),
         encode_special_tokens=False,
-        templates=TemplateData(
-            sources=chat_templates(metadata), special_tokens=special_tokens(metadata, str(path))
-        ),
+        templates=TemplateData(chat_templates(metadata), special_tokens(metadata, str(path))),
     )
 
 

@@ -79,10 +79,10 @@ def test_after_some_requests_the_counters_equal_what_was_done(cluster: Cluster) 
         cluster.request(PROMPT, max_tokens=10 + number, salt=str(number), n=1 + number % 2)
         for number in range(8)
     ]
-    requests += [
-        cluster.request(PROMPT, max_tokens=12, salt="0") for _ in range(4)
-    ]  # a prompt that is cached
     answers = cluster.generate_all(requests)
+    cached = [cluster.request(PROMPT, max_tokens=12, salt="0") for _ in range(4)]
+    answers += cluster.generate_all(cached)
+    requests += cached
     call: Any = cluster.generation.GenerateStream(cluster.request(PROMPT, max_tokens=1500))
     next(call)
     call.cancel()

@@ -6,7 +6,7 @@ is half made. So nothing is unwound: the handler ends other processes, removes f
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 INTERRUPTED = b"interrupted\n"
@@ -15,7 +15,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 def end_at_once(number: int, frame: FrameType | None) -> None:
     """The handler of a signal for a process that has nothing to clean up."""
-    os.write(2, INTERRUPTED)
+    _report()
     os._exit(128 + number)
 
 
@@ -28,10 +28,13 @@ def ending_at_once() -> Iterator[list[Callable[[], None]]]:
     def end(number: int, frame: FrameType | None) -> None:
         for one in _SIGNALS:
             signal.signal(one, signal.SIG_IGN)
-        os.write(2, INTERRUPTED)
-        for clean_up in reversed(clean_ups):
-            clean_up()
-        os._exit(128 + number)
+        _report()
+        try:
+            for clean_up in reversed(clean_ups):
+                with suppress(Exception):  # the others are to run all the same
+                    clean_up()
+        finally:
+            os._exit(128 + number)
 
     handlers = {one: signal.getsignal(one) for one in _SIGNALS}
     taken = [one for one, handler in handlers.items() if handler is not signal.SIG_IGN]
@@ -42,3 +45,8 @@ def ending_at_once() -> Iterator[list[Callable[[], None]]]:
     finally:
         for one in taken:
             signal.signal(one, handlers[one])
+
+
+def _report() -> None:
+    with suppress(OSError):  # nobody may read it any more
+        os.write(2, INTERRUPTED)

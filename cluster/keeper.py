@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayError
 
 from ..core.config import ClusterConfig
 from ..head.ports import Key, Outcome, Version
@@ -11,10 +11,13 @@ from ..router.cores import Placement
 from ..worker.spec import WorkerSpec
 from .actors import reason_of
 
+RETRY_S = 0.5  # where the keeper cannot be reached
+
 
 class RayKeeper:
     """Calls `KeeperActor` through its handle. A single call waits for the ends of all workers: a keeper holds
-    as many for a large fleet, and after many heads, as for a small one."""
+    as many for a large fleet, and after many heads, as for a small one. Calls may overtake
+    each other."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
@@ -34,7 +37,7 @@ class RayKeeper:
                 return Outcome(reason_of(error))
         if self._polling is None or self._polling.done():
             self._polling = asyncio.create_task(self._poll())
-        outcome = await self._outcome(key)
+        outcome = await asyncio.shield(self._outcome(key))
         del self._outcomes[key]
         return outcome
 
@@ -46,6 +49,9 @@ class RayKeeper:
         while True:
             try:
                 num_known, endings = await self._actor.endings.remote(num_known)
+            except ActorUnavailableError:  # for a moment
+                await asyncio.sleep(RETRY_S)
+                continue
             except RayError as error:  # the keeper is gone, and all workers with it
                 for future in self._outcomes.values():
                     if not future.done():

@@ -324,7 +324,7 @@ def abandon() -> None:
     for child in descendants(os.getpid()):
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
-    for cluster in _running:
+    for cluster in _running.copy():  # each takes itself out
         cluster.abandon()
 
 

@@ -6,9 +6,10 @@ import enum
 class FailureKind(enum.Enum):
     """The cause of a failed leg or of a failed transfer between two legs."""
 
-    LOST = "lost"  # the peer, the link, a lease or a helper process is gone: an environment failure
+    LOST = "lost"  # the peer, the link or a lease is gone: an environment failure
     CANCELLED = "cancelled"  # by the party that requested it
     CORRUPT = "corrupt"  # bytes did not arrive as they were sent
     STORE = "store"  # a worker's blocks could not be read or written
+    HELPER = "helper"  # a process that the worker needs beside it is gone
     INVALID = "invalid"  # the request is to blame: no other worker would do better
     DISAGREEMENT = "disagreement"  # the two workers contradict each other: a mistake of ours

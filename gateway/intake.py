@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import msgspec
 
 from ..core.config import LimitsSection
-from ..core.errors import InvalidRequest
+from ..core.errors import InvalidRequest, NoWorkerAvailable
 from ..core.request import Request, SamplingParams
 from ..core.validation import validate_request
 from ..proto import pdserve_pb2 as pb
@@ -199,7 +199,7 @@ class Intake:
             return await self.offload.encode_chat(chat, limits, client, is_counted)
         try:
             text = await self.offload.render(chat, limits, client)
-        except TooCostly:  # for a turn there
+        except (TooCostly, NoWorkerAvailable):  # for a turn there; or that process does not start
             return await self.offload.encode_chat(chat, limits, client, is_counted)
         return await self._encode(text, False, limits, client, is_counted)
 

@@ -251,6 +251,8 @@ class Router:
             self._reservation.lift()
             placement = self._placer.place(job)
             if placement is None:
+                if self._room.waits_for_decode(job) and self._room.may_take(job):
+                    commands += self._make_room(job, now_s)
                 if not self._reservation.hold(job, now_s):
                     self._queue.return_passed()
                     break

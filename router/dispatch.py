@@ -18,6 +18,8 @@ from .registry import RegisteredWorker
 from .request_states import TRANSITIONS, RequestState
 from .stream import ChoiceStream
 
+PROGRESS_TOKENS = 16  # of one choice, from one dispatch
+
 
 class DispatchState(enum.Enum):
     """Whether a dispatch's tokens are wanted. Legs may be open in each state."""
@@ -359,10 +361,9 @@ class Dispatch(Automaton[DispatchState]):
 
     @property
     def has_progressed(self) -> bool:
-        """Whether clients have a token from it."""
-        return any(
-            len(stream.token_ids) > len(self.spec.output_token_ids) for stream in self.streams.values()
-        )
+        """Whether clients have so much from it that its failure is not the request's. The first token is the
+        prefill worker's alone, and a request that breaks each worker a step later would never end."""
+        return self._num_steps() >= PROGRESS_TOKENS
 
     def summary(self) -> str:
         """Returns one line for the request's story."""

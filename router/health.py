@@ -8,7 +8,7 @@ ejected share), with a slow start after it.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .registry import RegisteredWorker, Registry, RoutingState
 
@@ -23,7 +23,8 @@ class _Record:
     """A worker that has failed and not recovered since."""
 
     worker: RegisteredWorker
-    num_failures: int = 0  # consecutive
+    failures: list[RegisteredWorker | None] = field(default_factory=list)  # in a row: the other end's, if any
+    since_s: float = 0.0  # outcomes of dispatches from before say nothing new
     num_ejections: int = 0
     readmitted_s: float | None = None  # when its ejection ends; None: it is not ejected
     problem: str = ""
@@ -39,60 +40,79 @@ class Health:
         self._registry = registry
         self._records: dict[str, _Record] = {}  # by worker id
 
-    def failed(self, worker: RegisteredWorker, error: str, now_s: float) -> None:
-        """Records a failed dispatch for which the worker may be to blame."""
+    def failed(
+        self,
+        worker: RegisteredWorker,
+        error: str,
+        dispatched_s: float,
+        now_s: float,
+        other: RegisteredWorker | None = None,
+    ) -> None:
+        """Records a failed dispatch for which the worker may be to blame, or the `other` end of its transfer.
+        What was dispatched before an earlier failure may have failed of the same cause, and does not
+        count."""
         record = self._records.setdefault(worker.worker_id, _Record(worker))
-        record.num_failures += 1
-        is_on_trial = worker.trial_limit is not None
-        if worker.state is not RoutingState.READY or not (is_on_trial or record.num_failures >= NUM_FAILURES):
+        if dispatched_s < record.since_s:
             return
-        if self._can_spare(worker):
+        record.failures.append(other)
+        record.since_s = now_s
+        is_suspect = worker.trial_limit is not None or len(record.failures) >= NUM_FAILURES
+        if is_suspect and worker.state is RoutingState.READY and self._can_spare(worker):
             seconds = min(EJECTION_S * 2.0 ** min(record.num_ejections, 16), MAX_EJECTION_S)
             record.num_ejections += 1
             record.readmitted_s = now_s + seconds
             record.problem = (
-                f"{worker.worker_id} gets no requests for {seconds:.0f} s: {record.num_failures} in a row"
+                f"{worker.worker_id} gets no requests for {seconds:.0f} s: {len(record.failures)} in a row"
                 f" have failed there, the last with: {error}"
             )
             self._registry.eject(worker)
 
-    def worked(self, worker: RegisteredWorker) -> None:
+    def worked(self, worker: RegisteredWorker, dispatched_s: float) -> None:
         """Records a dispatch that worked. A worker on trial may then have twice as many at once."""
         record = self._records.get(worker.worker_id)
-        if record is None or worker.state is RoutingState.EJECTED:  # in which a late success proves little
+        if record is None or dispatched_s < record.since_s or worker.state is RoutingState.EJECTED:
             return
-        record.num_failures = 0
+        record.failures.clear()
         limit = worker.trial_limit
         if limit is not None and limit < FULL_TRIAL:
             self._registry.limit(worker, 2 * limit)
-            return
-        self._registry.limit(worker, None)
-        del self._records[worker.worker_id]
+        else:
+            self._forget(record)
 
     def lost(self, worker: RegisteredWorker) -> None:
+        """Transfers with a lost worker failed since it was dying: the others' part in that is forgiven."""
         self._records.pop(worker.worker_id, None)
+        for record in list(self._records.values()):
+            num_before = len(record.failures)
+            record.failures = [other for other in record.failures if other is not worker]
+            if len(record.failures) < num_before and len(record.failures) < NUM_FAILURES:
+                if record.worker.state is RoutingState.EJECTED:
+                    self._registry.readmit(record.worker)
+                self._forget(record)
 
     def review(self, now_s: float) -> None:
         """Readmits workers whose time is over, and those that the others can no longer spare."""
         for record in self._ejected():
             assert record.readmitted_s is not None
             if now_s >= record.readmitted_s or not self._can_spare(record.worker):
-                record.readmitted_s = None
-                if record.worker.state is RoutingState.EJECTED:
-                    self._registry.readmit(record.worker)
-                    self._registry.limit(record.worker, 1)
+                self._registry.readmit(record.worker)
+                self._registry.limit(record.worker, 1)
+                record.readmitted_s, record.since_s = None, now_s
 
     def next_s(self) -> float | None:
         """Returns when the next ejection ends."""
-        ends = (record.readmitted_s for record in self._records.values())
-        return min((end_s for end_s in ends if end_s is not None), default=None)
+        return min((record.readmitted_s or 0.0 for record in self._ejected()), default=None)
 
     def problems(self) -> Iterator[str]:
         """Describes the ejected workers."""
         return (record.problem for record in self._ejected())
 
     def _ejected(self) -> list[_Record]:
-        return [record for record in self._records.values() if record.readmitted_s is not None]
+        return [record for record in self._records.values() if record.worker.state is RoutingState.EJECTED]
+
+    def _forget(self, record: _Record) -> None:
+        self._registry.limit(record.worker, None)
+        del self._records[record.worker.worker_id]
 
     def _can_spare(self, worker: RegisteredWorker) -> bool:
         others = [
@@ -110,7 +130,7 @@ class Health:
         serving = [other for other in others if other.state is RoutingState.READY]
         num_ejected = sum(other.state is RoutingState.EJECTED for other in others)
         return len(serving) > num_ejected and any(
-            other.worker_id not in self._records or not self._records[other.worker_id].num_failures
+            other.worker_id not in self._records or not self._records[other.worker_id].failures
             for other in serving
         )
 

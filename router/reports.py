@@ -71,7 +71,7 @@ class WorkerReports:
             if stream is None or output.transfer not in open_legs:
                 continue
             if worker is dispatch.decode and not dispatch.decode_started:
-                self._health.worked(worker)
+                self._health.worked(worker, dispatch.dispatched_s)
             count_token(dispatch, worker)
             tokens = stream.accept(output)
             if not tokens:
@@ -127,9 +127,12 @@ class WorkerReports:
     ) -> None:
         """A failed transfer may be either end's fault; both are innocent as soon as they work with others."""
         if event.error is None:
-            self._health.worked(worker)
+            self._health.worked(worker, dispatch.dispatched_s)
         elif dispatch.needs(event.leg) and event.kind not in (FailureKind.INVALID, FailureKind.CANCELLED):
             is_transfer = event.kind in (FailureKind.LOST, FailureKind.CORRUPT)
-            for end in dict.fromkeys(dispatch.pair if is_transfer else (worker,)):
-                if end is not None:
-                    self._health.failed(end, event.error, now_s)
+            prefill, decode = dispatch.prefill, dispatch.decode
+            if is_transfer and decode is not None and not dispatch.is_served_by_one:
+                self._health.failed(prefill, event.error, dispatch.dispatched_s, now_s, decode)
+                self._health.failed(decode, event.error, dispatch.dispatched_s, now_s, prefill)
+            else:
+                self._health.failed(worker, event.error, dispatch.dispatched_s, now_s)

@@ -1,7 +1,8 @@
 """Lets other jobs pass a large one that has no room yet, and holds room for it meanwhile.
 
-The blocks that are held on one worker grow with the time that the job has waited, so that what is free is
-used at first, and the job is placed at last however many smaller ones arrive. Pure; changes no account."""
+The blocks that are held on one worker grow with the time that the job has been the first to wait: what is
+free is used at first, and the job is placed at last however many smaller ones arrive. Pure; changes no
+account."""
 
 from .dispatch import Job
 from .registry import RegisteredWorker, Registry, RoutingState
@@ -31,9 +32,11 @@ class Reservation:
     def hold(self, job: Job, now_s: float) -> bool:
         """Holds room for the job, by its age; returns False when no worker could ever have it."""
         if job is not self._job:
+            self.release()
             self._job, self._since_s = job, now_s
-        if self._worker is None or self._worker.state is not RoutingState.READY:
-            workers = self._able(job)
+        workers = self._able(job)
+        if self._worker not in workers:  # also after a flip
+            self.lift()
             if not workers:
                 return False
             self._worker = max(workers, key=lambda worker: (worker.num_free_blocks, worker.worker_id))

@@ -1,6 +1,7 @@
 """Watches a worker's host for parts that fill up, on a thread of its own: a slow disk holds up neither the
 engine nor the heartbeat."""
 
+import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 from ..engine.full import full_parts
 
 INTERVAL_S = 1.0
+
+log = logging.getLogger(__name__)
 
 
 class HostMonitor:
@@ -31,5 +34,10 @@ class HostMonitor:
 
     def _run(self) -> None:
         while not self._stopping.wait(INTERVAL_S):
-            if full := full_parts(self._ray_folder):
+            try:
+                full = full_parts(self._ray_folder)
+            except OSError as error:  # a folder that has just gone, say: the next look may succeed
+                log.warning("cannot see whether this host is full: %s", error)
+                continue
+            if full:
                 self._on_full(full)

@@ -161,7 +161,7 @@ class WorkerProcess:
         self._inbox.put(lambda: self._worker.mask_failed(key, error, FailureKind.INVALID))
 
     def on_failed(self, key: int, why: str) -> None:
-        self._inbox.put(lambda: self._worker.mask_failed(key, why, FailureKind.LOST))
+        self._inbox.put(lambda: self._worker.mask_failed(key, why, FailureKind.HELPER))
 
     def _grammar_setup(self, engine: Engine) -> GrammarSetup:
         path = resolve_model_path(self._spec.config.model.path)

@@ -9,9 +9,9 @@ from unittest.mock import AsyncMock
 
 import pytest
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayError
 
-from pdserve.cluster import actors
+from pdserve.cluster import actors, keeper as keeper_module
 from pdserve.cluster.actors import KeeperActor
 from pdserve.cluster.keeper import RayKeeper
 from pdserve.core.config import ClusterConfig
@@ -150,6 +150,28 @@ async def test_the_keepers_open_calls_do_not_grow_with_workers_or_with_dead_head
         for task in (head._polling, *ends):  # the head dies
             task.cancel()
         await until(lambda: handle.num_open == 0)
+
+
+async def test_a_keeper_that_does_not_answer_for_a_moment_is_asked_again(
+    workers: FakeWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper_module, "RETRY_S", 0.0)
+    actor, failures = keeper_actor(), [ActorUnavailableError("no answer", None)]
+    endings = actor.endings
+
+    async def unavailable_at_first(num_known: int) -> Any:
+        if failures:
+            raise failures.pop()
+        return await endings(num_known)
+
+    actor.endings = unavailable_at_first
+    keeper = RayKeeper(Handle(actor))
+    keeper.start(spec_of(0), PLACEMENT)
+    end = asyncio.create_task(keeper.ended(("decode-0", 1)))
+    await until(lambda: bool(workers.ends) and not failures)
+    assert not end.done()
+    workers.ends["decode-0"].set_result(None)
+    assert await end == Outcome("the process ended")
 
 
 async def test_every_worker_ends_with_the_keeper() -> None:

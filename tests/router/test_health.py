@@ -13,6 +13,7 @@ from pdserve.core.failures import FailureKind
 from pdserve.core.messages import Abort, Leg, Prefill, Serve
 from pdserve.core.request import FinishReason, TransferId
 from pdserve.router.config import RouterConfig
+from pdserve.router.dispatch import PROGRESS_TOKENS
 from pdserve.router.health import EJECTION_S, FULL_TRIAL, MAX_EJECTION_S, NUM_FAILURES, Health
 from pdserve.router.registry import RegisteredWorker, Registry, RoutingState
 
@@ -38,11 +39,11 @@ class Fleet:
 
     def fail(self, name: str, times: int = 1) -> None:
         for _ in range(times):
-            self.health.failed(self[name], "out of memory", self.now_s)
+            self.health.failed(self[name], "out of memory", self.now_s, self.now_s)
 
     def work(self, name: str, times: int = 1) -> None:
         for _ in range(times):
-            self.health.worked(self[name])
+            self.health.worked(self[name], self.now_s)
 
     def wait(self, seconds: float) -> None:
         self.now_s += seconds
@@ -170,10 +171,11 @@ def test_a_retry_goes_to_another_worker_and_not_only_to_another_pair() -> None:
 
 def test_progress_starts_the_count_of_attempts_again() -> None:
     cluster = Cluster("both-0", config=RouterConfig(max_attempts=3))
-    cluster.submit(make_request(max_tokens=20))
-    for index in range(12):
+    cluster.submit(make_request(max_tokens=200))
+    for dispatch in range(6):
         assert isinstance(cluster.last("both-0"), Serve)
-        cluster.token("both-0", index)
+        for index in range(PROGRESS_TOKENS):
+            cluster.token("both-0", PROGRESS_TOKENS * dispatch + index)
         cluster.leg_ended("both-0", Leg.DECODE, "out of memory", kind=FailureKind.STORE)
     assert not cluster.ends["r"]
     for _ in range(3):
@@ -182,6 +184,36 @@ def test_progress_starts_the_count_of_attempts_again() -> None:
         cluster.tick(5.0)
     (end,) = cluster.ends["r"]
     assert end.error is not None and end.error.startswith("gave up after 3 attempts")
+
+
+def test_a_request_that_breaks_each_worker_after_a_token_is_given_up() -> None:
+    cluster = Cluster("both-0", config=RouterConfig(max_attempts=5))
+    cluster.submit(make_request(max_tokens=200))
+    for incarnation in range(2, 7):
+        cluster.token("both-0", incarnation - 2)
+        cluster.lose("both-0")
+        cluster.add(worker_info("both-0", incarnation=incarnation))
+    (end,) = cluster.ends["r"]
+    assert end.error is not None and end.error.startswith("gave up after 5 attempts")
+
+
+def test_what_was_dispatched_before_a_failure_says_nothing_new() -> None:
+    fleet = Fleet("prefill-0", "prefill-1")
+    fleet.now_s = 5.0
+    for dispatched_s in (1.0, 2.0, 3.0):
+        fleet.health.failed(fleet["prefill-0"], "reset by peer", dispatched_s, fleet.now_s)
+    assert fleet["prefill-0"].state is READY
+
+
+def test_failures_with_a_worker_that_is_lost_are_forgiven() -> None:
+    fleet = Fleet("prefill-0", "prefill-1", "decode-0", "decode-1")
+    dying = fleet["decode-0"]
+    for _ in range(NUM_FAILURES):
+        fleet.health.failed(fleet["prefill-0"], "reset by peer", fleet.now_s, fleet.now_s, dying)
+    assert fleet["prefill-0"].state is EJECTED
+    fleet.registry.lose(dying)
+    fleet.health.lost(dying)
+    assert fleet["prefill-0"].state is READY and fleet["prefill-0"].trial_limit is None
 
 
 class TimedCluster(Cluster):

@@ -1,9 +1,9 @@
 """Small jobs pass a large one that has no room yet, and do not starve it."""
 
-from pdserve.core.messages import Leg, Reserve, Serve
+from pdserve.core.messages import Leg, Reserve, Role, Serve
 from pdserve.core.request import FinishReason, TransferId
 from pdserve.router.config import RouterConfig
-from pdserve.router.events import Cancel
+from pdserve.router.events import Cancel, WorkerDraining, WorkerRole
 from pdserve.router.reservation import AGING_S
 
 from .cluster import BLOCK_SIZE, Cluster, make_request, worker_info
@@ -87,6 +87,36 @@ def test_its_room_is_held_on_one_worker_only() -> None:
         submit(cluster, f"small{index}", 3, f"client{index}")
     found = [attempt_at_decode(cluster, f"small{index}") for index in range(6)]
     assert len({place[0] for place in found if place is not None}) == 1 and None not in found
+
+
+def test_its_room_is_held_elsewhere_when_its_worker_changes_its_role() -> None:
+    cluster = half_full(num_decode=2)
+    cluster.tick(AGING_S)
+    submit(cluster, "small", 3, "client")
+    place = attempt_at_decode(cluster, "small")
+    assert place is not None
+    (held,) = {"decode-0", "decode-1"} - {place[0]}
+    cluster.handle(WorkerDraining(held))
+    cluster.handle(WorkerRole(held, Role.PREFILL))
+    cluster.tick(AGING_S)
+    submit(cluster, "next", 3, "client")
+    assert not is_dispatched(cluster, "next")
+
+
+def test_a_passed_request_takes_room_from_a_client_that_has_come_to_run_more() -> None:
+    cluster = Cluster(
+        worker_info("prefill-0", num_blocks=10_000, max_batch_tokens=1 << 20, max_batch_size=1000),
+        worker_info("decode-0", num_blocks=NUM_BLOCKS),
+        config=RouterConfig(prefill_on_decode_factor=None),
+    )
+    submit(cluster, "stream", 47, "many")
+    prefilled(cluster, "stream")
+    submit(cluster, "huge", 89, "other")
+    for index in range(3):
+        submit(cluster, f"small{index}", 1, "many")
+        prefilled(cluster, f"small{index}")
+    cluster.tick()
+    assert cluster.aborts("decode-0") and not is_dispatched(cluster, "huge")
 
 
 def test_room_that_is_held_is_free_again_when_the_request_ends() -> None:

@@ -2,6 +2,7 @@
 others import it too (transformers does), so the wish must stand before the first test module is read."""
 
 import os
+import signal
 
 import torch
 
@@ -11,3 +12,6 @@ if not torch.cuda.is_available():
 from bench.gpu.interpreter import patch_language_once  # imports triton
 
 patch_language_once()
+
+# A shell has its background jobs ignore it, and with them all processes that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)

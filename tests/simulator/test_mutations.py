@@ -465,7 +465,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     stop_a_worker_without_draining_it: 7,
     commit_a_chunk_that_never_left: 42,
     forget_tokens_computed_before_the_router_died: 82,
-    forget_to_abort_the_broken_dispatches_that_a_new_router_finds: 432,
+    forget_to_abort_the_broken_dispatches_that_a_new_router_finds: 550,
     count_attempts_from_0_in_a_new_router: 159,
     compute_only_part_of_a_prompt_with_requested_logprobs: 1,
     release_an_ended_sequence_while_a_step_has_a_row_of_it: 0,

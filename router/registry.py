@@ -288,6 +288,16 @@ class Registry:
         capacity."""
         return _best(self._by_decode, num_tokens, count)
 
+    def able_to_decode(self, num_tokens: int) -> list[RegisteredWorker]:
+        """Returns the ready workers that could decode a job of `num_tokens`. Without decode workers, prefill
+        workers serve both phases, as in `Placer.place`."""
+        able = [
+            worker
+            for worker in self
+            if worker.state is RoutingState.READY and worker.capacity_tokens >= num_tokens
+        ]
+        return [worker for worker in able if worker.role.decodes] or able
+
     def can_hold(self, num_tokens: int) -> bool:
         """Whether any ready worker could ever serve that many tokens."""
         return bool(self.best_decode(num_tokens, 1) or self.best_prefill(num_tokens, 1))

@@ -5,7 +5,7 @@ free is used at first, and the job is placed at last however many smaller ones a
 account."""
 
 from .dispatch import Job
-from .registry import RegisteredWorker, Registry, RoutingState
+from .registry import RegisteredWorker, Registry
 
 AGING_S = 5.0  # after which all that the job needs is held
 LARGE = 8  # a job is large when it takes more than this fraction of the blocks of each worker
@@ -22,7 +22,7 @@ class Reservation:
 
     def may_be_passed(self, job: Job) -> bool:
         """Whether the job is large and some worker has room, though not for this job."""
-        workers = self._able(job)
+        workers = self._registry.able_to_decode(job.num_total_tokens)
         return (
             bool(workers)
             and all(_num_blocks(job, worker) * LARGE > worker.info.num_blocks for worker in workers)
@@ -34,7 +34,7 @@ class Reservation:
         if job is not self._job:
             self.release()
             self._job, self._since_s = job, now_s
-        workers = self._able(job)
+        workers = self._registry.able_to_decode(job.num_total_tokens)
         if self._worker not in workers:  # also after a flip
             self.lift()
             if not workers:
@@ -54,15 +54,6 @@ class Reservation:
         """Ends the reservation."""
         self.lift()
         self._job = self._worker = None
-
-    def _able(self, job: Job) -> list[RegisteredWorker]:
-        """Returns the workers that could decode the job, as in `Placer.place`."""
-        able = [
-            worker
-            for worker in self._registry
-            if worker.state is RoutingState.READY and worker.capacity_tokens >= job.num_total_tokens
-        ]
-        return [worker for worker in able if worker.role.decodes] or able
 
 
 def _num_blocks(job: Job, worker: RegisteredWorker) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from ..core.messages import Leg
 from .dispatch import Dispatch, DispatchState, Job
 from .ledger import Ledger
-from .registry import RegisteredWorker, Registry, RoutingState, decode_load
+from .registry import Registry, decode_load
 
 LITTLE = 8  # a client that runs something takes only what leaves the other this many times as much
 
@@ -28,7 +28,8 @@ class RoomMaker:
         """Whether no worker has a place for the job's sequences; otherwise it waits for others' prompts,
         which end soon."""
         return job.needs_decode and not any(
-            worker.has_decode_room(job.num_tokens, len(job.choices)) for worker in self._workers(job)
+            worker.has_decode_room(job.num_tokens, len(job.choices))
+            for worker in self._registry.able_to_decode(job.num_total_tokens)
         )
 
     def may_take(self, job: Job) -> bool:
@@ -56,7 +57,7 @@ class RoomMaker:
         giver = self._giver(job)
         if giver is None:
             return None
-        workers, num_then = set(self._workers(job)), self._num_then(job)
+        workers, num_then = set(self._registry.able_to_decode(job.num_total_tokens)), self._num_then(job)
         candidates: list[tuple[float, str, int, Dispatch]] = []
         for dispatch in self._ledger:
             if (
@@ -88,13 +89,3 @@ class RoomMaker:
         num_then = self._num_then(job)
         is_little = not num_running[job.client] or num_then * LITTLE <= num_running[giver]
         return giver if is_little and num_then < num_running[giver] else None
-
-    def _workers(self, job: Job) -> list[RegisteredWorker]:
-        """Returns the workers that could decode the job. Without decode workers, prefill workers serve both
-        phases, as in `Placer.place`."""
-        able = [
-            worker
-            for worker in self._registry
-            if worker.state is RoutingState.READY and worker.capacity_tokens >= job.num_total_tokens
-        ]
-        return [worker for worker in able if worker.role.decodes] or able

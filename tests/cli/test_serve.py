@@ -18,7 +18,7 @@ from pdserve.engine.gpu import Node
 
 @pytest.fixture
 def configs(monkeypatch: pytest.MonkeyPatch) -> list[ClusterConfig]:
-    """What would be served, on a machine with two cores."""
+    """Returns the configuration that `serve` would start with, on a machine with two cores."""
     seen: list[ClusterConfig] = []
     monkeypatch.setattr(serve, "up", seen.append)
     monkeypatch.setattr(up, "up", seen.append)

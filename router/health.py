@@ -34,7 +34,7 @@ class Health:
     """Which workers are ejected, or on trial after it. Workers without a record are healthy.
 
     A worker is ejected only while another of each of its roles serves that can hold as much and whose last
-    dispatch worked: where all fail alike, the cause is elsewhere. More than half of a role's workers stay."""
+    dispatch worked: where all fail alike, the cause is elsewhere. At least half of a role's workers stay."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry

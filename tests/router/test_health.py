@@ -119,7 +119,7 @@ def test_where_all_fail_alike_nobody_is_ejected() -> None:
     assert [worker.state for worker in fleet.registry] == [READY] * 3
 
 
-def test_fewer_workers_are_ejected_than_stay() -> None:
+def test_at_least_half_of_a_role_stays() -> None:
     fleet = Fleet(*(f"decode-{index}" for index in range(7)))
     for index in range(6):
         fleet.fail(f"decode-{index}", 10)

@@ -165,6 +165,9 @@ class TransferSender:
         if isinstance(message, Ack):
             self._on_ack(message)
             return
+        if isinstance(message, Nack):
+            self._on_nack(message)
+            return
         transfer = self._transfers.get(message.transfer)
         if transfer is None:
             self._counters.num_stale_messages += 1
@@ -177,14 +180,19 @@ class TransferSender:
             case AbortTransfer():
                 self._end(transfer, OutboundState.FAILED)
                 self._out.append(SendFailed(transfer.id, message.error, message.kind))
-            case Nack():
-                self._counters.num_nacks += 1
-                self._end(transfer, OutboundState.FAILED)
-                self._out.append(
-                    SendFailed(transfer.id, f"refused by the receiver: {message.error}", message.kind)
-                )
             case _:
                 self._counters.num_stale_messages += 1
+
+    def _on_nack(self, message: Nack) -> None:
+        """The receiver closes the link behind it: closed here as well, so that no later transfer is offered
+        on it."""
+        transfer = self._transfers.get(message.transfer)
+        error = f"refused by the receiver: {message.error}"
+        self._counters.num_nacks += 1
+        if transfer is not None:
+            self._end(transfer, OutboundState.FAILED)
+            self._out.append(SendFailed(transfer.id, error, message.kind))
+        self._close_link(error)
 
     def _on_ack(self, message: Ack) -> None:
         acked = self._in_flight.pop(message.seq, None)

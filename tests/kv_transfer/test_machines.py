@@ -197,12 +197,20 @@ def test_a_reservation_outlives_its_link_by_one_lease() -> None:
     assert failed == ReceiveFailed(T, "the lease ended after 131.0 s without an offer", FailureKind.LOST)
 
 
-def test_a_refused_chunk_fails_its_transfer_with_the_receivers_message() -> None:
+def test_a_refused_chunk_fails_its_transfer_with_the_receivers_message_and_closes_the_link() -> None:
     sender = open_sender()
-    nack = Nack(1, T, "wrong size", FailureKind.DISAGREEMENT)
-    assert sender.handle(nack, 0.0) == [
-        SendFailed(T, "refused by the receiver: wrong size", FailureKind.DISAGREEMENT)
+    error = "refused by the receiver: wrong size"
+    assert sender.handle(Nack(1, T, "wrong size", FailureKind.DISAGREEMENT), 0.0) == [
+        SendFailed(T, error, FailureKind.DISAGREEMENT),
+        CloseLink(error),
     ]
+
+
+def test_a_transfer_after_a_refused_chunk_is_offered_on_a_new_link() -> None:
+    sender, later = open_sender(), TransferId("later", 0)
+    sender.handle(Nack(1, T, "wrong size", FailureKind.DISAGREEMENT), 0.0)
+    assert sender.handle(OpenTransfer(later, (0,), 8), 0.0) == [OpenLink()]
+    assert sender.handle(LinkUp(2, "shm", 3, SLOT_BYTES), 0.0) == [Send(OfferTransfer(2, later, 8))]
 
 
 def test_late_messages_about_an_ended_transfer_are_ignored() -> None:
@@ -216,7 +224,6 @@ def test_late_messages_about_an_ended_transfer_are_ignored() -> None:
         Accept(1, T, 0, 3),
         Committed(1, T),
         AbortTransfer(1, T, *why),
-        Nack(1, T, *why),
         Accept(7, T, 0, 3),
     ):
         assert sender.handle(message, 0.0) == []

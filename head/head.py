@@ -253,7 +253,7 @@ class Head:
 
     # inside
 
-    def _snapshot(self, num_spans: int) -> Snapshot:
+    def _snapshot(self, num_spans: int, stall_s: float) -> Snapshot:
         router = self._service.router
         return Snapshot(
             status=router.status(asyncio.get_running_loop().time()),
@@ -266,6 +266,7 @@ class Head:
             hosts=Counter(host.state for host in self._watch.hosts.status(0.0)),
             num_takeovers=self._spec.generation,
             num_spans=num_spans,
+            stall_s=stall_s,
             version=__version__,
             model=self._config.model.name,
         )

@@ -315,6 +315,7 @@ class HostFull(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 HEARTBEAT_S = 0.5  # the longest interval between messages of router and worker
+ROUTER_SILENT_S = 10.0  # a worker hangs up on a router that is silent for longer
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):

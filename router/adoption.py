@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from ..core.errors import NoWorkerAvailable
 from ..core.messages import HeldLeg, Leg
 from ..core.request import Request, SequenceSpec, TransferId
-from .events import RouterEvent, Submit, WorkerLost, WorkerReady
+from .events import RouterEvent, Submit, WorkerAway, WorkerLost, WorkerReady
 
 WorkerKey = tuple[str, int]  # (worker_id, incarnation)
 
@@ -66,6 +66,9 @@ class Adoption:
                 self.ready.append(event)
             case WorkerLost(worker_id, incarnation) if not self._has_spoken(worker_id, incarnation):
                 pass  # its connection broke before it reported; it may reconnect
+            case WorkerAway(worker_id, incarnation):
+                key = worker_id, incarnation  # it reports everything again
+                self.ready = [r for r in self.ready if (r.info.worker_id, r.info.incarnation) != key]
             case _:
                 self.later.append(event)
 

@@ -30,6 +30,7 @@ from .events import (
     Submit,
     Tick,
     Timeline,
+    WorkerAway,
     WorkerDraining,
     WorkerIdle,
     WorkerLost,
@@ -47,6 +48,7 @@ from .registry import RegisteredWorker, Registry, RoutingState
 from .reports import WorkerReports
 from .request_events import Displaced, End, Placed
 from .reservation import Reservation
+from .reunion import Reunion
 from .room import RoomMaker
 from .status import Counters, RouterStatus, snapshot
 from .take_over import TakeOver
@@ -137,6 +139,8 @@ class Router:
                 return self._on_worker_ready(event, now_s)
             case WorkerLost():
                 return self._on_worker_lost(event, now_s)
+            case WorkerAway():
+                self._on_worker_away(event)
             case WorkerDraining():
                 return self._on_worker_draining(event)
             case WorkerRole():
@@ -193,7 +197,7 @@ class Router:
         if self._is_closing:
             raise NoWorkerAvailable(CLOSING)
         num_tokens = len(request.prompt_token_ids) + request.sampling.max_tokens
-        if not (self._num_expected or self._registry.can_hold(num_tokens)):
+        if not (self._is_worker_expected or self._registry.can_hold(num_tokens)):
             raise NoWorkerAvailable(
                 f"no worker is ready that can hold the {num_tokens} tokens of the request"
             )
@@ -237,7 +241,7 @@ class Router:
                     self._queue.favour(newcomer)
                 elif not self._pass(job, now_s):
                     break
-            elif self._num_expected:
+            elif self._is_worker_expected:
                 self._queue.strand_head()
             else:
                 error = CLOSING if self._is_closing else "no worker is left that can serve the request"
@@ -308,17 +312,39 @@ class Router:
             for source, target in self._links.probes(self._registry, now_s)
         ]
 
+    @property
+    def _is_worker_expected(self) -> bool:
+        """Whether requests may wait for workers to come, or to come back."""
+        return bool(self._num_expected or self._registry.num_away)
+
     def _on_worker_ready(self, event: WorkerReady, now_s: float) -> list[RouterCommand]:
+        known = self._registry.get(event.info.worker_id)
+        if known is not None and known.is_away and known.incarnation == event.info.incarnation:
+            return self._on_worker_back(known, event, now_s)
         if not self._registry.is_news(event.info):
             self.counters.stale += 1
             return []
-        replaced = self._registry.get(event.info.worker_id)
-        commands = [] if replaced is None else self._lose(replaced, "replaced", now_s)
+        commands = [] if known is None else self._lose(known, "replaced", now_s)
         self._registry.add(event.info)
         self._links.workers_changed()
         self._num_expected = max(0, self._num_expected - 1)
         self._queue.unstrand()
         return commands
+
+    def _on_worker_away(self, event: WorkerAway) -> None:
+        worker = self._registry.current(event.worker_id, event.incarnation)
+        if worker is not None:
+            self._registry.disconnect(worker)
+            self._links.lost(worker)
+
+    def _on_worker_back(
+        self, worker: RegisteredWorker, event: WorkerReady, now_s: float
+    ) -> list[RouterCommand]:
+        self._registry.reconnect(worker)
+        self._links.workers_changed()
+        self._queue.unstrand()
+        reunion = Reunion(self._ledger, self._requests, self._reports)
+        return reunion.carry_out(worker, event.held, now_s)
 
     def _on_worker_lost(self, event: WorkerLost, now_s: float) -> list[RouterCommand]:
         worker = self._registry.current(event.worker_id, event.incarnation)

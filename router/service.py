@@ -203,7 +203,7 @@ class _WorkerConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        self._service.carry_out(self._sessions.opened(self))
+        self._service.carry_out(self._sessions.opened(self, self._loop.time()))
         self._beating = self._loop.call_later(self._sessions.heartbeat_s, self._beat)
 
     def data_received(self, data: bytes) -> None:
@@ -219,7 +219,8 @@ class _WorkerConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._beating is not None:
             self._beating.cancel()
-        self._service.carry_out(self._sessions.closed(self, str(exc) if exc else self._reason))
+        error = str(exc) if exc else self._reason
+        self._service.carry_out(self._sessions.closed(self, error, self._loop.time()))
 
     def send(self, message: object) -> None:
         self._transport.write(self._encoder.encode(message))
@@ -233,5 +234,5 @@ class _WorkerConnection(asyncio.Protocol):
         self._transport.close()
 
     def _beat(self) -> None:
-        self._service.carry_out(self._sessions.beat(self))
+        self._service.carry_out(self._sessions.beat(self, self._loop.time()))
         self._beating = self._loop.call_later(self._sessions.heartbeat_s, self._beat)

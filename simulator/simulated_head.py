@@ -24,6 +24,7 @@ from ..router.events import (
     SendCommand,
     Submit,
     Tick,
+    WorkerAway,
     WorkerIdle,
     WorkerLost,
     WorkerReady,
@@ -280,8 +281,8 @@ class SimulatedHead:
     def accept(self, end: End) -> None:
         """Accepts a connection to the workers' port."""
         end.on_message = lambda message: self._received(end, message)
-        end.on_lost = lambda reason: self._on_session(self._sessions.closed(end, reason))
-        self._on_session(self._sessions.opened(end))
+        end.on_lost = lambda reason: self._on_session(self._sessions.closed(end, reason, self._time.now_s))
+        self._on_session(self._sessions.opened(end, self._time.now_s))
         self.process.call_later(self._sessions.heartbeat_s, lambda: self._beat(end))
 
     def _received(self, end: End, message: Any) -> None:
@@ -290,7 +291,7 @@ class SimulatedHead:
 
     def _beat(self, end: End) -> None:
         if end.is_open:
-            self._on_session(self._sessions.beat(end))
+            self._on_session(self._sessions.beat(end, self._time.now_s))
             self.process.call_later(self._sessions.heartbeat_s, lambda: self._beat(end))
 
     def _on_session(self, commands: Iterable[SessionCommand[End]]) -> None:
@@ -299,13 +300,16 @@ class SimulatedHead:
                 case ToRouter(event):
                     self._observe(event)
                     self.handle(event)
+                    if isinstance(event, WorkerReady) and self._supervisor.is_adopted:
+                        for text in self._wanted.came_back((event.info.worker_id, event.info.incarnation)):
+                            self._world.violation(text)
                 case ToSupervisor(event):
                     self.manage(event)
                 case Say(end, message):
                     end.send(message)
                 case HangUp(end):
                     end.close()
-                    self._on_session(self._sessions.closed(end, None))
+                    self._on_session(self._sessions.closed(end, None, self._time.now_s))
 
     def _connected(self) -> set[Key]:
         """Returns the workers that are running and reachable."""
@@ -319,6 +323,8 @@ class SimulatedHead:
                 self._links.took_over(info.address.host_id, held)
             case WorkerLost(worker_id, incarnation, reason):
                 self._world.note(f"router lost {worker_id}/{incarnation}: {reason}")
+            case WorkerAway(worker_id, incarnation):
+                self._world.note(f"{worker_id}/{incarnation} is away")
             case StepReport():
                 self._wanted.heard(event)
             case LegEnded():

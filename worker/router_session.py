@@ -14,10 +14,10 @@ whichever thread dials; no two of them write the same field.
 
 from collections.abc import Iterable
 
-from ..core.messages import HeldLeg, Hello, Holds, LoadProgress, Ready, WorkerInfo
+from ..core.messages import ROUTER_SILENT_S, HeldLeg, Hello, Holds, LoadProgress, Ready, WorkerInfo
 from .held_legs import MAX_FRAME_TOKENS, in_frames
 
-DEAD_AFTER_S = 10.0  # silence after which a router counts as lost; it sends a message every heartbeat
+DEAD_AFTER_S = ROUTER_SILENT_S
 RECONNECT_S = 0.1  # between two attempts to reach a router
 BRIEF_S = 1.0  # a connection that lasted less was refused
 ROUTER_LOST_TIMEOUT_S = 30.0  # how long a worker continues without a router

@@ -44,8 +44,11 @@ from pdserve.router.health import Health
 from pdserve.router.hosts import HostChecked, Hosts, SeenHost
 from pdserve.router.links import Links
 from pdserve.router.places import Places
+from pdserve.router.registry import RegisteredWorker
+from pdserve.router.reports import WorkerReports
 from pdserve.router.request_life import RequestLife
 from pdserve.router.reservation import Reservation
+from pdserve.router.reunion import Reunion
 from pdserve.router.room import RoomMaker
 from pdserve.router.stream import ChoiceStream
 from pdserve.router.supervisor import ProcessEnded, Supervisor
@@ -388,10 +391,9 @@ def forget_a_process_that_ends_by_itself() -> Planted:
 def hide_a_broken_connection_from_the_supervisor() -> Planted:
     original = WorkerSessions.closed
 
-    def closed(self: WorkerSessions[Any], connection: Any, error: str | None) -> list[Any]:
-        return [
-            command for command in original(self, connection, error) if not isinstance(command, ToSupervisor)
-        ]
+    def closed(self: WorkerSessions[Any], connection: Any, error: str | None, now_s: float) -> list[Any]:
+        commands = original(self, connection, error, now_s)
+        return [command for command in commands if not isinstance(command, ToSupervisor)]
 
     return patch.object(WorkerSessions, "closed", closed)
 
@@ -415,6 +417,36 @@ def greet_only_the_first_router() -> Planted:
         return original(self, connection, info, held) if self._greeted is None else []
 
     return patch.object(RouterSession, "greeting", greeting)
+
+
+def lose_the_workers_that_hang_up_while_the_router_stands_still() -> Planted:
+    return patch.object(WorkerSessions, "_is_our_doing", lambda self, session, now_s: False)
+
+
+def forget_what_workers_computed_while_they_were_away() -> Planted:
+    original = Reunion.carry_out
+
+    def carry_out(
+        self: Reunion, worker: RegisteredWorker, held: Iterable[HeldLeg], now_s: float
+    ) -> list[RouterCommand]:
+        with patch.object(WorkerReports, "on_tokens", lambda self, worker, outputs, now_s: []):
+            return original(self, worker, held, now_s)
+
+    return patch.object(Reunion, "carry_out", carry_out)
+
+
+def believe_that_aborts_reach_workers_that_are_away() -> Planted:
+    return patch.object(Reunion, "_is_wanted", lambda self, worker, leg: True)
+
+
+def count_our_own_delay_towards_a_workers_start() -> Planted:
+    original = Fleet._late
+
+    def late(self: Fleet, member: Member, now_s: float) -> None:
+        member.num_beats_left = 0
+        original(self, member, now_s)
+
+    return patch.object(Fleet, "_late", late)
 
 
 def end_workers_with_the_router() -> Planted:
@@ -480,6 +512,10 @@ FIRST_FOUND: dict[Mutation, int] = {
     keep_only_the_last_frame_of_held_legs: 589,
     greet_only_the_first_router: 82,
     end_workers_with_the_router: 82,
+    lose_the_workers_that_hang_up_while_the_router_stands_still: 78,
+    forget_what_workers_computed_while_they_were_away: 78,
+    believe_that_aborts_reach_workers_that_are_away: 449,
+    count_our_own_delay_towards_a_workers_start: 78,
 }
 
 

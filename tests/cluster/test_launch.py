@@ -21,6 +21,7 @@ from pdserve.cluster.launch import LaunchedCluster, launch
 from pdserve.core import admin_socket
 from pdserve.core.config import ClusterConfig
 from pdserve.embedded import MODEL_DIR
+from pdserve.head.spec import HeadSpec
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc as rpc
 
 from ..other_user import run_as_nobody
@@ -94,7 +95,7 @@ def test_the_command_line_finds_a_running_cluster_by_its_address() -> None:
 def test_a_cluster_ends_with_an_error_when_the_raylet_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any user of the host can make a raylet crash. A successor of the head would wait for it for ever."""
     cluster = LaunchedCluster.__new__(LaunchedCluster)
-    cluster._stopped, cluster._over, cluster._error = False, threading.Event(), None
+    cluster._stopped, cluster._over, cluster._error = threading.Event(), threading.Event(), None
     cluster._keeper = SimpleNamespace(live=SimpleNamespace(remote=lambda: "keeper"))
     cluster._head = SimpleNamespace(wait=SimpleNamespace(remote=lambda: "head"))
 
@@ -117,7 +118,8 @@ def test_a_head_declared_dead_is_killed_before_its_successor_starts(
 ) -> None:
     done: list[str] = []
     cluster = LaunchedCluster.__new__(LaunchedCluster)
-    cluster._lock, cluster._stopped = threading.Lock(), False
+    cluster._lock, cluster._stopped = threading.Lock(), threading.Event()
+    cluster._spec, cluster._endpoints = HeadSpec(token="secret", host=None), None
     start = SimpleNamespace(remote=lambda: None)
     cluster._head = SimpleNamespace(name="old", start=start)
 

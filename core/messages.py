@@ -314,6 +314,14 @@ class HostFull(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     full: tuple[tuple[str, int], ...]  # its memory, or a folder; and the size of either in bytes
 
 
+class Failing(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The worker cannot continue, and ends: its last message. Nothing that it holds will be finished."""
+
+    worker_id: str
+    incarnation: int
+    reason: str
+
+
 HEARTBEAT_S = 0.5  # the longest interval between messages of router and worker
 ROUTER_SILENT_S = 10.0  # a worker hangs up on a router that is silent for longer
 
@@ -324,4 +332,4 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
 
 
 WorkerCommand = Prefill | Reserve | Serve | Abort | Probe | Heartbeat
-WorkerMessage = Hello | LoadProgress | Holds | Ready | StepReport | LegEnded | Probed | HostFull
+WorkerMessage = Hello | LoadProgress | Holds | Ready | StepReport | LegEnded | Probed | HostFull | Failing

@@ -259,9 +259,11 @@ class Supervisor(Generic[S]):
     def _manage(self, event: FleetEvent, now_s: float) -> None:
         actions = self.fleet.handle(event, now_s)
         self._is_unsettled = True
-        # before workers drain that others are to replace
+        # those that return to work first, or requests would end for want of them; then, before workers drain
+        # that others are to replace, how many are expected
+        self._act([action for action in actions if isinstance(action, AssignRole)], now_s)
         self._out.append(WorkersExpected(self.fleet.num_expected))
-        self._act(actions, now_s)
+        self._act([action for action in actions if not isinstance(action, AssignRole)], now_s)
 
     def _act(self, actions: list[FleetAction], now_s: float) -> None:
         """Carries out actions one by one, then the fleet's decisions about processes that were only

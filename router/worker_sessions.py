@@ -20,6 +20,7 @@ from typing import Generic, TypeVar
 from ..core.messages import (
     HEARTBEAT_S,
     ROUTER_SILENT_S,
+    Failing,
     Heartbeat,
     HeldLeg,
     Hello,
@@ -237,6 +238,8 @@ class WorkerSessions(Generic[C]):
                 return [ToSupervisor(progress)]
             case HostFull():
                 return [ToSupervisor(message)]
+            case Failing(reason=reason):
+                return self.hang_up(connection, reason)
             case Holds(held=held):
                 session.held += held
                 return []

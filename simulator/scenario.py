@@ -93,7 +93,9 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
     shapes = _draw_shapes(rng, is_crowded)
     rates = _draw_rates(rng)
     hosts = _draw_hosts(Random(f"hosts of {seed}"), sum(pools.values()))
-    kinds = [kind for kind in Accident if len(hosts) > 1 or kind not in OF_HOSTS]
+    kinds: list[Accident] = [
+        kind for kind in Accident if kind is not Accident.HANG and (len(hosts) > 1 or kind not in OF_HOSTS)
+    ]
     if not with_faults or is_crowded or rng.random() < 0.1:
         rates = FaultRates()
     elif rng.random() < 0.1:
@@ -127,6 +129,10 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
             for _ in range(num_accidents)
         ),
     )
+    hang = Random(f"hang of {seed}")
+    if Accident.KILL in kinds and rates.accidents_per_s and hang.random() < 0.2:
+        accident = PlannedAccident(hang.uniform(1.0, 3.0), Accident.HANG, hang.random(), 0.0)
+        scenario = replace(scenario, accidents=(*scenario.accidents, accident))
     if num_requests is None and rng.random() < 0.03:
         return _with_greedy_client(rng, scenario)
     still = Random(f"standstill of {seed}")

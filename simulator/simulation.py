@@ -279,6 +279,8 @@ class Simulation:
             case Accident.SLOW:
                 worker.clock.factor = 20.0
                 self.time.call_later(seconds, lambda: setattr(worker.clock, "factor", 1.0))
+            case Accident.HANG:
+                worker.hangs = True
             case Accident.PARTITION_ROUTER:
                 self.network.partition("router", name, seconds)
             case Accident.PARTITION_WORKERS:

@@ -3,6 +3,7 @@
 import pytest
 
 from pdserve.core.messages import (
+    Failing,
     Heartbeat,
     HeldLeg,
     Hello,
@@ -146,6 +147,17 @@ def test_a_worker_may_hang_up_when_we_have_just_moved_again(
     sessions.beat("a", 110.0 + after_s)
     event = WorkerAway(*KEY) if is_away else WorkerLost(*KEY, CLOSED)
     assert sessions.closed("a", None, 110.0 + after_s)[0] == ToRouter(event)
+
+
+def test_a_worker_that_reports_its_failure_is_lost_for_that_reason(sessions: WorkerSessions[str]) -> None:
+    sessions.received("a", HELLO)
+    sessions.received("a", READY)
+    failing = Failing(worker_id="decode-0", incarnation=1, reason="a step has taken 20 s")
+    assert sessions.received("a", failing) == [HangUp("a")]
+    assert sessions.closed("a", None, 0.0) == [
+        ToRouter(WorkerLost(*KEY, failing.reason)),
+        ToSupervisor(ConnectionLost(*KEY, failing.reason)),
+    ]
 
 
 def test_any_input_breaks_a_workers_silence_but_not_an_unproven_peers(

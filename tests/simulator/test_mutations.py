@@ -58,6 +58,7 @@ from pdserve.simulator.kv_model import ChainStore
 from pdserve.simulator.run import simulate
 from pdserve.worker.held_legs import HeldLegs
 from pdserve.worker.router_session import RouterSession
+from pdserve.worker.step_watch import StepWatch
 
 MAX_SEEDS = 1000
 Planted = AbstractContextManager[Any]
@@ -449,6 +450,10 @@ def count_our_own_delay_towards_a_workers_start() -> Planted:
     return patch.object(Fleet, "_late", late)
 
 
+def believe_that_every_step_ends() -> Planted:
+    return patch.object(StepWatch, "beat", lambda self: None)
+
+
 def end_workers_with_the_router() -> Planted:
     def lost(self: RouterSession, now_s: float) -> None:
         self._served_s = float("-inf")
@@ -511,6 +516,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     hide_a_broken_connection_from_the_supervisor: 10,
     keep_only_the_last_frame_of_held_legs: 589,
     greet_only_the_first_router: 82,
+    believe_that_every_step_ends: 40,
     end_workers_with_the_router: 82,
     lose_the_workers_that_hang_up_while_the_router_stands_still: 78,
     forget_what_workers_computed_while_they_were_away: 78,

@@ -8,6 +8,8 @@ decided here.
 No clock, no I/O: the shell carries commands out in order and feeds events in.
 """
 
+from collections.abc import Set
+
 from ..core.errors import NoWorkerAvailable, QueueFull
 from ..core.histogram import TokenGaps
 from ..core.latency import LatencyModel
@@ -185,6 +187,10 @@ class Router:
         """Returns the timeline of a request that is being served; None for an unknown id."""
         return self._requests.timeline(request_id, now_s)
 
+    def known_blocks(self, worker_id: str) -> Set[bytes]:
+        """Returns the hashes of the blocks that a worker caches, as far as it has reported them."""
+        return self._index.blocks_of(worker_id)
+
     def check_integrity(self) -> None:
         """Raises AssertionError when an account or a queue disagrees with the live requests."""
         self._ledger.check_integrity()
@@ -283,13 +289,15 @@ class Router:
 
     def _comes_too_late(self, job: Job, placement: RoutingDecision, now_s: float) -> bool:
         """Whether the first token would miss the deadline, by a prediction that errs in the client's favour:
-        the model has learnt, and half of its prediction is already too long. A worker without prompts accepts
-        any: that delays nobody, and the measurement corrects a model that has become too pessimistic."""
+        the model has learnt, half of its prediction is already too long, and the worker has reported all that
+        it caches. A worker without prompts accepts any: that delays nobody, and the measurement corrects a
+        model that has become too pessimistic."""
         live = job.live
         if (
             live.request.deadline_s is None
             or live.first_token_s is not None
             or not placement.prefill.num_prefilling
+            or placement.prefill.load.num_unreported_blocks
         ):
             return False
         return self.model.knows_prefill and now_s + placement.ttft_s / CAUTION > live.request.deadline_s
@@ -325,7 +333,7 @@ class Router:
             self.counters.stale += 1
             return []
         commands = [] if known is None else self._lose(known, "replaced", now_s)
-        self._registry.add(event.info)
+        self._registry.add(event.info, event.num_cached_blocks)
         self._links.workers_changed()
         self._num_expected = max(0, self._num_expected - 1)
         self._queue.unstrand()
@@ -340,7 +348,8 @@ class Router:
     def _on_worker_back(
         self, worker: RegisteredWorker, event: WorkerReady, now_s: float
     ) -> list[RouterCommand]:
-        self._registry.reconnect(worker)
+        self._registry.reconnect(worker, event.num_cached_blocks)
+        self._index.remove_worker(worker.worker_id)  # what it evicted meanwhile is not known
         self._links.workers_changed()
         self._queue.unstrand()
         reunion = Reunion(self._ledger, self._requests, self._reports)

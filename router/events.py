@@ -60,6 +60,7 @@ class WorkerReady(msgspec.Struct, frozen=True):
 
     info: WorkerInfo
     held: tuple[HeldLeg, ...] = ()
+    num_cached_blocks: int = 0  # which its reports will name
 
 
 class WorkerLost(msgspec.Struct, frozen=True):

@@ -1,7 +1,7 @@
 """The index of prefixes that workers hold: built from workers' reports alone, hence possibly stale. A hint,
 never a promise."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 
 from ..core.hashing import block_hashes
 
@@ -60,6 +60,9 @@ class PrefixIndex:
         self._names[bit.bit_length() - 1] = None
         for block_hash in self._blocks.pop(worker_id):
             self._forget(block_hash, bit)
+
+    def blocks_of(self, worker_id: str) -> Set[bytes]:
+        return self._blocks.get(worker_id, {}).keys()
 
     def _assign_bit(self, worker_id: str) -> int:
         if None not in self._names:

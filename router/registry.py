@@ -4,6 +4,8 @@ import enum
 from collections.abc import Hashable, Iterator
 from heapq import nsmallest
 
+import msgspec
+
 from ..core.automaton import Automaton
 from ..core.messages import Role, WorkerInfo, WorkerLoad
 from ..core.request import TransferId
@@ -206,7 +208,7 @@ class Registry:
             self._fenced.get(info.worker_id, -1), known.incarnation if known else -1
         )
 
-    def add(self, info: WorkerInfo) -> RegisteredWorker:
+    def add(self, info: WorkerInfo, num_cached_blocks: int = 0) -> RegisteredWorker:
         layout = info.layout
         key = (
             layout.num_layers,
@@ -216,6 +218,7 @@ class Registry:
             layout.model_fingerprint,
         )
         worker = RegisteredWorker(info, self._layouts.setdefault(key, len(self._layouts)))
+        worker.load = msgspec.structs.replace(worker.load, num_unreported_blocks=num_cached_blocks)
         self._workers[info.worker_id] = worker
         self.rank(worker)
         return worker
@@ -243,8 +246,9 @@ class Registry:
         worker.is_away = True
         self._unrank(worker)
 
-    def reconnect(self, worker: RegisteredWorker) -> None:
+    def reconnect(self, worker: RegisteredWorker, num_cached_blocks: int) -> None:
         worker.is_away = False
+        worker.load = msgspec.structs.replace(worker.load, num_unreported_blocks=num_cached_blocks)
         self.rank(worker)
 
     @property

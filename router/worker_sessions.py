@@ -243,11 +243,11 @@ class WorkerSessions(Generic[C]):
             case Holds(held=held):
                 session.held += held
                 return []
-            case Ready(info=info, held=held):
+            case Ready(info=info, held=held, num_cached_blocks=num_cached_blocks):
                 session.state = SessionState.READY
                 if not self._expects((info.worker_id, info.incarnation)):
                     return []
-                ready = WorkerReady(info, session.held + held)
+                ready = WorkerReady(info, session.held + held, num_cached_blocks)
                 return [ToRouter(ready), ToSupervisor(ready)]
             case Hello():
                 return self.hang_up(connection, "it introduced itself twice")

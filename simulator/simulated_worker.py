@@ -54,6 +54,7 @@ NEED = Need(1, 1.0)  # per instance
 # patience with a step: less than production's, as these steps are shorter
 FIRST_STEP_S, LEAST_STEP_S = 4.0, 2.0
 FRAME_TOKENS = 64  # so few that a worker's held legs often take more than one frame
+MAX_REPORTED = 4  # so few cached blocks that all of them often take more than one report
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class SimulatedWorker:
         self.shape = shape
         self.transport = transport
         self.clock = StepClock(time, shape)
-        self.pool = BlockPool(shape.num_blocks, shape.block_size)
+        self.pool = BlockPool(shape.num_blocks, shape.block_size, MAX_REPORTED)
         self.store = ChainStore(
             self.pool,
             self.clock,
@@ -276,7 +277,12 @@ class SimulatedWorker:
     def _greet(self, connection: End) -> None:
         if not connection.is_open:
             return
-        for message in self._session.greeting(connection, self.info(), self.worker.held_legs()):
+        greeting = self._session.greeting(
+            connection, self.info(), self.worker.held_legs(), self.worker.num_cached_blocks
+        )
+        if greeting:
+            self.worker.greeted()
+        for message in greeting:
             connection.send(message)
         self._router = connection
 
@@ -365,7 +371,7 @@ class SimulatedWorker:
                 self._check_report(message)
             if self._router is not None:
                 self._router.send(message)
-        if worked or self._inbox:
+        if worked or self._inbox or self.worker.has_more_to_report:
             self._turn()
         else:
             self._is_awake = False

@@ -225,6 +225,7 @@ class WorkerProcess:
             worked = self._worker.step()
             self._watch.end(time.monotonic())
             self._link.send(*self._worker.take_messages())
+            worked = worked or self._worker.has_more_to_report
 
     def _take_events(self) -> None:
         while not self._inbox.empty():
@@ -315,8 +316,10 @@ class WorkerProcess:
     def _greet(self, link: RouterLink) -> None:
         """Sends the greeting, on the engine thread: all later reports build on it."""
         assert self._info is not None
-        greeting = self._session.greeting(link, self._info, self._worker.held_legs())
+        worker = self._worker
+        greeting = self._session.greeting(link, self._info, worker.held_legs(), worker.num_cached_blocks)
         if greeting:
+            worker.greeted()
             link.send(*greeting)
             link.start_heartbeat(self._beat)
             self._link = link

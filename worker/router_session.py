@@ -83,11 +83,16 @@ class RouterSession:
         nothing to report, or a greeting is due."""
         return None if self.is_loaded else self._loading
 
-    def greeting(self, connection: object, info: WorkerInfo, held: Iterable[HeldLeg]) -> list[Holds | Ready]:
+    def greeting(
+        self, connection: object, info: WorkerInfo, held: Iterable[HeldLeg], num_cached_blocks: int
+    ) -> list[Holds | Ready]:
         """Returns the worker's identity and all that it holds, on which all later reports build. Once for
         each connection."""
         if connection is self._greeted:
             return []
         self._greeted = connection
         *before, last = in_frames(tuple(held), self._max_frame_tokens)
-        return [*(Holds(held=legs) for legs in before), Ready(info=info, held=last)]
+        return [
+            *(Holds(held=legs) for legs in before),
+            Ready(info=info, held=last, num_cached_blocks=num_cached_blocks),
+        ]

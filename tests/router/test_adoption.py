@@ -5,7 +5,17 @@ import msgspec
 import pytest
 
 from pdserve.core.errors import DuplicateRequest, NoWorkerAvailable
-from pdserve.core.messages import HeldLeg, Leg, LegEnded, Prefill, Reserve, Serve, TokenOutput
+from pdserve.core.messages import (
+    HeldLeg,
+    Leg,
+    LegEnded,
+    Prefill,
+    Reserve,
+    Serve,
+    StepReport,
+    TokenOutput,
+    WorkerLoad,
+)
 from pdserve.core.request import FinishReason, Request, SequenceSpec, TransferId
 from pdserve.router.core import Router
 from pdserve.router.events import Adopted, Submit, Tick, WorkerLost, WorkerReady
@@ -277,3 +287,15 @@ def test_an_unclaimed_stream_makes_room_and_waits_for_its_client() -> None:
     cluster.submit(msgspec.structs.replace(requests[1], client="much"))
     assert cluster.tokens["second", 0] == [0, 1]
     assert cluster.router.status(0.0).num_queued == 1
+
+
+def test_an_adopting_router_waits_for_reports_of_what_is_cached() -> None:
+    router = Router(first_attempt=FIRST_ATTEMPT, adopts=True)
+    router.handle(WorkerReady(worker_info("decode-0"), (), num_cached_blocks=3), 0.0)
+    slices = ((b"one", b"two"), (b"three",))
+    for hashes, num_left in zip(slices, (1, 0), strict=True):
+        load = WorkerLoad(num_unreported_blocks=num_left)
+        router.handle(StepReport(worker_id="decode-0", incarnation=1, load=load, blocks_added=hashes), 0.0)
+    assert not router.known_blocks("decode-0")
+    router.handle(Adopted(), 0.0)
+    assert router.known_blocks("decode-0") == {b"one", b"two", b"three"}

@@ -20,6 +20,7 @@ from pdserve.decode_worker.scheduler import DecodeScheduler, Emission
 from pdserve.decode_worker.worker import DecodeWorker
 from pdserve.engine import sequence
 from pdserve.engine.batch import Batch
+from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.kv_manager import KVManager
 from pdserve.engine.sequence import Sequence
 from pdserve.kv_transfer.events import Arrived, ReceiverCommand, ReceiverEvent
@@ -450,6 +451,10 @@ def count_our_own_delay_towards_a_workers_start() -> Planted:
     return patch.object(Fleet, "_late", late)
 
 
+def report_what_is_cached_to_the_first_router_alone() -> Planted:
+    return patch.object(BlockPool, "report_anew", lambda self: None)
+
+
 def believe_that_every_step_ends() -> Planted:
     return patch.object(StepWatch, "beat", lambda self: None)
 
@@ -516,6 +521,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     hide_a_broken_connection_from_the_supervisor: 10,
     keep_only_the_last_frame_of_held_legs: 589,
     greet_only_the_first_router: 82,
+    report_what_is_cached_to_the_first_router_alone: 9,
     believe_that_every_step_ends: 40,
     end_workers_with_the_router: 82,
     lose_the_workers_that_hang_up_while_the_router_stands_still: 78,

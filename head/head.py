@@ -131,6 +131,7 @@ class Head:
             self._controller.adopt(living)
             self._controller.handle(Apply(pool_sizes(config)))
             await self._controller.adopted.wait()
+            await self._service.taken_over()
             await self._watch.start(config)  # now that the placement of running workers is known
         addresses = (
             (spec.endpoints.grpc, spec.endpoints.http)

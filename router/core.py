@@ -92,6 +92,7 @@ class Router:
         )
         self._next_attempt = first_attempt
         self._adoption = Adoption() if adopts else None
+        self._take_over: TakeOver | None = None  # while it is under way
         self._num_expected = 0
         self._is_closing = False
 
@@ -104,6 +105,16 @@ class Router:
         self._requests.config = self._placer.config = config
 
     @property
+    def num_live(self) -> int:
+        """The number of requests that are not over."""
+        return self._requests.num_live
+
+    @property
+    def is_adopting(self) -> bool:
+        """Whether it still takes over what workers hold, and decides nothing."""
+        return self._adoption is not None
+
+    @property
     def counters(self) -> Counters:
         return self._requests.counters
 
@@ -112,12 +123,10 @@ class Router:
         for a Submit; nothing has changed then."""
         if self._adoption is None:
             commands = self._react(event, now_s)
-        elif isinstance(event, Adopted):
-            adoption, self._adoption = self._adoption, None
-            commands = self._adopt(adoption, now_s)
         else:
-            self._adoption.take(event)
-            return []
+            commands = self._adopt(self._adoption, event, now_s)
+            if self._adoption is not None:
+                return commands
         commands += self._requests.pass_time(now_s)
         self._health.review(now_s)
         commands += self._dispatch(now_s)
@@ -158,6 +167,8 @@ class Router:
 
     def next_tick_s(self) -> float | None:
         """Returns when the next deadline or retry is due; None when only events can change anything."""
+        if self._take_over is not None:
+            return 0.0  # at once, but after what else is due
         due = (
             self._requests.deadlines.next_s(),
             self._queue.next_wake_s(),
@@ -171,7 +182,7 @@ class Router:
         return snapshot(
             self._registry,
             self.counters,
-            num_requests=self._requests.num_live,
+            num_requests=self.num_live,
             num_queued=len(self._queue),
             num_expected=self._num_expected,
             problems=(*self._links.problems(self._registry), *self._health.problems()),
@@ -370,15 +381,23 @@ class Router:
         self._index.remove_worker(worker.worker_id)
         return self._requests.lose_worker(worker, reason, now_s)
 
-    def _adopt(self, adoption: Adoption, now_s: float) -> list[RouterCommand]:
+    def _adopt(self, adoption: Adoption, event: RouterEvent, now_s: float) -> list[RouterCommand]:
+        """Gathers what workers hold; when all have reported, takes it over, a slice at each tick."""
         commands: list[RouterCommand] = []
-        for ready in adoption.ready:
-            commands += self._on_worker_ready(ready, now_s)
-        commands += TakeOver(self._registry, self._ledger, self._requests, self._reports).carry_out(
-            adoption, now_s
-        )
-        for event in adoption.later:
-            commands += self._react(event, now_s)
+        if isinstance(event, Adopted):
+            adoption.is_closed = True
+            for ready in adoption.ready:
+                commands += self._on_worker_ready(ready, now_s)
+            self._take_over = TakeOver(
+                adoption, self._registry, self._ledger, self._requests, self._reports, self._react
+            )
+        elif self._take_over is None or not isinstance(event, Tick):
+            adoption.take(event)
+            return []
+        assert self._take_over is not None
+        commands += self._take_over.advance(now_s)
+        if self._take_over.is_complete:
+            self._adoption = self._take_over = None
         return commands
 
     def _on_worker_draining(self, event: WorkerDraining) -> list[RouterCommand]:

@@ -68,6 +68,7 @@ class RouterService:
         self.sessions: WorkerSessions[_WorkerConnection] = WorkerSessions(observer.expects)
         self._streams: dict[str, ClientStream] = {}
         self._pump: CommandPump[RouterCommand] = CommandPump(self._carry_out)
+        self._decides = asyncio.Event()
         self._server: asyncio.Server | None = None
         self._tick: asyncio.TimerHandle | None = None
 
@@ -128,6 +129,12 @@ class RouterService:
             self._recorder.observe(event)
         if self._pump.run(self.router.handle(event, loop.time())):
             self._schedule_tick(loop)
+        if not self.router.is_adopting:
+            self._decides.set()
+
+    async def taken_over(self) -> None:
+        """Returns when the router has taken over all that workers hold, and accepts requests."""
+        await self._decides.wait()
 
     def _carry_out(self, command: RouterCommand) -> None:
         match command:

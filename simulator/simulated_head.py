@@ -72,6 +72,8 @@ from .wanted import WantedLegs
 LINKS_INTERVAL_S = 1.0  # between two checks that every link has been tried
 END_S = 0.001  # until a process that is asked to end has ended
 HEARD_S = 0.005  # until the end of a process is noticed
+TAKE_OVER_S = 0.01  # a slice of a take-over
+MAX_TAKEN_OVER = 1  # requests in a slice
 
 
 def _spec(action: StartWorker) -> InstanceSpec:
@@ -209,6 +211,7 @@ class SimulatedHead:
     # the router
 
     def handle(self, event: RouterEvent) -> None:
+        num_live_before = self.router.num_live if self.router.is_adopting else None
         try:
             commands = self.router.handle(event, self._time.now_s)
         except PdserveError:
@@ -216,11 +219,17 @@ class SimulatedHead:
         except Exception as error:  # an error that would end the head's process
             self._world.violation(f"the router failed at {type(event).__name__}: {error!r}")
             raise
+        if num_live_before is not None and self.router.num_live - num_live_before > MAX_TAKEN_OVER:
+            self._world.violation(
+                f"{self.router.num_live - num_live_before} requests are taken over in one turn"
+            )
         if not self._commands.run(commands):
             return
         if self._tick is not None:
             self._tick.cancel()
         due_s = self.router.next_tick_s()
+        if self.router.is_adopting:  # each slice takes its time, in which messages arrive
+            due_s = None if due_s is None else self._time.now_s + TAKE_OVER_S
         self._tick = None if due_s is None else self.process.call_at(due_s, lambda: self.handle(Tick()))
 
     def _carry_out(self, command: RouterCommand) -> None:

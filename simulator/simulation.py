@@ -29,6 +29,7 @@ from .virtual_time import VirtualProcess, VirtualTime
 
 PATIENCE_S = 60.0  # from the last fault to the last ending, and until everything is free
 MAX_EVENTS = 5_000_000
+TAKE_OVER_TOKENS = 64  # so few that a take-over takes many turns
 
 
 @dataclass
@@ -158,6 +159,7 @@ class Simulation:
                 prefill_on_decode_factor=2.0 if scenario.prefill_on_decode else None,
                 max_attempts=scenario.max_attempts,
                 claim_timeout_s=10.0,  # longer than the router freezes
+                take_over_tokens=TAKE_OVER_TOKENS,
             ),
             FleetConfig(drain_timeout_s=10.0, start_timeout_s=5.0, backoff_s=0.2, max_backoff_s=2.0),
             scenario.join_timeout_s,

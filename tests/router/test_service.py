@@ -50,6 +50,7 @@ class ScriptedRouter:
     reaction."""
 
     config = RouterConfig()
+    is_adopting = False
 
     def handle(self, event: object, now_s: float) -> list[Any]:
         match event:

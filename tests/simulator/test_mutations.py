@@ -239,11 +239,12 @@ def forget_tokens_computed_before_the_router_died() -> Planted:
 def forget_to_abort_the_broken_dispatches_that_a_new_router_finds() -> Planted:
     original = TakeOver._resume
 
-    def resume(self: TakeOver, live: LiveRequest, held: HeldDispatch, now_s: float) -> list[RouterCommand]:
+    def resume(self: TakeOver, live: LiveRequest, held: HeldDispatch) -> Iterator[int]:
         if not held.is_broken:
-            return original(self, live, held, now_s)
+            yield from original(self, live, held)
+            return
         with patch.object(RequestLife, "_abort", lambda self, dispatch, legs: []):
-            return original(self, live, held, now_s)
+            yield from original(self, live, held)
 
     return patch.object(TakeOver, "_resume", resume)
 
@@ -414,9 +415,9 @@ def greet_only_the_first_router() -> Planted:
     original = RouterSession.greeting
 
     def greeting(
-        self: RouterSession, connection: object, info: WorkerInfo, held: Iterable[HeldLeg]
+        self: RouterSession, connection: object, info: WorkerInfo, held: Iterable[HeldLeg], num_cached: int
     ) -> list[Any]:
-        return original(self, connection, info, held) if self._greeted is None else []
+        return original(self, connection, info, held, num_cached) if self._greeted is None else []
 
     return patch.object(RouterSession, "greeting", greeting)
 
@@ -453,6 +454,18 @@ def count_our_own_delay_towards_a_workers_start() -> Planted:
 
 def report_what_is_cached_to_the_first_router_alone() -> Planted:
     return patch.object(BlockPool, "report_anew", lambda self: None)
+
+
+def take_everything_over_in_one_turn() -> Planted:
+    original = TakeOver.advance
+
+    def advance(self: TakeOver, now_s: float) -> list[RouterCommand]:
+        commands = original(self, now_s)
+        while not self.is_complete:
+            commands += original(self, now_s)
+        return commands
+
+    return patch.object(TakeOver, "advance", advance)
 
 
 def believe_that_every_step_ends() -> Planted:
@@ -522,6 +535,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     keep_only_the_last_frame_of_held_legs: 589,
     greet_only_the_first_router: 82,
     report_what_is_cached_to_the_first_router_alone: 9,
+    take_everything_over_in_one_turn: 36,
     believe_that_every_step_ends: 40,
     end_workers_with_the_router: 82,
     lose_the_workers_that_hang_up_while_the_router_stands_still: 78,

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 from transformers import LlamaTokenizer
 from transformers.tokenization_utils_base import generate_merges
 
+from pdserve.core import gguf_tokenizer
 from pdserve.core.checkpoint_files import read_bytes
 from pdserve.core.errors import CheckpointError
-from pdserve.core import gguf_tokenizer
 from pdserve.core.gguf_file import MAX_ITEMS, MAX_STRING_BYTES, read_gguf_header
 from pdserve.core.gguf_tokenizer import chat_templates, gguf_tokenizer_json, special_tokens
 from pdserve.embedded import MODEL_DIR

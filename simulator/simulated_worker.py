@@ -54,7 +54,7 @@ NEED = Need(1, 1.0)  # per instance
 # patience with a step: less than production's, as these steps are shorter
 FIRST_STEP_S, LEAST_STEP_S = 4.0, 2.0
 FRAME_TOKENS = 64  # so few that a worker's held legs often take more than one frame
-MAX_REPORTED = 4  # so few cached blocks that all of them often take more than one report
+REPORTED_AT_ONCE = 4  # so few cached blocks that all of them often take more than one report
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class SimulatedWorker:
         self.shape = shape
         self.transport = transport
         self.clock = StepClock(time, shape)
-        self.pool = BlockPool(shape.num_blocks, shape.block_size, MAX_REPORTED)
+        self.pool = BlockPool(shape.num_blocks, shape.block_size, REPORTED_AT_ONCE)
         self.store = ChainStore(
             self.pool,
             self.clock,

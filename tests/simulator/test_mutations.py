@@ -503,7 +503,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     time_out_a_worker_that_waits_for_a_host: 1,
     never_check_a_refused_host_again: 122,
     free_on_abort_before_the_transfer_has_drained: 55,
-    forget_the_epoch_check: 419,
+    forget_the_epoch_check: 660,
     repeat_a_token_after_a_resume: 1,
     leak_on_cancel: 0,
     free_twice_on_preemption: 1,

@@ -35,6 +35,7 @@ from .actors import KEEPER_NAME, NAMESPACE, HeadActor, KeeperActor, reason_of
 from .descendants import descendants
 from .errors import LaunchError
 from .ray_address import RayAddress
+from .ray_start import without_unused_processes
 from .ray_token import RayToken
 
 log = logging.getLogger(__name__)
@@ -106,18 +107,19 @@ class _Ray:
         ):  # by name: Ray counts from 0, and some of the machine's GPUs may be hidden from us
             os.environ[VISIBLE] = ",".join(gpu.uuid for gpu in node.usable_devices)
         try:
-            ray.init(
-                address="local",
-                num_cpus=len(node.cores),
-                num_gpus=len(node.usable_devices),
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=str(run_folder / "ray"),  # Ray makes it world-writable: other users cannot reach it
-                _system_config={
-                    "worker_niceness": 0
-                },  # Ray would lower our processes' priority below any other on the machine
-                **options,
-            )
+            with without_unused_processes():
+                ray.init(
+                    address="local",
+                    num_cpus=len(node.cores),
+                    num_gpus=len(node.usable_devices),
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    # Ray makes it world-writable: other users cannot reach it
+                    _temp_dir=str(run_folder / "ray"),
+                    # Ray would lower our processes' priority below any other on the machine
+                    _system_config={"worker_niceness": 0},
+                    **options,
+                )
         except BaseException:  # Ctrl-C as well
             started.disconnect()
             raise

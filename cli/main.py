@@ -221,6 +221,26 @@ def explain(
 
 
 @app.command(rich_help_panel=OPERATING)
+def logs(
+    processes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[WORKER]...", help="Only these workers, or up, keeper, head; by default all."
+        ),
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the cluster ends.")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a cluster; by default the latest of this user.")
+    ] = None,
+) -> None:
+    """Print what a running or the last cluster of this user has logged on this machine."""
+    from .address import checked
+    from .logs import show_logs
+
+    show_logs(None if address is None else checked(address), processes or [], follow)
+
+
+@app.command(rich_help_panel=OPERATING)
 def apply(
     file: Annotated[Path, typer.Argument(help="The file that the cluster is to match.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report what would change.")] = False,

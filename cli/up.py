@@ -19,6 +19,7 @@ from ..core.config import ClusterConfig
 from ..core.log_settings import LogFormat, LogSettings
 from ..proto import pdserve_pb2 as pb
 from ..telemetry import logs
+from ..telemetry.log_file import LogFile
 from ..telemetry.relay import LogRelay
 from .admin import follow_drain
 from .client import Client, CommandFailed, connect_locally, is_gone
@@ -44,10 +45,13 @@ def up(config: ClusterConfig) -> None:
             from .plan import check
 
             planned = check(config)
-            settings = stack.enter_context(logging_here(config, clean_ups))
+            kept = stack.enter_context(closing(LogFile()))
+            clean_ups.append(kept.remove)
+            settings = stack.enter_context(logging_here(config, clean_ups, kept))
             for line in neighbours(planned):
                 say(line)
             cluster = stack.enter_context(_launched(config, settings, clean_ups))
+            kept.publish(cluster.grpc_address)
         stack.enter_context(sigterm_as_interrupt())
         client = stack.enter_context(connect_locally(cluster))
         serving = threading.Event()
@@ -60,6 +64,7 @@ def up(config: ClusterConfig) -> None:
             if not serving.is_set():
                 say("interrupted")
                 _stop_at_once(cluster)
+                kept.remove()
                 sys.exit(EXIT_INTERRUPTED)
             _drain_and_stop(client)
             return
@@ -85,12 +90,14 @@ def _stop_at_once(cluster: "LaunchedCluster") -> None:
 
 
 @contextmanager
-def logging_here(config: ClusterConfig, clean_ups: list[Callable[[], None]]) -> Iterator[LogSettings]:
-    """Routes the logs of all the cluster's processes to this one's stderr within the block; `clean_ups` ends
-    that in a process that ends at once."""
+def logging_here(
+    config: ClusterConfig, clean_ups: list[Callable[[], None]], kept: LogFile
+) -> Iterator[LogSettings]:
+    """Routes the logs of all the cluster's processes to this one's stderr, and to `kept`, within the block;
+    `clean_ups` ends that in a process that ends at once."""
     asked = config.observability.log_format
     kind: LogFormat = asked if asked != "auto" else "console" if sys.stderr.isatty() else "json"
-    with closing(LogRelay(sys.stderr)) as relay:
+    with closing(LogRelay(sys.stderr, kept.write)) as relay:
         clean_ups.append(relay.close)
         settings = LogSettings(kind, config.observability.log_level, relay.path)
         with logs.configured(settings, "up"):

@@ -79,7 +79,7 @@ app = typer.Typer(
 
 
 class Output(StrEnum):
-    """The output formats of `status`."""
+    """The output formats of `status` and `requests`."""
 
     TABLE = "table"
     WIDE = "wide"
@@ -218,6 +218,20 @@ def explain(
         raise typer.BadParameter("name a request, or give --last")
     with connect_to_administer(address) as client:
         explain(client, request_id or read())
+
+
+@app.command(rich_help_panel=MEASURING)
+def requests(
+    number: Annotated[int, typer.Option("-n", "--number", min=1, max=200, help="How many at most.")] = 20,
+    output: Annotated[Output, typer.Option("--output", "-o", help="How to print.")] = Output.TABLE,
+    address: Address = NO_ADDRESS,
+) -> None:
+    """List the requests that are being served, and those that ended last."""
+    from .client import connect_to_administer
+    from .requests import show_requests
+
+    with connect_to_administer(address) as client:
+        show_requests(client, number, output.value)
 
 
 @app.command(rich_help_panel=OPERATING)

@@ -195,6 +195,11 @@ class Head:
         now_s = asyncio.get_running_loop().time()
         return self._service.router.timeline(request_id, now_s) or self._telemetry.recent(request_id)
 
+    def latest(self, max_requests: int, scope: str) -> list[Timeline]:
+        now_s = asyncio.get_running_loop().time()
+        running = self._service.router.timelines(max_requests, scope, now_s)
+        return running + self._telemetry.latest(max_requests - len(running), scope)
+
     async def watch(self) -> AsyncGenerator[ClusterStatus, None]:
         """Yields the state now, and again whenever it may have changed."""
         while not self._ended.is_set():

@@ -46,6 +46,9 @@ class HeadTelemetry:
     def recent(self, request_id: str) -> Timeline | None:
         return self._recent.get(request_id)
 
+    def latest(self, max_requests: int, scope: str) -> list[Timeline]:
+        return self._recent.latest(max_requests, scope)
+
     @property
     def _num_spans(self) -> int:
         return 0 if self._traces is None else self._traces.num_spans

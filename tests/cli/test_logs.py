@@ -120,7 +120,7 @@ def test_a_long_log_has_its_newest_lines_and_a_bounded_size() -> None:
 def test_a_log_is_followed_over_full_files_until_its_writer_is_gone() -> None:
     log = LogFile(max_bytes=100)
     steps: list[Callable[[], None]] = [
-        lambda: [log.write(f"line {number}") for number in range(3, 40)] and None,
+        lambda: log.write("\n".join(f"line {number}" for number in range(3, 40))),
         lambda: log.write("the last"),
         log.close,
     ]

@@ -79,6 +79,14 @@ def test_a_reused_id_refers_to_its_last_request() -> None:
     assert len(recent) == 1
 
 
+def test_the_latest_requests_of_a_scope_are_listed_the_last_first() -> None:
+    recent = RecentRequests()
+    for name in ("alice/1", "bob/1", "alice/2", "alice/3", "alice/1"):
+        recent.add(timeline(name))
+    assert [one.request_id for one in recent.latest(2, "alice/")] == ["alice/1", "alice/3"]
+    assert [one.request_id for one in recent.latest(9)] == ["alice/1", "alice/3", "alice/2", "bob/1"]
+
+
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 30)), max_size=60))
 def test_neither_many_requests_nor_long_ones_take_more_than_the_bounds(

@@ -6,7 +6,7 @@ from ..proto import pdserve_pb2 as pb
 from .client import Client, connect_locally
 from .generate import stream_text, text_prompt, write_out
 from .timeline import timeline_lines
-from .up import follow, launched, say
+from .up import Shown, follow, launched, say
 
 QUESTION = 'The "with" statement is used to wrap the execution of a block'
 MAX_PROMPT_CHARS = 4000
@@ -16,7 +16,7 @@ def demo() -> None:
     """Start, ask, show, stop."""
     say("starting the embedded model: one prefill and one decode worker")
     with launched(demo_config()) as cluster, connect_locally(cluster) as client:
-        follow(client, until_ready=True)
+        follow(client, Shown(), until_ready=True)
         end = _ask(client, demo_prompt())
         print("", *timeline_lines(end), "", sep="\n")
     say("stopped")

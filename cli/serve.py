@@ -10,7 +10,7 @@ from ..engine.gpu import probe_node
 from .client import Client, connect_locally
 from .models import model_path
 from .plan import located
-from .up import follow, launched, say, up
+from .up import Shown, follow, launched, say, up
 
 
 def serve(model: str, prefill: int, decode: int, port: int | None, sets: list[str]) -> None:
@@ -49,7 +49,7 @@ def core_share(num_instances: int) -> float | None:
 def serving(model: str) -> Iterator[Client]:
     """Serves a model through one prefill and one decode worker for the time of the block. Yields a client."""
     with launched(private_config(model)) as cluster, connect_locally(cluster) as client:
-        follow(client, until_ready=True)
+        follow(client, Shown(), until_ready=True)
         yield client
 
 

@@ -14,6 +14,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -136,12 +137,15 @@ class LaunchedCluster:
     """A running head, replaced when it dies: workers and their streams outlive it. `stop` ends everything,
     including Ray when we started it."""
 
-    def __init__(self, config: ClusterConfig, log_settings: LogSettings | None) -> None:
+    def __init__(
+        self, config: ClusterConfig, log_settings: LogSettings | None, on_step: Callable[[str], None]
+    ) -> None:
         self._folder = Path(
             tempfile.mkdtemp(prefix="pdserve-", dir="/tmp")
         )  # for this user alone; sockets need short paths
         self._endpoints: Endpoints | None = None
         _running.append(self)
+        on_step("starting Ray" if ray_address.VARIABLE not in os.environ else "connecting to Ray")
         try:
             self._ray = _Ray.connect(self._folder)
         except BaseException:
@@ -154,6 +158,7 @@ class LaunchedCluster:
         self._error: str | None = None
         self._over = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="head-supervisor", daemon=True)
+        on_step("starting the head")
         try:
             self._keeper = self._create_keeper(config, log_settings)
             host = None if self._ray.token is None else "127.0.0.1"
@@ -306,9 +311,13 @@ class LaunchedCluster:
         self.stop()
 
 
-def launch(config: ClusterConfig, log_settings: LogSettings | None = None) -> LaunchedCluster:
-    """Starts a cluster and returns while its workers load. Without `log_settings`, its processes' warnings go
-    to Ray's logs.
+def launch(
+    config: ClusterConfig,
+    log_settings: LogSettings | None = None,
+    on_step: Callable[[str], None] = lambda step: None,
+) -> LaunchedCluster:
+    """Starts a cluster and returns while its workers load. `on_step` is called with what begins. Without
+    `log_settings`, its processes' warnings go to Ray's logs.
 
     Raises ConfigError when the address to listen on is taken, UnsafeFolder when this user's runtime folder is
     not private, LaunchError when Ray or the head does not start, or when the model cannot be read or does not
@@ -317,7 +326,7 @@ def launch(config: ClusterConfig, log_settings: LogSettings | None = None) -> La
     _check_port_is_free("grpc", *config.listen.grpc_host_port)
     if config.listen.http_host_port is not None:
         _check_port_is_free("http", *config.listen.http_host_port)
-    return LaunchedCluster(config, log_settings)
+    return LaunchedCluster(config, log_settings, on_step)
 
 
 def abandon() -> None:

@@ -13,16 +13,23 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol
 
 MAX_LINE_BYTES = 160 << 10
 CLOSE_S = 2.0
 
 
+class Screen(Protocol):
+    """Takes whole lines."""
+
+    def write(self, text: str, /) -> object: ...
+    def flush(self) -> None: ...
+
+
 class LogRelay:
     """The displaying end: writes each line to `stream`, and calls `keep` with it, on a thread of its own."""
 
-    def __init__(self, stream: TextIO, keep: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, stream: Screen, keep: Callable[[str], None] = lambda line: None) -> None:
         self._stream = stream
         self._keep = keep
         self._directory = Path(tempfile.mkdtemp(prefix="pdserve-log-", dir="/tmp"))  # for this user alone

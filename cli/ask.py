@@ -11,7 +11,9 @@ from .address import NO_ADDRESS, Address
 Temperature = Annotated[float | None, typer.Option(help="0 takes the most probable token each time.")]
 TopP = Annotated[float | None, typer.Option(help="Draw among the tokens that make up this probability.")]
 TopK = Annotated[int | None, typer.Option(help="Draw among this many most probable tokens.")]
-Seed = Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same output.")]
+Seed = Annotated[
+    int | None, typer.Option(min=0, max=2**64 - 1, metavar="N", help="The same seed gives the same output.")
+]
 MaxTokens = Annotated[int, typer.Option(help="Output tokens, at most.")]
 System = Annotated[str | None, typer.Option(help="The system message of a conversation.")]
 
@@ -36,7 +38,7 @@ def generate(
         float | None, typer.Option(help="Above 0: avoid tokens, more so frequent ones.")
     ] = None,
     seed: Seed = None,
-    n: Annotated[int | None, typer.Option("-n", "--n", help="How many choices.")] = None,
+    n: Annotated[int | None, typer.Option("-n", "--n", help="Number of choices.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="End where the text would contain this; may be repeated.")
     ] = None,
@@ -50,7 +52,7 @@ def generate(
         int | None, typer.Option(help="Number of alternatives to report per token; shown with --json.")
     ] = None,
     prompt_logprobs: Annotated[
-        int | None, typer.Option(help="The same for the prompt's tokens; seen with --json.")
+        int | None, typer.Option(help="The same for the prompt's tokens; shown with --json.")
     ] = None,
     logit_bias: Annotated[
         list[str] | None,
@@ -62,7 +64,7 @@ def generate(
     model: Annotated[
         str, typer.Option(help="The name of the model; by default the one that is served.")
     ] = "",
-    request_id: Annotated[str, typer.Option(help="A name for the request.")] = "",
+    request_id: Annotated[str, typer.Option(help="The request's id, for explain; random by default.")] = "",
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds after which to give up.")] = None,
     timeline: Annotated[bool, typer.Option("--timeline", help="Show on stderr where the time went.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")] = False,
@@ -71,7 +73,7 @@ def generate(
     ] = False,
     address: Address = NO_ADDRESS,
 ) -> None:
-    """Continue a prompt; the text comes as it is made."""
+    """Continue a prompt; the text is shown as it is generated."""
     from ..proto import pdserve_pb2 as pb
     from . import generate as command, last_request
     from .client import connect
@@ -119,11 +121,11 @@ def chat(
     seed: Seed = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Serve this model for the talk: a path, or smollm2, which is downloaded."),
+        typer.Option(help="Serve this model for the chat: a path, or smollm2, which is downloaded."),
     ] = None,
     address: Address = NO_ADDRESS,
 ) -> None:
-    """Talk with the model; an empty line or Ctrl-D ends."""
+    """Chat with the model; an empty line or Ctrl-D ends it."""
     from ..proto import pdserve_pb2 as pb
     from . import generate as command
     from .client import connect

@@ -121,13 +121,15 @@ def pdserve(
         str | None,
         typer.Option(
             envvar="PDSERVE_TLS_CA",
-            help="Use TLS; the server's certificate comes from these (PEM), or: public.",
+            help="Use TLS, and trust these authorities: a PEM file, or: public.",
         ),
     ] = None,
     cert: Annotated[
-        str | None, typer.Option(envvar="PDSERVE_TLS_CERT", help="Our certificate (PEM).")
+        str | None, typer.Option(envvar="PDSERVE_TLS_CERT", help="The client's certificate (PEM).")
     ] = None,
-    key: Annotated[str | None, typer.Option(envvar="PDSERVE_TLS_KEY", help="Its private key (PEM).")] = None,
+    key: Annotated[
+        str | None, typer.Option(envvar="PDSERVE_TLS_KEY", help="The certificate's private key (PEM).")
+    ] = None,
 ) -> None:
     """Holds the options of all commands."""
     from .trust import Trust, use
@@ -238,16 +240,14 @@ def requests(
 def logs(
     processes: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[WORKER]...", help="Only these workers, or up, keeper, head; by default all."
-        ),
+        typer.Argument(metavar="[WORKER]...", help="Only these workers, or: up, keeper, head."),
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the cluster ends.")] = False,
     address: Annotated[
-        str | None, typer.Option(help="HOST:PORT of a cluster; by default the latest of this user.")
+        str | None, typer.Option(help="HOST:PORT of the cluster; by default your latest.")
     ] = None,
 ) -> None:
-    """Print what a running or the last cluster of this user has logged on this machine."""
+    """Print the logs of your running or last cluster on this machine."""
     from .address import checked
     from .logs import show_logs
 
@@ -326,7 +326,7 @@ def simulate(
         int | None, typer.Option(min=0, help="Run this seed alone and print its timeline.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds to run.")] = 100,
-    first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Number of processes; by default one per core.")
     ] = None,

@@ -99,8 +99,10 @@ def ready_line(status: pb.ClusterStatus, address: str, http_address: str | None 
 
 
 def _phase(worker: pb.WorkerStatus, weights_bytes: int | None) -> str:
-    if worker.phase != LOADING or weights_bytes is None:
+    if worker.phase != LOADING:
         return worker.phase
+    if weights_bytes is None:
+        return f"{LOADING} ({worker.fraction:.0%})"
     return f"{LOADING}, {format_size(round(worker.fraction * weights_bytes))} of {format_size(weights_bytes)}"
 
 
@@ -108,7 +110,7 @@ def _line(worker: pb.WorkerStatus, weights_bytes: int | None) -> str:
     state = STATES.get(worker.state, "Unknown").lower()
     parts = [f"{worker.worker_id}: {state}"]
     if worker.state == pb.WORKER_STATE_STARTING and worker.phase:
-        parts.append(f"{_phase(worker, weights_bytes)} ({worker.fraction:.0%})")
+        parts.append(_phase(worker, weights_bytes))
     if worker.message:
         parts.append(worker.message)
     return ", ".join(parts)

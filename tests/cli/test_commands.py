@@ -173,9 +173,10 @@ def test_a_full_queue_says_when_to_come_back(run: Run, cluster: ScriptedCluster)
     )
 
 
-def test_without_a_server_it_says_how_to_start_one() -> None:
-    result = CliRunner().invoke(app, ["status", "--address", "127.0.0.1:1"])
-    assert result.exit_code == 1
+@pytest.mark.parametrize("command", [["status"], ["requests"], ["generate", "Hello"]])
+def test_without_a_server_it_says_how_to_start_one(command: list[str]) -> None:
+    result = CliRunner().invoke(app, [*command, "--address", "127.0.0.1:1"])
+    assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith(
         "pdserve: no pdserve server answers at 127.0.0.1:1 (--address); start one with `pdserve up`"
     )

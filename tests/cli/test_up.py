@@ -68,7 +68,7 @@ def test_only_changes_make_a_line() -> None:
 
 def test_a_worker_that_loads_shows_how_much_of_its_weights() -> None:
     (line,) = StatusLines(weights_bytes=400 << 20).changes(status(starting("loading weights", 0.25)))
-    assert line == "decode-0: starting, loading weights, 100 MiB of 400 MiB (25%)"
+    assert line == "decode-0: starting, loading weights, 100 MiB of 400 MiB"
 
 
 def test_missing_workers_and_the_end_are_each_reported_once() -> None:

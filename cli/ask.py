@@ -138,8 +138,9 @@ def chat(
             command.check_chat(client)
             command.chat(client, command.typed_lines("> "), system, sampling, command.write_out)
         return
-    from .serve import serving
+    from .serve import private_config
+    from .up import serving
 
-    with serving(model) as client:
+    with serving(private_config(model)) as client:
         command.check_chat(client)
         command.chat(client, command.typed_lines("> "), system, sampling, command.write_out)

@@ -192,14 +192,21 @@ def _drain_and_stop(client: Client) -> None:
 
 
 @contextmanager
-def launched(config: ClusterConfig) -> Iterator["LaunchedCluster"]:
-    """A cluster for the time of the block. An interrupt while it starts ends this process."""
-    with ending_at_once() as clean_ups:
-        screen = Screen(say)
+def serving(config: ClusterConfig) -> Iterator[Client]:
+    """A client of a cluster that serves for the time of the block. An interrupt before it serves ends this
+    process at once."""
+    with ExitStack() as stack:
+        starting = stack.enter_context(ExitStack())
+        clean_ups = starting.enter_context(ending_at_once())
+        screen = stack.enter_context(Screen(say))
         clean_ups.append(screen.abandon)
-        cluster = _launched(config, None, clean_ups, screen)
-    with cluster, sigterm_as_interrupt():
-        yield cluster
+        cluster = stack.enter_context(_launched(config, None, clean_ups, screen))
+        starting.enter_context(ending_at_once(clean_ups))  # as in `up`
+        client = stack.enter_context(connect_locally(cluster))
+        follow(client, Shown(clean_ups=clean_ups), until_ready=True)
+        starting.close()
+        stack.enter_context(sigterm_as_interrupt())
+        yield client
 
 
 @contextmanager

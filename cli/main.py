@@ -217,7 +217,7 @@ def explain(
     from .last_request import read
 
     if (request_id is None) == (not last):
-        raise typer.BadParameter("name a request, or give --last")
+        raise typer.BadParameter("name a request (`pdserve requests` lists them), or give --last")
     with connect_to_administer(address) as client:
         explain(client, request_id or read())
 

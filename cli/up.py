@@ -194,16 +194,21 @@ def _drain_and_stop(client: Client) -> None:
 @contextmanager
 def serving(config: ClusterConfig) -> Iterator[Client]:
     """A client of a cluster that serves for the time of the block. An interrupt before it serves ends this
-    process at once."""
+    process at once. Raises CheckpointError, ConfigError, CapacityError or LaunchError."""
     with ExitStack() as stack:
         starting = stack.enter_context(ExitStack())
         clean_ups = starting.enter_context(ending_at_once())
+
+        from .plan import check
+
+        planned = check(config)
         screen = stack.enter_context(Screen(say))
         clean_ups.append(screen.abandon)
         cluster = stack.enter_context(_launched(config, None, clean_ups, screen))
         starting.enter_context(ending_at_once(clean_ups))  # as in `up`
         client = stack.enter_context(connect_locally(cluster))
-        follow(client, Shown(clean_ups=clean_ups), until_ready=True)
+        shown = Shown(weights_bytes=planned.weights_bytes, clean_ups=clean_ups)
+        follow(client, shown, until_ready=True)
         starting.close()
         stack.enter_context(sigterm_as_interrupt())
         yield client

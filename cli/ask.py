@@ -10,7 +10,7 @@ from .address import NO_ADDRESS, Address
 
 Temperature = Annotated[float | None, typer.Option(help="0 takes the most probable token each time.")]
 TopP = Annotated[float | None, typer.Option(help="Draw among the tokens that make up this probability.")]
-TopK = Annotated[int | None, typer.Option(help="Draw among this many most probable tokens.")]
+TopK = Annotated[int | None, typer.Option(help="Draw among this many of the most probable tokens.")]
 Seed = Annotated[
     int | None, typer.Option(min=0, max=2**64 - 1, metavar="N", help="The same seed gives the same output.")
 ]
@@ -19,14 +19,15 @@ System = Annotated[str | None, typer.Option(help="The system message of a conver
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to continue; - reads it from stdin.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from stdin.")],
     max_tokens: MaxTokens = 128,
     min_tokens: Annotated[int | None, typer.Option(help="Minimum number of tokens before the end.")] = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
     min_p: Annotated[
-        float | None, typer.Option(help="Draw among tokens at least this fraction as probable as the best.")
+        float | None,
+        typer.Option(help="Draw among tokens at least this fraction as probable as the best one."),
     ] = None,
     repetition_penalty: Annotated[
         float | None, typer.Option(help="Above 1: avoid tokens of prompt and output.")
@@ -35,7 +36,7 @@ def generate(
         float | None, typer.Option(help="Above 0: avoid tokens of the output.")
     ] = None,
     frequency_penalty: Annotated[
-        float | None, typer.Option(help="Above 0: avoid tokens, more so frequent ones.")
+        float | None, typer.Option(help="Above 0: avoid tokens, frequent ones more.")
     ] = None,
     seed: Seed = None,
     n: Annotated[int | None, typer.Option("-n", "--n", help="Number of choices.")] = None,
@@ -46,7 +47,7 @@ def generate(
         list[int] | None, typer.Option(min=0, help="End with this token; may be repeated.")
     ] = None,
     ignore_eos: Annotated[
-        bool | None, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")
+        bool | None, typer.Option("--ignore-eos", help="Continue after an end-of-text token.")
     ] = None,
     logprobs: Annotated[
         int | None, typer.Option(help="Number of alternatives to report per token; shown with --json.")
@@ -58,7 +59,7 @@ def generate(
         list[str] | None,
         typer.Option(help="TOKEN=BIAS: favour a token, up to 100, or avoid it; may be repeated."),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message to answer.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message, to be answered.")] = False,
     system: System = None,
     token_ids: Annotated[bool, typer.Option("--token-ids", help="PROMPT is a list of token ids.")] = False,
     model: Annotated[

@@ -21,7 +21,7 @@ def show_logs(address: str | None, processes: Iterable[str], follow: bool) -> No
     path = log_file.latest() if address is None else log_file.find(address)
     if path is None:
         where = "" if address is None else f" at {address}"
-        raise CommandFailed(f"no cluster of this user{where} has left a log on this machine")
+        raise CommandFailed(f"no log of a cluster of yours{where} is on this machine")
     chosen = Chosen(processes)
     for line in followed(path) if follow else read(path):
         if chosen.has(line):
@@ -29,7 +29,7 @@ def show_logs(address: str | None, processes: Iterable[str], follow: bool) -> No
             sys.stdout.flush()
     if not chosen.num_lines and chosen.wanted:
         known = ", ".join(sorted(chosen.seen)) or "none"
-        raise CommandFailed(f"no line is by {', '.join(chosen.wanted)}; expected some of {known}")
+        raise CommandFailed(f"{', '.join(chosen.wanted)} logged nothing; the log has lines of {known}")
 
 
 class Chosen:

@@ -191,7 +191,9 @@ app.command(rich_help_panel=ASKING)(chat)
 
 @app.command(rich_help_panel=OPERATING)
 def status(
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow the state until interrupted.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Show the state as it changes, until interrupted.")
+    ] = False,
     output: Annotated[Output, typer.Option("--output", "-o", help="How to print.")] = Output.TABLE,
     address: Address = NO_ADDRESS,
 ) -> None:
@@ -242,7 +244,9 @@ def logs(
         list[str] | None,
         typer.Argument(metavar="[WORKER]...", help="Only these workers, or: up, keeper, head."),
     ] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the cluster ends.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Print further lines too, until the cluster ends.")
+    ] = False,
     address: Annotated[
         str | None, typer.Option(help="HOST:PORT of the cluster; by default your latest.")
     ] = None,
@@ -279,7 +283,7 @@ def drain(
     all_: Annotated[bool, typer.Option("--all", help="All workers.")] = False,
     address: Address = NO_ADDRESS,
 ) -> None:
-    """Give no more work to workers and wait until they are idle."""
+    """Take workers out of service, and wait until they are idle."""
     from .admin import drain
     from .client import connect_to_administer
 

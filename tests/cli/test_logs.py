@@ -75,12 +75,14 @@ def test_lines_in_json_are_chosen_too() -> None:
 def test_a_process_without_lines_is_named_beside_those_with_some() -> None:
     result = logs("worker-7")
     assert result.exit_code == 1
-    assert result.stderr == "pdserve: no line is by worker-7; expected some of head, worker-0, worker-1\n"
+    assert (
+        result.stderr == "pdserve: worker-7 logged nothing; the log has lines of head, worker-0, worker-1\n"
+    )
 
 
 def test_without_a_log_it_fails() -> None:
     assert (logs().exit_code, logs("--address", "50051").exit_code) == (1, 1)
-    assert "at 127.0.0.1:50051 has left a log" in logs("--address", "50051").stderr
+    assert "no log of a cluster of yours at 127.0.0.1:50051" in logs("--address", "50051").stderr
 
 
 def test_the_running_cluster_comes_before_later_ones_and_each_is_found_by_address(

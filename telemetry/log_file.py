@@ -67,7 +67,9 @@ class LogFile:
 
 
 def find(address: str) -> Path | None:
-    """Returns the log of the cluster that listens, or has listened last, on `address`."""
+    """Returns the log of the cluster that listens, or has listened last, on `address`. Raises
+    UnsafeFolder."""
+    admin_socket.prepare()
     with suppress(OSError):
         path = _link(address).readlink()
         if path.exists():
@@ -76,7 +78,8 @@ def find(address: str) -> Path | None:
 
 
 def latest() -> Path | None:
-    """Returns the log of the run that writes one, or else has done so last."""
+    """Returns the log of the run that writes one, or else has done so last. Raises UnsafeFolder."""
+    admin_socket.prepare()
     logs = _logs()
     return min(logs, key=lambda path: (not is_written(path), _age(path))) if logs else None
 

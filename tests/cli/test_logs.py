@@ -85,6 +85,15 @@ def test_without_a_log_it_fails() -> None:
     assert "no log of a cluster of yours at 127.0.0.1:50051" in logs("--address", "50051").stderr
 
 
+def test_a_log_that_another_user_may_have_written_is_not_shown(runtime_folder: Path) -> None:
+    with closing(LogFile()) as log:
+        log.write(TEXT[0])
+    runtime_folder.chmod(0o777)
+    result = logs()
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "expected a directory of user" in result.stderr
+
+
 def test_the_running_cluster_comes_before_later_ones_and_each_is_found_by_address(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

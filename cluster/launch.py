@@ -144,6 +144,7 @@ class LaunchedCluster:
             tempfile.mkdtemp(prefix="pdserve-", dir="/tmp")
         )  # for this user alone; sockets need short paths
         self._endpoints: Endpoints | None = None
+        self._is_launched = False
         _running.append(self)
         on_step("starting Ray" if ray_address.VARIABLE not in os.environ else "connecting to Ray")
         try:
@@ -176,6 +177,7 @@ class LaunchedCluster:
             self.stop()
             raise
         self._supervisor.start()
+        self._is_launched = True
 
     @property
     def grpc_address(self) -> str:
@@ -293,7 +295,12 @@ class LaunchedCluster:
         self._remove_folder()
 
     def abandon(self) -> None:
-        """Removes its traces, when its processes have been killed."""
+        """Removes its traces, when its processes have been killed: those in a Ray of our own. In another Ray,
+        it kills them; if it has not launched them all, Ray ends them when this process has ended."""
+        if self._is_launched and self._ray.token is None:
+            self._stopped = True  # whoever has the lock may be what this interrupts
+            ray.kill(self._head)
+            ray.kill(self._keeper)
         if self._endpoints is not None:
             admin_socket.withdraw(self.grpc_address, self._socket)
         self._remove_folder()

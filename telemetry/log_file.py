@@ -33,8 +33,9 @@ class LogFile:
             raise PdserveError(f"{self._path}: cannot be written: {error.strerror}") from error
 
     def write(self, line: str) -> None:
-        """A full disk costs the line, and nothing else."""
-        with suppress(OSError):
+        """A full disk costs the line and nothing else. So does a log that is closed already, as the thread
+        that writes may have been waiting for a terminal."""
+        with suppress(OSError, ValueError):
             if self._file.tell() >= self._max_bytes:
                 self._begin_again()
             self._file.write(line.encode(errors="backslashreplace") + b"\n")

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from ... import __version__
-from ...core.errors import PdserveError
+from ...core.errors import InvalidRequest, PdserveError
 from ...proto import pdserve_pb2 as pb
 from ..serving import Serving
 from . import answers
@@ -25,6 +25,7 @@ from .errors import HttpRefusal, error_response
 from .hosts import AllowedHosts
 from .probes import Probes
 from .schema import CompletionRequest, ErrorResponse
+from .words import in_http_words
 
 Handler = Callable[[Request], Awaitable[Response]]
 BODIES = (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
@@ -114,7 +115,8 @@ class _Tokens:
     def _model(self) -> dict[str, Any]:
         info = self._serving.model_info(pb.GetModelInfoRequest())
         payload = {"id": info.name, "object": "model", "created": self._created, "owned_by": "pdserve"}
-        return payload | {"max_model_len": info.max_model_len}
+        defaults = self._serving.model.default_sampling.stated
+        return payload | {"max_model_len": info.max_model_len, "default_sampling": defaults}
 
 
 async def _version(http: Request) -> Response:
@@ -122,6 +124,9 @@ async def _version(http: Request) -> Response:
 
 
 async def _on_error(http: Request, error: Exception) -> Response:
+    options = getattr(http.state, "options", None)
+    if isinstance(error, InvalidRequest) and options is not None:
+        error = in_http_words(error, options)
     return error_response(error)
 
 

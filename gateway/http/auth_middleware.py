@@ -75,8 +75,8 @@ class AuthMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"").decode("latin-1")
         request_id = given or uuid.uuid4().hex
-        scope["state"] |= {"request_id": request_id, "caller": None}
-        out = _Answer(send, request_id)
+        scope["state"] |= {"request_id": request_id, "is_id_given": bool(given), "caller": None}
+        out = _Answer(send, scope["state"])
         try:
             check_name("request_id", given)
             _check_path(scope["path"])
@@ -191,9 +191,9 @@ class _Held:
 class _Answer:
     """Adds the request's id to its response, and records whether the response has started."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, state: MutableMapping[str, Any]) -> None:
         self._send = send
-        self._header = (REQUEST_ID, request_id.encode("latin-1"))
+        self._state = state  # the body may name the request
         self.has_begun = False
         self.is_complete = False
         self._has_events = False
@@ -202,7 +202,10 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.has_begun = True
             self._has_events = (b"content-type", EVENTS) in message.get("headers", ())
-            message["headers"] = [*message.get("headers", ()), self._header]
+            message["headers"] = [
+                *message.get("headers", ()),
+                (REQUEST_ID, self._state["request_id"].encode("latin-1")),
+            ]
         elif not message.get("more_body", False):
             self.is_complete = True
         await self._send(message)

@@ -23,6 +23,7 @@ from .chat_schema import ChatCompletionRequest, DetokenizeRequest, TokenizeReque
 from .completions import Completions
 from .errors import HttpRefusal, error_response
 from .hosts import AllowedHosts
+from .pages import Pages
 from .probes import Probes
 from .schema import CompletionRequest, ErrorResponse
 from .words import in_http_words
@@ -30,6 +31,7 @@ from .words import in_http_words
 Handler = Callable[[Request], Awaitable[Response]]
 BODIES = (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
 PATH = "#/components/schemas/{model}"
+READ = ["GET", "HEAD"]
 REFUSALS = (400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504)
 
 
@@ -63,19 +65,16 @@ def http_app(serving: Serving, hosts: AllowedHosts | None = None) -> AuthMiddlew
         _MODEL,
     )
     app.add_api_route("/metrics", probes.metrics, name="metrics", response_class=PlainTextResponse)
+    app.add_api_route("/metrics", probes.metrics, methods=["HEAD"], include_in_schema=False)
     _get(app, "/version", _version, answers.Version)
     _get(app, "/health", probes.health, answers.Health, {503: {"model": answers.Health}})
     _get(app, "/livez", probes.live, answers.Health)
     _get(app, "/readyz", probes.ready, answers.Health, {503: {"model": answers.Health}})
     _get(app, "/startupz", probes.startup, answers.Startup, {503: {"model": answers.Startup}})
-    for path, probe in (
-        ("health", probes.health),
-        ("livez", probes.live),
-        ("readyz", probes.ready),
-        ("startupz", probes.startup),
-    ):
-        app.add_api_route(f"/{path}", probe, methods=["HEAD"], include_in_schema=False)
     app.openapi = _described(app.openapi)  # type: ignore[method-assign]
+    pages = Pages(serving.model.name, app.openapi)
+    app.add_api_route("/", pages.index, methods=READ, include_in_schema=False)
+    app.add_api_route("/docs", pages.docs, methods=READ, include_in_schema=False)
     return AuthMiddleware(app, posts, serving.shared, hosts)
 
 
@@ -159,6 +158,7 @@ def _get(
     app.add_api_route(
         path, handler, response_model=answer, responses=others, openapi_extra=described, name=_name(path)
     )
+    app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)
 
 
 def _post(app: FastAPI, path: str, handler: Handler, body: type[BaseModel], answer: type[BaseModel]) -> None:

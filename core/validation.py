@@ -157,7 +157,7 @@ def _check_room(
 ) -> None:
     room = max_model_len - num_prompt_tokens
     if sampling.max_tokens > room:
-        expected = f"at most {room}, as the prompt has {num_prompt_tokens}"
+        expected = f"at most {room} beside the {num_prompt_tokens} tokens of the prompt"
         found.append(context_length_exceeded("max_tokens", sampling.max_tokens, expected, max_model_len))
 
 

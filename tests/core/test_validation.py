@@ -119,7 +119,7 @@ def test_the_longest_prompt_leaves_room_for_one_token() -> None:
     check([1] * 255, max_tokens=1)
     with pytest.raises(
         InvalidRequest,
-        match=r"max_tokens: 2 is not valid, expected at most 1, .* maximum context length is 256 tokens",
+        match=r"max_tokens: 2 is not valid, expected at most 1 beside .* maximum context length is 256 tokens",
     ):
         check([1] * 255, max_tokens=2)
 

@@ -69,7 +69,7 @@ CONTEXT_LENGTH_EXCEEDED = "CONTEXT_LENGTH_EXCEEDED"
 def context_length_exceeded(field: str, value: object, expected: str, max_tokens: int) -> InvalidRequest:
     """Returns the refusal of a request with more tokens than the model takes. Clients recognise it by these
     words."""
-    expected = f"{expected}: the prompt is too long, this model's maximum context length is {max_tokens} tokens"
+    expected += f": the prompt is too long, this model's maximum context length is {max_tokens} tokens"
     return InvalidRequest(field, value, expected, CONTEXT_LENGTH_EXCEEDED)
 
 

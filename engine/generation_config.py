@@ -22,8 +22,9 @@ def default_sampling(model: ModelSection) -> DefaultSampling:
     try:
         defaults = _read(file)
         check_sampling_ranges(SamplingParams(**defaults.stated))
-    except InvalidRequest as error:
-        raise CheckpointError(f"{file}: {error}; model.generation_config: none leaves it out") from None
+    except (InvalidRequest, CheckpointError) as error:
+        place = f"{file}: " if isinstance(error, InvalidRequest) else ""
+        raise CheckpointError(f"{place}{error}; model.generation_config: none leaves the file out") from None
     return defaults
 
 

@@ -83,10 +83,10 @@ class Intake:
         _check_resumption(message, sampling)
         try:
             offer = await self.offer(message.prompt, limits, worked_for)
+            with charge.tokenizing():
+                token_ids = await self.token_ids(message.prompt, limits, worked_for)
         except InvalidRequest as error:
             raise with_sampling([error], message.sampling, limits) from None
-        with charge.tokenizing():
-            token_ids = await self.token_ids(message.prompt, limits, worked_for)
         # its tokens are charged, even if the request is refused below
         charge.settle_prompt(len(token_ids), asyncio.get_running_loop().time())
         token_ids = truncated(

@@ -72,7 +72,16 @@ def refuse_unknown_fields(message: Message) -> None:
     """Raises InvalidRequest if a client, newer than us or mistaken, sent fields that would otherwise be
     ignored; also for too many items, before each of them is examined. The message types bound the recursion
     depth."""
-    for _ in walk(message):
+    _check_num_parts(message, _walk(message, ""))
+
+
+def refuse_many_parts(message: Message) -> None:
+    """As `refuse_unknown_fields` for a message that we have made ourselves, which has none."""
+    _check_num_parts(message, _walk(message, "", is_ours=True))
+
+
+def _check_num_parts(message: Message, parts: Iterator[None]) -> None:
+    for _ in _counted(message, parts):
         pass
 
 
@@ -100,7 +109,11 @@ async def vet(message: Message, bounds: Bounds) -> None:
 
 def walk(message: Message) -> Iterator[None]:
     """`refuse_unknown_fields` in small steps, one for each part of the message."""
-    for index, _ in enumerate(_walk(message, "")):
+    yield from _counted(message, _walk(message, ""))
+
+
+def _counted(message: Message, parts: Iterator[None]) -> Iterator[None]:
+    for index, _ in enumerate(parts):
         if index >= MAX_PARTS:
             raise InvalidRequest(
                 message.DESCRIPTOR.name, f"more than {MAX_PARTS} parts", f"at most {MAX_PARTS}"
@@ -108,16 +121,15 @@ def walk(message: Message) -> Iterator[None]:
         yield
 
 
-def _walk(message: Message, path: str) -> Iterator[None]:
+def _walk(message: Message, path: str, is_ours: bool = False) -> Iterator[None]:
     yield
-    unknown = UnknownFieldSet(message)
-    if len(unknown):
+    if not is_ours and len(unknown := UnknownFieldSet(message)):
         field = f"field {unknown[0].field_number}"
         raise InvalidRequest(
             path or message.DESCRIPTOR.name, field, f"only the fields of {message.DESCRIPTOR.full_name}"
         )
     for name, child in _children(message):
-        yield from _walk(child, f"{path}.{name}" if path else name)
+        yield from _walk(child, f"{path}.{name}" if path else name, is_ours)
 
 
 def _check_items(field: str, count: int) -> None:
@@ -139,32 +151,46 @@ def _children(message: Message) -> Iterator[tuple[str, Message]]:
 
 def check_message(message: Message, bounds: Bounds) -> None:
     """Runs after `walk`: raises InvalidRequest or UnknownModel for errors that show before tokenisation."""
+    check_message_model(message, bounds)
+    found = message_problems(message, bounds)
+    if found and isinstance(message, pb.GenerateRequest):
+        raise with_sampling(found, message.sampling, bounds.limits)
+    refuse(found)
+
+
+def check_message_model(message: Message, bounds: Bounds) -> None:
+    """Raises UnknownModel."""
+    if isinstance(message, pb.GenerateRequest | pb.TokenizeRequest | pb.DetokenizeRequest):
+        check_model(message.model, bounds.model)
+
+
+def message_problems(message: Message, bounds: Bounds) -> list[InvalidRequest]:
+    """Returns what is wrong in a message's names, and in the number and size of its parts."""
     match message:
-        case pb.GenerateRequest():
-            check_model(message.model, bounds.model)
-            found = [*_name_problems(message), *_prompt_problems(message.prompt, bounds)]
-            sampling = message.sampling
-            found += count_problems(
-                bounds.limits,
-                num_biases=len(sampling.logit_bias),
-                num_stops=len(sampling.stop),
-                num_stop_token_ids=len(sampling.stop_token_ids),
-            )
-            found += _bad_word_problems(sampling.bad_words)
-            if found:
-                raise with_sampling(found, sampling, bounds.limits)
+        case pb.GenerateRequest(sampling=sampling):
+            return [
+                *_name_problems(message),
+                *_prompt_problems(message.prompt, bounds),
+                *count_problems(
+                    bounds.limits,
+                    num_biases=len(sampling.logit_bias),
+                    num_stops=len(sampling.stop),
+                    num_stop_token_ids=len(sampling.stop_token_ids),
+                ),
+                *_bad_word_problems(sampling.bad_words),
+            ]
         case pb.TokenizeRequest():
-            check_model(message.model, bounds.model)
-            check_counted(len(message.prompt.token_ids.ids), bounds)
-            refuse(_chat_problems(message.prompt, bounds))
-            check_prompt_size(message.prompt, bounds)
-        case pb.DetokenizeRequest():
-            check_model(message.model, bounds.model)
-            if len(message.token_ids) > bounds.max_model_len:
-                got = f"{len(message.token_ids)} tokens"
-                raise InvalidRequest(
-                    "token_ids", got, f"at most {bounds.max_model_len} tokens, as many as the model takes"
-                )
+            return _prompt_problems(message.prompt, bounds, is_counted=True)
+        case pb.DetokenizeRequest() if len(message.token_ids) > bounds.max_model_len:
+            got = f"{len(message.token_ids)} tokens"
+            expected = f"at most {bounds.max_model_len} tokens, as many as the model takes"
+            return [InvalidRequest("token_ids", got, expected)]
+    return []
+
+
+def check_model(name: str, served: str) -> None:
+    if name and name != served:
+        raise UnknownModel(name, served)
 
 
 def _name_problems(message: pb.GenerateRequest) -> Iterator[InvalidRequest]:
@@ -175,10 +201,12 @@ def _name_problems(message: pb.GenerateRequest) -> Iterator[InvalidRequest]:
             yield error
 
 
-def _prompt_problems(prompt: pb.Prompt, bounds: Bounds) -> list[InvalidRequest]:
+def _prompt_problems(prompt: pb.Prompt, bounds: Bounds, is_counted: bool = False) -> list[InvalidRequest]:
+    """Returns what is wrong with a prompt before millions of its tokens are examined."""
     try:
-        if prompt.HasField("token_ids") and not prompt.HasField("truncate_tokens"):
-            # before millions of them are examined
+        if prompt.HasField("token_ids") and is_counted:
+            check_counted(len(prompt.token_ids.ids), bounds)
+        elif prompt.HasField("token_ids") and not prompt.HasField("truncate_tokens"):
             check_prompt_length(len(prompt.token_ids.ids), bounds.limits, bounds.max_model_len)
         check_prompt_size(prompt, bounds)
     except InvalidRequest as error:
@@ -214,11 +242,6 @@ def _bad_word_problems(words: Sequence[str]) -> Iterator[InvalidRequest]:
             expected = f"a text of 1 to {MAX_BAD_WORD_CHARS} characters, not all of them blanks"
             yield InvalidRequest(f"bad_words[{index}]", word, expected)
             return
-
-
-def check_model(name: str, served: str) -> None:
-    if name and name != served:
-        raise UnknownModel(name, served)
 
 
 def check_prompt_size(prompt: pb.Prompt, bounds: Bounds) -> None:

@@ -18,7 +18,7 @@ from ...core.validation import sampling_problems
 from ...proto import pdserve_pb2 as pb
 from ..sampling import sampling_params
 from ..translate import UnknownModel
-from ..vetting import Bounds, check_message, refuse_unknown_fields
+from ..vetting import Bounds, check_message_model, message_problems, refuse_many_parts
 from .answer_options import AnswerOptions
 from .chat_schema import ChatCompletionRequest, DetokenizeRequest, TokenizeRequest
 from .constraint import constraint_field
@@ -61,13 +61,28 @@ def read_body(
     options = reader.options(body)
     own_id = "" if is_id_given else options.request_id
     try:
-        messages = reader.messages(body, own_id or request_id, bounds.limits)
+        messages = reader.messages(body, own_id or request_id, bounds.limits, found := [])
         for message in messages:
-            refuse_unknown_fields(message)
-            check_message(message, bounds)
+            refuse_many_parts(message)
+            found += message_problems(message, bounds)
+        if found:
+            refuse([*found, *_beside(messages, bounds)])
+        for message in messages:
+            check_message_model(message, bounds)
     except InvalidRequest as error:
         raise in_http_words(error, options) from error
     return messages, options
+
+
+def _beside(messages: Sequence[Message], bounds: Bounds) -> Iterator[InvalidRequest]:
+    """Yields what is wrong in messages beside what their bodies' types and sizes show."""
+    for message in messages[:1]:  # all of them have the same parameters
+        try:
+            check_message_model(message, bounds)
+        except UnknownModel as unknown:
+            yield InvalidRequest("model", unknown.asked, repr(unknown.served))
+        if isinstance(message, pb.GenerateRequest):
+            yield from sampling_problems(sampling_params(message.sampling, 0), bounds.limits)
 
 
 def _further(
@@ -77,23 +92,18 @@ def _further(
     if not all(fault["loc"] for fault in faults):
         return  # it is no object
     refused = {fault["loc"][0] for fault in faults}
+    rest = {name: value for name, value in from_json(data).items() if name not in refused}
+    rest |= {name: value for name, value in reader.stand_ins.items() if name in refused}
     try:
-        rest = from_json(data)
-        body = reader.model.model_validate(
-            {name: value for name, value in rest.items() if name not in refused}
-            | {name: value for name, value in reader.stand_ins.items() if name in refused}
-        )
+        body = reader.model.model_validate(rest)
     except ValidationError:  # one of the first that were refused had hidden others
         return
-    try:
-        for message in reader.messages(body, "", bounds.limits):
-            check_message(message, bounds)
-            if isinstance(message, pb.GenerateRequest):
-                refuse(sampling_problems(sampling_params(message.sampling, 0), bounds.limits))
-    except InvalidRequest as further:
-        yield in_http_words(further, reader.options(body))
-    except UnknownModel as unknown:
-        yield InvalidRequest("model", unknown.asked, repr(unknown.served))
+    found: list[InvalidRequest] = []
+    messages = reader.messages(body, "", bounds.limits, found)
+    for message in messages:
+        found += message_problems(message, bounds)
+    for problem in (*found, *_beside(messages, bounds)):
+        yield in_http_words(problem, reader.options(body))
 
 
 def _check_values(data: bytes) -> None:
@@ -127,7 +137,8 @@ class _Reader(Generic[Model]):
     """How the bodies of one route are read."""
 
     model: type[Model]
-    messages: Callable[[Model, str, LimitsSection], Sequence[Message]]
+    # with the request's id, and a list for what is wrong
+    messages: Callable[[Model, str, LimitsSection, list[InvalidRequest]], Sequence[Message]]
     options: Callable[[Model], AnswerOptions]
     # valid values of required fields, in place of wrong ones, so that the others can be checked
     stand_ins: Mapping[str, Any]
@@ -142,13 +153,13 @@ _READERS: dict[str, _Reader[Any]] = {
     ),
     "chat": _Reader(
         ChatCompletionRequest,
-        lambda body, request_id, limits: [chat_message(body, request_id, limits)],
+        lambda body, request_id, limits, found: [chat_message(body, request_id, limits, found)],
         lambda body: _options(body, body.logprobs),
         {"messages": [{"role": "user", "content": "-"}]},
     ),
     "tokenize": _Reader(
         TokenizeRequest,
-        lambda body, request_id, limits: [tokenize_message(body)],
+        lambda body, request_id, limits, found: [tokenize_message(body, found)],
         lambda body: AnswerOptions(
             token_texts=body.return_token_strs, kind="chat" if body.messages else "prompt"
         ),
@@ -156,7 +167,7 @@ _READERS: dict[str, _Reader[Any]] = {
     ),
     "detokenize": _Reader(
         DetokenizeRequest,
-        lambda body, request_id, limits: [detokenize_message(body)],
+        lambda body, request_id, limits, found: [detokenize_message(body, found)],
         lambda body: AnswerOptions(kind="tokens"),
         {"tokens": []},
     ),

@@ -25,9 +25,9 @@ def constraint_message(body: GenerationBody) -> pb.Constraint | None:
         given["response_format"] = constraint
     if body.structured_outputs is not None:
         given["structured_outputs"] = _of_outputs(body.structured_outputs)
-    for name, kind in GUIDED.items():
-        if name in body.model_fields_set:
-            given[name] = _of_kind(kind, getattr(body, name))
+    if not body.model_fields_set.isdisjoint(GUIDED):
+        for name in (name for name in GUIDED if name in body.model_fields_set):
+            given[name] = _of_kind(GUIDED[name], getattr(body, name))
     if len(given) > 1:
         first, *_, last = given
         value = body.model_dump(include={last}, exclude_unset=True, by_alias=True)[last]
@@ -42,7 +42,8 @@ def constraint_field(body: GenerationBody) -> str:
     if body.structured_outputs is not None:
         kind = next(iter(body.structured_outputs.model_fields_set), "")
         return f"structured_outputs.{'json' if kind == 'json_schema' else kind}".rstrip(".")
-    return next((name for name in GUIDED if name in body.model_fields_set), "")
+    given = body.model_fields_set
+    return "" if given.isdisjoint(GUIDED) else next(name for name in GUIDED if name in given)
 
 
 def _of_format(given: ResponseFormat) -> pb.Constraint | None:

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...core.config import LimitsSection
-from ...core.errors import MISSING, InvalidRequest, refuse
+from ...core.errors import MISSING, InvalidRequest
 from ...core.validation import count_problems
 from ...proto import pdserve_pb2 as pb
-from ..sampling import with_sampling
 from .chat import chat_prompt, set_choice
 from .chat_schema import ChatCompletionRequest, DetokenizeRequest, TokenizeRequest
 from .constraint import constraint_message
@@ -22,12 +21,12 @@ MAX_TEMPERATURE = 2.0  # as at OpenAI; over gRPC more
 
 
 def completion_messages(
-    body: CompletionRequest, request_id: str, limits: LimitsSection
+    body: CompletionRequest, request_id: str, limits: LimitsSection, found: list[InvalidRequest]
 ) -> list[pb.GenerateRequest]:
-    """Returns one message for each prompt, of which there is at least one. Raises InvalidRequest."""
+    """Returns one message for each prompt, of which there is at least one; adds what is wrong to `found`, and
+    leaves it out. Raises InvalidRequest for too many."""
     if len(body.prompt) > limits.max_prompts:
         raise InvalidRequest("prompt", f"{len(body.prompt)} prompts", f"at most {limits.max_prompts} prompts")
-    found: list[InvalidRequest] = []
     if not body.prompt:
         found.append(InvalidRequest("prompt", body.prompt, "at least one prompt"))
     if body.suffix:
@@ -39,60 +38,58 @@ def completion_messages(
         body.logprobs is not None or (sampling.max_tokens == 0 and sampling.HasField("max_tokens"))
     ):
         _set(sampling, "prompt_logprobs", body.logprobs or 0, found)
-    prompts = [prompt for given in body.prompt if (prompt := _prompt(body, given, found)) is not None]
-    if found:
-        raise with_sampling(found, sampling, limits)
-    names = (
-        [request_id]
-        if len(body.prompt) == 1 or not request_id
-        else [f"{request_id}-{i}" for i in range(len(body.prompt))]
-    )
-    names *= len(body.prompt) // len(names)
-    return [_message(body, prompt, sampling, name) for prompt, name in zip(prompts, names, strict=True)]
+    names = [request_id]
+    if len(body.prompt) > 1:
+        names = [f"{request_id}-{i}" if request_id else "" for i in range(len(body.prompt))]
+    return [
+        _message(body, _prompt(body, prompt, found), sampling, name)
+        for prompt, name in zip(body.prompt, names, strict=False)
+    ]
 
 
-def chat_message(body: ChatCompletionRequest, request_id: str, limits: LimitsSection) -> pb.GenerateRequest:
-    """Raises InvalidRequest."""
-    found: list[InvalidRequest] = []
+def chat_message(
+    body: ChatCompletionRequest, request_id: str, limits: LimitsSection, found: list[InvalidRequest]
+) -> pb.GenerateRequest:
+    """Adds what is wrong to `found`, and leaves it out."""
     if body.top_logprobs is not None and not body.logprobs:
         found.append(InvalidRequest("top_logprobs", body.top_logprobs, "nothing without logprobs"))
     sampling = _sampling(body, limits, body.top_logprobs or 0 if body.logprobs else None, found)
     prompt = chat_prompt(body, found)
     set_choice(prompt.chat, body)
     _truncate(body, prompt, found)
-    if found:
-        raise with_sampling(found, sampling, limits)
     return _message(body, prompt, sampling, request_id)
 
 
-def tokenize_message(body: TokenizeRequest) -> pb.TokenizeRequest:
-    """Raises InvalidRequest."""
+def tokenize_message(body: TokenizeRequest, found: list[InvalidRequest]) -> pb.TokenizeRequest:
+    """Adds what is wrong to `found`."""
     has_messages = "messages" in body.model_fields_set
-    found: list[InvalidRequest] = []
     if (body.prompt is not None) is has_messages:
         found.append(InvalidRequest("prompt", body.prompt or MISSING, "either prompt or messages"))
     if has_messages:
         prompt = chat_prompt(body, found)
     else:
         prompt = pb.Prompt(text=body.prompt or "", add_special_tokens=body.add_special_tokens)
-        for name in ("tools", "documents", "chat_template_kwargs", "continue_final_message"):
-            if value := getattr(body, name):
-                got = value if not isinstance(value, list) else f"{len(value)} of them"
-                found.append(InvalidRequest(name, got, "none without messages"))
-    refuse(found)
+        found += [
+            InvalidRequest(
+                name, f"{len(value)} {name}" if isinstance(value, list) else value, "none without messages"
+            )
+            for name in ("tools", "documents", "chat_template_kwargs", "continue_final_message")
+            if (value := getattr(body, name))
+        ]
     return pb.TokenizeRequest(model=body.model, prompt=prompt)
 
 
-def detokenize_message(body: DetokenizeRequest) -> pb.DetokenizeRequest:
-    """Raises InvalidRequest."""
-    return pb.DetokenizeRequest(model=body.model, token_ids=token_ids("token_ids", body.tokens))
+def detokenize_message(body: DetokenizeRequest, found: list[InvalidRequest]) -> pb.DetokenizeRequest:
+    """Adds what is wrong to `found`."""
+    return pb.DetokenizeRequest(model=body.model, token_ids=_token_ids("token_ids", body.tokens, found))
 
 
-def token_ids(field: str, ids: Sequence[int]) -> Sequence[int]:
-    """Raises InvalidRequest for a number that is a token id in no vocabulary."""
+def _token_ids(field: str, ids: Sequence[int], found: list[InvalidRequest]) -> Sequence[int]:
+    """Adds a number that is a token id in no vocabulary to `found`, and returns none then."""
     if ids and not (min(ids) >= 0 and max(ids) < 2**32):
         index = list(map(range(2**32).__contains__, ids)).index(False)
-        raise InvalidRequest(f"{field}[{index}]", ids[index], "a token id")
+        found.append(InvalidRequest(f"{field}[{index}]", ids[index], "a token id"))
+        return ()
     return ids
 
 
@@ -109,15 +106,11 @@ def _message(
     )
 
 
-def _prompt(body: CompletionRequest, given: str | list[int], found: list[InvalidRequest]) -> pb.Prompt | None:
-    try:
-        if isinstance(given, str):
-            prompt = pb.Prompt(text=given, add_special_tokens=body.add_special_tokens)
-        else:
-            prompt = pb.Prompt(token_ids=pb.TokenIds(ids=token_ids("prompt_token_ids", given)))
-    except InvalidRequest as error:
-        found.append(error)
-        return None
+def _prompt(body: CompletionRequest, given: str | list[int], found: list[InvalidRequest]) -> pb.Prompt:
+    if isinstance(given, str):
+        prompt = pb.Prompt(text=given, add_special_tokens=body.add_special_tokens)
+    else:
+        prompt = pb.Prompt(token_ids=pb.TokenIds(ids=_token_ids("prompt_token_ids", given, found)))
     _truncate(body, prompt, found)
     return prompt
 
@@ -173,14 +166,13 @@ def _sampling(
 def _set(sampling: pb.SamplingParams, name: str, value: Any, found: list[InvalidRequest]) -> None:
     try:
         if isinstance(value, list):
-            getattr(sampling, name).extend(token_ids(name, value) if name == "stop_token_ids" else value)
+            ids = name == "stop_token_ids"
+            getattr(sampling, name).extend(_token_ids(name, value, found) if ids else value)
         else:
             setattr(sampling, name, value)
     except ValueError:
         expected = "an integer of 64 bits" if name == "seed" else "an integer of 32 bits"
         found.append(InvalidRequest(name, value, expected))
-    except InvalidRequest as error:
-        found.append(error)
 
 
 def _max_tokens(body: GenerationBody) -> int | None:

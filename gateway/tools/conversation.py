@@ -70,6 +70,8 @@ def _message(path: str, message: pb.ChatMessage) -> dict[str, Any]:
     for name in ("tool_call_id", "name", "reasoning_content"):
         if value := getattr(message, name):
             converted[name] = value
+    if message.reasoning_content:  # as in transformers: the name in gpt-oss's templates
+        converted["thinking"] = message.reasoning_content
     return converted
 
 

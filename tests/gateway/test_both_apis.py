@@ -57,6 +57,10 @@ def constrain(
 DEEP = '{"items":' * 500 + "{}" + "}" * 500
 BOMB = "(a{1000}){1000}"  # compiles at once, and takes a second a token
 INTEGER = {"name": "number", "strict": True, "schema": {"type": "integer"}}
+USER = [pb.ChatMessage(role="user", content="hi")]
+DEEP_LIST: list[Any] = []
+for _ in range(120):
+    DEEP_LIST = [DEEP_LIST]
 REFUSED = {
     "empty text": (ask(pb.Prompt(text="")), {"prompt": ""}),
     "no tokens": ids(),
@@ -122,6 +126,76 @@ REFUSED = {
     "a long grammar": constrain(pb.Constraint(regex="a" * 65536), {"regex": "a" * 65536}),
     "no choice": constrain(pb.Constraint(choice=pb.Choices()), {"choice": []}),
     "an empty choice": constrain(pb.Constraint(choice=pb.Choices(texts=["a", ""])), {"choice": ["a", ""]}),
+    "many bad words": sample(bad_words=["a"] * 257),
+    "a long bad word": sample(bad_words=["a", "b" * 257]),
+    "a blank bad word": sample(bad_words=["a", " "]),
+    "a truncation to nothing": (
+        ask(pb.Prompt(text="hello", truncate_tokens=0)),
+        {"prompt": "hello", "truncate_prompt_tokens": 0},
+    ),
+    "a truncation to more than the model takes": (
+        ask(pb.Prompt(text="hello", truncate_tokens=256)),
+        {"prompt": "hello", "truncate_prompt_tokens": 256},
+    ),
+    "a long text to be truncated": (
+        ask(pb.Prompt(text="a b c " * 3000, truncate_tokens=5)),
+        {"prompt": "a b c " * 3000, "truncate_prompt_tokens": 5},
+    ),
+    "documents without a place": (
+        ask(pb.Prompt(chat=pb.Chat(messages=USER, documents=[pb.Document(fields={"text": "a"})]))),
+        {"messages": [{"role": "user", "content": "hi"}], "documents": [{"text": "a"}]},
+    ),
+    "a variable that hides the messages": (
+        ask(pb.Prompt(chat=pb.Chat(messages=USER, template_kwargs='{"messages":[]}'))),
+        {"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"messages": []}},
+    ),
+    "a deep variable": (
+        ask(
+            pb.Prompt(
+                chat=pb.Chat(
+                    messages=USER, template_kwargs=json.dumps({"a": DEEP_LIST}, separators=(",", ":"))
+                )
+            )
+        ),
+        {"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"a": DEEP_LIST}},
+    ),
+    "a large variable": (
+        ask(
+            pb.Prompt(
+                chat=pb.Chat(
+                    messages=USER, template_kwargs=json.dumps({"a": "x" * 66_000}, separators=(",", ":"))
+                )
+            )
+        ),
+        {"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"a": "x" * 66_000}},
+    ),
+    "many variables": (
+        ask(
+            pb.Prompt(
+                chat=pb.Chat(
+                    messages=USER,
+                    template_kwargs=json.dumps({f"a{i}": 1 for i in range(65)}, separators=(",", ":")),
+                )
+            )
+        ),
+        {
+            "messages": [{"role": "user", "content": "hi"}],
+            "chat_template_kwargs": {f"a{i}": 1 for i in range(65)},
+        },
+    ),
+    "a variable of no name": (
+        ask(pb.Prompt(chat=pb.Chat(messages=USER, template_kwargs='{"__class__":1}'))),
+        {"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"__class__": 1}},
+    ),
+    "a message that goes on beside a new one": (
+        ask(pb.Prompt(chat=pb.Chat(messages=USER, add_generation_prompt=True, continue_final_message=True))),
+        {
+            "messages": [{"role": "user", "content": "hi"}],
+            "add_generation_prompt": True,
+            "continue_final_message": True,
+        },
+    ),
+    "several at once": sample(temperature=-1.0, top_p=2.0, n=0, stop=[""], max_tokens=500),
     "a constraint without its end": constrain(pb.Constraint(regex="a"), {"regex": "a"}, ignore_eos=True),
 }
 TAKEN = {
@@ -164,6 +238,79 @@ TAKEN = {
         ask(sampling=pb.SamplingParams(logit_bias={5: -1.0, 6: 2.0})),
         {"prompt": "hello", "logit_bias": {"6": 2.0, "5": -1.0}},
     ),
+    "an older name of a schema": (
+        ask(sampling=pb.SamplingParams(constraint=pb.Constraint(json_schema='{"type":"integer"}'))),
+        {"prompt": "hello", "guided_json": {"type": "integer"}},
+    ),
+    "an older name of an expression": (
+        ask(sampling=pb.SamplingParams(constraint=pb.Constraint(regex="a+"))),
+        {"prompt": "hello", "guided_regex": "a+", "guided_decoding_backend": "xgrammar"},
+    ),
+    "an older name of a grammar": (
+        ask(sampling=pb.SamplingParams(constraint=pb.Constraint(grammar='start: "a"'))),
+        {"prompt": "hello", "guided_grammar": 'start: "a"'},
+    ),
+    "an older name of a choice": (
+        ask(sampling=pb.SamplingParams(constraint=pb.Constraint(choice=pb.Choices(texts=["a"])))),
+        {"prompt": "hello", "guided_choice": ["a"]},
+    ),
+    "bad words": sample(bad_words=["the", " quick brown", "dog"]),
+    "a truncated text": (
+        ask(pb.Prompt(text="a b c " * 500, truncate_tokens=9)),
+        {"prompt": "a b c " * 500, "truncate_prompt_tokens": 9},
+    ),
+    "truncated tokens": (
+        ask(pb.Prompt(token_ids=pb.TokenIds(ids=[5] * 300 + [6, 7]), truncate_tokens=2)),
+        {"prompt": [5] * 300 + [6, 7], "truncate_prompt_tokens": 2},
+    ),
+    "tokens that leave room for the output": (
+        ask(
+            pb.Prompt(token_ids=pb.TokenIds(ids=[5] * 300), truncate_tokens=-1),
+            sampling=pb.SamplingParams(max_tokens=56),
+        ),
+        {"prompt": [5] * 300, "truncate_prompt_tokens": -1, "max_tokens": 56},
+    ),
+    "a truncated conversation": (
+        ask(
+            pb.Prompt(
+                chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="a b c " * 500)]),
+                truncate_tokens=20,
+            )
+        ),
+        {"messages": [{"role": "user", "content": "a b c " * 500}], "truncate_prompt_tokens": 20},
+    ),
+    "a message that goes on": (
+        ask(
+            pb.Prompt(
+                chat=pb.Chat(
+                    messages=[pb.ChatMessage(role="assistant", content="hi")], continue_final_message=True
+                )
+            )
+        ),
+        {"messages": [{"role": "assistant", "content": "hi"}], "continue_final_message": True},
+    ),
+    "variables of the template": (
+        ask(
+            pb.Prompt(
+                chat=pb.Chat(
+                    messages=[pb.ChatMessage(role="user", content="hi")],
+                    template_kwargs='{"enable_thinking":false}',
+                )
+            )
+        ),
+        {
+            "messages": [{"role": "user", "content": "hi"}],
+            "chat_template_kwargs": {"enable_thinking": False},
+        },
+    ),
+    "the older of two lengths": (
+        ask(sampling=pb.SamplingParams(max_tokens=3)),
+        {"prompt": "hello", "max_tokens": 9, "max_completion_tokens": 3},
+    ),
+    "a scored prompt": (
+        ask(sampling=pb.SamplingParams(max_tokens=0, prompt_logprobs=2, logprobs=2)),
+        {"prompt": "hello", "max_tokens": 0, "echo": True, "logprobs": 2},
+    ),
     "names": (
         ask(model="tiny", cache_salt="s", client_id="alice"),
         {"prompt": "hello", "model": "tiny", "cache_salt": "s", "user": "alice"},
@@ -183,11 +330,11 @@ async def over_grpc(generation: Stub, request: pb.GenerateRequest) -> grpc.aio.A
     return caught.value
 
 
-GRPC_WORDS = re.compile(r"prompt[._]|constraint|client_id|token_ids|max_context")
+GRPC_WORDS = re.compile(r"prompt[._]|constraint|client_id|token_ids")
 
 
 def without_field(text: str) -> str:
-    """Returns a refusal without the name of its field, which may differ."""
+    """Returns a refusal without the name of its first field, which may differ."""
     return text.partition(": ")[2] or text
 
 

@@ -87,7 +87,7 @@ def joined(errors: Sequence[InvalidRequest]) -> InvalidRequest:
     problems: dict[str, Problem] = {}
     num_chars = 0
     for problem in (problem for error in errors for problem in error.problems):
-        num_chars += len(str(problem)) * (1 if problem.expected.isascii() else 4) + 2
+        num_chars += len(str(problem)) * (1 if str(problem).isascii() else 4) + 2
         if problem.field not in problems and (not problems or num_chars <= MAX_TOLD_CHARS):
             problems[problem.field] = problem
     return InvalidRequest.of(tuple(problems.values()), next((e.reason for e in errors if e.reason), ""))

@@ -39,9 +39,9 @@ class DecodeScheduler:
     """Admits and retires sequences at every step. A running sequence that finds no block preempts the
     youngest sequence of the client that has most; the preempted one recomputes later.
 
-    Waiting sequences are admitted in order, preempted ones first, while the batch has room and a block per
-    running sequence stays free, so that admission does not cause the next preemption. Prompt tokens share the
-    step with decodes, at most `max_batch_tokens` tokens together."""
+    Of the waiting sequences the client that has least is served first, its preempted ones before its others,
+    while the batch has room and a block per running sequence stays free, so that admission does not cause the
+    next preemption. Prompt tokens share the step with decodes, at most `max_batch_tokens` tokens together."""
 
     def __init__(self, kv: KVManager, *, max_batch_size: int, max_batch_tokens: int) -> None:
         self._kv = kv
@@ -125,12 +125,11 @@ class DecodeScheduler:
         """Finds blocks for all running sequences, then for those that wait."""
         chunks, budget = self._schedule_running()
         granted: list[Sequence] = []
-        while self._waiting and self._has_room_for(self._waiting[0]):
-            seq = self._waiting[0]
+        while (seq := self._next_waiting()) is not None and self._has_room_for(seq):
             reserved = seq.transfer in self._reservations
             if (not reserved and budget <= 0) or not self._admit(seq):
                 break
-            self._waiting.popleft()
+            self._waiting.remove(seq)
             if reserved:
                 self._reservations.remove(seq.transfer)
                 self._receiving[seq.transfer] = seq
@@ -241,6 +240,16 @@ class DecodeScheduler:
             if victim is seq:
                 return False
         return True
+
+    def _next_waiting(self) -> Sequence | None:
+        """Returns the first sequence of the client that has least; None when none waits. The sequences that a
+        client had to give up do not come before those of a client that has none."""
+        if len(self._waiting) < 2:
+            return self._waiting[0] if self._waiting else None
+        num_held = Counter(seq.spec.client for seq in self._running)
+        for seq in self._receiving.values():
+            num_held[seq.spec.client] += len(seq.spec.choices)
+        return min(self._waiting, key=lambda seq: num_held[seq.spec.client])
 
     def _has_room_for(self, seq: Sequence) -> bool:
         num_sequences = sum(len(other.spec.choices) if other.is_fresh else 1 for other in self._running)

@@ -80,7 +80,7 @@ class Router:
         self._health = Health(self._registry)
         self._placer = Placer(self._registry, self._index, self.model, self._links, config)
         self._room = RoomMaker(self._registry, self._ledger)
-        self._reservation = Reservation(self._registry)
+        self._reservation = Reservation(self._registry, self._ledger)
         self._queue = JobQueue()
         self._requests = LiveRequests(self._queue, self._ledger, config)
         self._reports = WorkerReports(
@@ -221,6 +221,7 @@ class Router:
         """Places jobs in order until the first that has to wait, and that others may not pass."""
         commands = self._dispatch_passed(now_s)
         while (job := self._queue.head()) is not None:
+            self._reservation.bind(job)
             placement = self._placer.place(job)
             if placement is not None and self._comes_too_late(job, placement, now_s):
                 commands += self._give_up(job, now_s)
@@ -247,7 +248,7 @@ class Router:
     def _dispatch_passed(self, now_s: float) -> list[RouterCommand]:
         """Places large jobs that others have passed; holds room for the first that has to wait still."""
         commands: list[RouterCommand] = []
-        while (job := self._queue.first_passed()) is not None:
+        while (job := self._queue.first_passed(self._ledger.num_running)) is not None:
             self._reservation.lift()
             placement = self._placer.place(job)
             if placement is None:
@@ -260,15 +261,16 @@ class Router:
             if self._comes_too_late(job, placement, now_s):
                 commands += self._give_up(job, now_s)
             else:
-                commands += self._start(self._queue.pop_passed(now_s), placement, now_s)
+                commands += self._start(self._queue.pop_passed(job, now_s), placement, now_s)
         self._reservation.release()
         return commands
 
     def _pass(self, job: Job, now_s: float) -> bool:
         """Lets others pass the head of the queue if it is large; returns False when they may not."""
-        if not self._reservation.may_be_passed(job) or not self._queue.pass_head():
+        if not self._reservation.may_be_passed(job):
             return False
-        if self._queue.first_passed() is job:
+        self._queue.pass_head()
+        if self._queue.first_passed(self._ledger.num_running) is job:
             self._reservation.hold(job, now_s)
         return True
 

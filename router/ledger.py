@@ -20,6 +20,7 @@ class Ledger:
         self._dispatches: dict[TransferId, Dispatch] = {}
         # by client: choices of dispatches with an open leg; absent means 0
         self.num_running: Counter[str] = Counter()
+        self.num_blocks: Counter[str] = Counter()  # by client: reserved by its open decode legs
 
     def __iter__(self) -> Iterator[Dispatch]:
         return iter(self._dispatches.values())
@@ -51,6 +52,7 @@ class Ledger:
     def _open_decode(self, dispatch: Dispatch, worker: RegisteredWorker) -> None:
         spec = dispatch.spec
         dispatch.num_reserved_blocks = worker.blocks_for(spec.num_tokens, len(spec.choices))
+        self.num_blocks[spec.client] += dispatch.num_reserved_blocks
         worker.open_legs[dispatch.transfer] = None
         worker.num_sequences += len(spec.choices)
         worker.num_context_tokens += len(spec.choices) * spec.num_tokens
@@ -122,6 +124,9 @@ class Ledger:
 
     def _close_decode(self, dispatch: Dispatch, worker: RegisteredWorker) -> None:
         spec = dispatch.spec
+        self.num_blocks[spec.client] -= dispatch.num_reserved_blocks
+        if not self.num_blocks[spec.client]:
+            del self.num_blocks[spec.client]
         if not dispatch.decode_started:
             worker.num_pending_blocks -= dispatch.num_reserved_blocks
         worker.num_sequences -= len(spec.choices)
@@ -134,8 +139,12 @@ class Ledger:
         """Checks that every account equals the sum over the open legs. For tests, and for status when
         idle."""
         num_running: Counter[str] = Counter()
+        num_blocks: Counter[str] = Counter()
         for dispatch in self:
             num_running[dispatch.spec.client] += len(dispatch.spec.choices)
+            if Leg.DECODE in dispatch.open_legs:
+                num_blocks[dispatch.spec.client] += dispatch.num_reserved_blocks
+        assert num_blocks == self.num_blocks, f"{self.num_blocks}, the open legs say {num_blocks}"
         assert dict(num_running) == dict(self.num_running), (
             f"{self.num_running}, the open dispatches say {num_running}"
         )

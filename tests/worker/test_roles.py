@@ -223,6 +223,22 @@ def test_a_client_with_one_sequence_is_not_preempted_for_one_with_many() -> None
     assert has_run and scheduler.num_preemptions > 0
 
 
+def test_preempted_sequences_do_not_stand_before_a_client_that_has_none() -> None:
+    pair = Pair(decode_blocks=17)
+    for number in range(4):
+        pair.decode.serve(Serve(spec=spec(f"r{number}", range(number, number + 8), 40, client="many")))
+    scheduler = pair.decode.scheduler
+    while scheduler.num_preemptions < 2:
+        assert pair.decode.step()
+    pair.decode.serve(Serve(spec=spec("one", range(50, 58), 40, client="one")))
+    while any(seq.spec.client == "one" for seq in scheduler._waiting):
+        before = set(scheduler._running)
+        assert pair.decode.step()
+        admitted = set(scheduler._running) - before
+        assert all(seq.spec.client == "one" for seq in admitted)
+    assert any(seq.spec.client == "many" for seq in scheduler._waiting), "it came in its turn, not at the end"
+
+
 @pytest.mark.parametrize("steps", range(12))
 def test_an_abort_at_any_point_frees_everything_on_both_workers(steps: int) -> None:
     pair, request = Pair(seed=steps, budget=4), spec("a", range(14), 6, n=2)

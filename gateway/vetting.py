@@ -150,12 +150,22 @@ def _children(message: Message) -> Iterator[tuple[str, Message]]:
 
 
 def check_message(message: Message, bounds: Bounds) -> None:
-    """Runs after `walk`: raises InvalidRequest or UnknownModel for errors that show before tokenisation."""
+    """Runs after `walk`: raises InvalidRequest or UnknownModel for errors that show before tokenisation, and
+    makes a prompt of token ids as short as its client allows."""
     check_message_model(message, bounds)
     found = message_problems(message, bounds)
     if found and isinstance(message, pb.GenerateRequest):
         raise with_sampling(found, message.sampling, bounds.limits)
     refuse(found)
+    keep_end(message, bounds)
+
+
+def keep_end(message: Message, bounds: Bounds) -> None:
+    """Drops the tokens of a prompt that its client lets us cut off, before there is work on each of them."""
+    if isinstance(message, pb.GenerateRequest | pb.TokenizeRequest):
+        prompt = message.prompt
+        if prompt.HasField("truncate_tokens") and len(prompt.token_ids.ids) > bounds.max_prompt_tokens:
+            del prompt.token_ids.ids[: -bounds.max_prompt_tokens]
 
 
 def check_message_model(message: Message, bounds: Bounds) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Awaitable, Callable
+from functools import cache
 from typing import Any
 
 from fastapi import FastAPI
@@ -192,6 +193,7 @@ def _name(path: str) -> str:
 def _described(generate: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
     """Returns FastAPI's description, extended by the bodies that our handlers read by themselves."""
 
+    @cache
     def openapi() -> dict[str, Any]:
         description = generate()
         _, bodies = models_json_schema([(body, "validation") for body in BODIES], ref_template=PATH)

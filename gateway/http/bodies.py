@@ -6,7 +6,7 @@ Pure, and the same wherever it runs: in the head for small bodies, in the intake
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from google.protobuf.message import Message
 from pydantic import BaseModel, ValidationError
@@ -18,7 +18,7 @@ from ...core.validation import sampling_problems
 from ...proto import pdserve_pb2 as pb
 from ..sampling import sampling_params
 from ..translate import UnknownModel
-from ..vetting import Bounds, check_message_model, message_problems, refuse_many_parts
+from ..vetting import Bounds, check_message_model, keep_end, message_problems, refuse_many_parts
 from .answer_options import AnswerOptions
 from .chat_schema import ChatCompletionRequest, DetokenizeRequest, TokenizeRequest
 from .constraint import constraint_field
@@ -50,9 +50,8 @@ def read_body(
     if len(data) > SMALL_BYTES:
         _check_values(data)
     reader = _READERS[route]
-    extra = bounds.limits.unknown_fields
     try:
-        body = reader.model.model_validate_json(data, extra="forbid" if extra == "refuse" else "ignore")
+        body = reader.model.model_validate_json(data, extra=_extra(bounds))
     except ValidationError as error:
         faults = error.errors(include_url=False, include_context=False)
         raise joined(
@@ -69,9 +68,14 @@ def read_body(
             refuse([*found, *_beside(messages, bounds)])
         for message in messages:
             check_message_model(message, bounds)
+            keep_end(message, bounds)
     except InvalidRequest as error:
         raise in_http_words(error, options) from error
     return messages, options
+
+
+def _extra(bounds: Bounds) -> Literal["forbid", "ignore"]:
+    return "forbid" if bounds.limits.unknown_fields == "refuse" else "ignore"
 
 
 def _beside(messages: Sequence[Message], bounds: Bounds) -> Iterator[InvalidRequest]:
@@ -95,7 +99,7 @@ def _further(
     rest = {name: value for name, value in from_json(data).items() if name not in refused}
     rest |= {name: value for name, value in reader.stand_ins.items() if name in refused}
     try:
-        body = reader.model.model_validate(rest)
+        body = reader.model.model_validate(rest, extra=_extra(bounds))
     except ValidationError:  # one of the first that were refused had hidden others
         return
     found: list[InvalidRequest] = []

@@ -24,8 +24,8 @@ class AllowedOrigins:
 
     def headers(self, request: Iterable[Header]) -> list[Header]:
         """Returns the headers that the answer to a request with these headers needs."""
-        origin = dict(request).get(b"origin")
-        if origin is None or not self._origins:
+        origin = dict(request).get(b"origin") if self._origins else None
+        if origin is None:
             return []
         if self._allows_any:
             return [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", EXPOSED)]
@@ -41,11 +41,11 @@ class AllowedOrigins:
     def preflight(self, method: str, request: Iterable[Header]) -> list[Header] | None:
         """Returns the headers of the answer to a preflight request from an allowed origin, beside those of
         any answer; None for any other request."""
-        headers = dict(request)
-        is_allowed = self._allows_any or headers.get(b"origin") in self._origins
-        if method != "OPTIONS" or b"access-control-request-method" not in headers or not is_allowed:
+        if method != "OPTIONS" or not self._origins:
             return None
-        if b"origin" not in headers:
+        headers = dict(request)
+        is_allowed = headers.get(b"origin") in self._origins or (self._allows_any and b"origin" in headers)
+        if not is_allowed or b"access-control-request-method" not in headers:
             return None
         answer = [(b"access-control-allow-methods", METHODS), (b"access-control-max-age", MAX_AGE_S)]
         names = headers.get(b"access-control-request-headers", b"")

@@ -162,7 +162,8 @@ async def test_unknown_fields_are_ignored_where_the_operator_says_so(cluster: Sc
         assert (await refusal(http, TEXT | {"temprature": 1, "use_beam_search": True}))["param"] == (
             "use_beam_search"
         )
-        assert (await refusal(http, TEXT | {"temperature": "hot"}))["param"] == "temperature"
+        several = await refusal(http, TEXT | {"temperature": "hot", "top_p": 7, "temprature": 1})
+        assert [part.partition(":")[0] for part in several["message"].split("; ")] == ["temperature", "top_p"]
     await server.stop(0)
 
 
@@ -406,3 +407,11 @@ async def test_tokenize_shows_the_truncated_prompt(generation: Stub) -> None:
     prompt = pb.Prompt(text="the quick brown fox " * 40, truncate_tokens=3)
     tokens = await generation.Tokenize(pb.TokenizeRequest(prompt=prompt))
     assert tuple(tokens.token_ids) == byte_level().encode(prompt.text)[-3:]
+
+
+async def test_tokens_that_are_cut_off_are_not_worked_on(generation: Stub, cluster: ScriptedCluster) -> None:
+    """The first ones are in no vocabulary."""
+    ids = pb.TokenIds(ids=[2**32 - 1] * 10_000 + [5] * 255)
+    prompt, sampling = pb.Prompt(token_ids=ids, truncate_tokens=255), pb.SamplingParams(max_tokens=1)
+    await generation.Generate(pb.GenerateRequest(prompt=prompt, sampling=sampling))
+    assert cluster.requests[0].prompt_token_ids == (5,) * 255

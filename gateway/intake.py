@@ -19,6 +19,7 @@ from .auth.access import Caller
 from .auth.cost import Charge
 from .call_bounds import client_of, host_of
 from .constraint import GrammarCheck, constraint_problems
+from .in_turns import in_turns
 from .offload.offload import Offload
 from .sampling import only_scores, sampling_params, with_sampling
 from .text.chat_template import TooCostly
@@ -89,10 +90,10 @@ class Intake:
             raise with_sampling([error], message.sampling, limits) from None
         # its tokens are charged, even if the request is refused below
         charge.settle_prompt(len(token_ids), asyncio.get_running_loop().time())
-        token_ids = truncated(
-            token_ids, message.prompt, message.sampling.max_tokens, limits, self._model.max_model_len
-        )
-        if fills and not message.sampling.HasField("max_tokens"):
+        takes_all = fills and not message.sampling.HasField("max_tokens")
+        num_output = 1 if takes_all else sampling.max_tokens
+        token_ids = truncated(token_ids, message.prompt, num_output, limits, self._model.max_model_len)
+        if takes_all:
             room = min(limits.max_tokens, self._model.max_model_len - len(token_ids))
             sampling = msgspec.structs.replace(sampling, max_tokens=max(1, room))
         constraint = message.sampling.constraint if message.sampling.HasField("constraint") else None
@@ -126,11 +127,13 @@ class Intake:
     ) -> tuple[tuple[int, ...], ...]:
         """Returns the tokens of each word, at the beginning of a text and behind a space, as vLLM does."""
         found: dict[tuple[int, ...], None] = {}
-        for word in words:
+        async for word in in_turns(words, every=8):
             alone = await self._encode(word.lstrip(), False, limits, client, fit=Fit.COUNTED)
             spaced = await self._encode(f" {word.lstrip()}", False, limits, client, fit=Fit.COUNTED)
+            if not alone:
+                continue  # the tokenizer drops all of it
             found[alone] = None
-            if spaced and spaced[0] != alone[0] and len(spaced) == len(alone):
+            if len(spaced) == len(alone) and spaced[0] != alone[0]:
                 found[spaced] = None
         return tuple(found)
 
@@ -153,7 +156,8 @@ class Intake:
                 "ignore_eos", True, f"false with {what}: an output is complete at an end-of-text token"
             )
         if not self._model.eos_token_ids:
-            raise InvalidRequest(what, _shown_kind(message), "none: the model has no end-of-text token")
+            got = f"{len(offer.tools)} tool(s)" if message is None and offer is not None else "some"
+            raise InvalidRequest(what, got, "none: the model has no end-of-text token")
         if offer is not None:
             grammar = await self._tool_grammar(offer, client)
         else:
@@ -244,10 +248,6 @@ def truncated(
     if count == -1:
         count = max(1, min(max_prompt_tokens(limits, max_len), max_len - num_output_tokens))
     return token_ids[-count:]
-
-
-def _shown_kind(message: pb.Constraint | None) -> str:
-    return "some" if message is None else message.WhichOneof("kind") or ""
 
 
 def checked_traceparent(header: str | None) -> str:

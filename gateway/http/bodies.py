@@ -103,10 +103,14 @@ def _further(
     except ValidationError:  # one of the first that were refused had hidden others
         return
     found: list[InvalidRequest] = []
-    messages = reader.messages(body, "", bounds.limits, found)
-    for message in messages:
-        found += message_problems(message, bounds)
-    for problem in (*found, *_beside(messages, bounds)):
+    try:
+        messages = reader.messages(body, "", bounds.limits, found)
+        for message in messages:
+            found += message_problems(message, bounds)
+        found += _beside(messages, bounds)
+    except InvalidRequest as error:
+        found.append(error)
+    for problem in found:
         yield in_http_words(problem, reader.options(body))
 
 

@@ -130,16 +130,20 @@ def _sampling(
 ) -> pb.SamplingParams:
     """Adds what is wrong to `found`, and leaves it out of the message."""
     sampling = pb.SamplingParams()
-    found += count_problems(
+    over = count_problems(
         limits,
         num_biases=len(body.logit_bias or ()),
         num_stops=len(body.stop),
         num_stop_token_ids=len(body.stop_token_ids),
     )
-    if found:  # before each of them is looked at
-        return sampling
+    found += over
+    too_many = {problem.field for problem in over}  # not looked at one by one
     _refuse_unserved(body, found)
-    values = {name: value for name in _SAME if (value := getattr(body, name)) not in (None, ())}
+    values = {
+        name: value
+        for name in _SAME
+        if (value := getattr(body, name)) not in (None, ()) and name not in too_many
+    }
     if values.get("top_k") == -1:
         values["top_k"] = 0
     if logprobs is not None:
@@ -150,7 +154,8 @@ def _sampling(
         values["max_tokens"] = max_tokens
     for name, value in values.items():
         _set(sampling, name, value, found)
-    for token, bias in (body.logit_bias or {}).items():
+    biases = {} if body.logit_bias is None or "logit_bias" in too_many else body.logit_bias
+    for token, bias in biases.items():
         if not (token.isascii() and token.isdigit() and len(token) < 10):  # JSON keys are always strings
             found.append(InvalidRequest("logit_bias", token, "token ids for keys"))
             break

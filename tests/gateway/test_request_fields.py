@@ -10,6 +10,7 @@ import grpc
 import httpx
 import openai
 import pytest
+from tokenizers import Tokenizer as Backend, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from pdserve.core.config import ClusterConfig
@@ -187,6 +188,12 @@ async def test_all_wrong_fields_are_reported_at_once(http: httpx.AsyncClient, bo
     message = (await refusal(http, body | WRONG))["message"]
     named = {problem.partition(":")[0].partition("[")[0].partition(".")[0] for problem in message.split("; ")}
     assert named == set(WRONG)
+
+
+async def test_what_is_too_much_hides_nothing(http: httpx.AsyncClient) -> None:
+    wrong = {"suffix": "x", "stop": ["a"] * 17, "temperature": 3, "top_p": 7, "stop_token_ids": [-1]}
+    message = (await refusal(http, TEXT | wrong))["message"]
+    assert {part.partition(":")[0].partition("[")[0] for part in message.split("; ")} == set(wrong)
 
 
 async def test_wrong_values_are_reported_beside_a_wrong_prompt(http: httpx.AsyncClient) -> None:
@@ -415,3 +422,22 @@ async def test_tokens_that_are_cut_off_are_not_worked_on(generation: Stub, clust
     prompt, sampling = pb.Prompt(token_ids=ids, truncate_tokens=255), pb.SamplingParams(max_tokens=1)
     await generation.Generate(pb.GenerateRequest(prompt=prompt, sampling=sampling))
     assert cluster.requests[0].prompt_token_ids == (5,) * 255
+
+
+async def test_a_truncated_prompt_leaves_room_for_the_output_that_nobody_named(
+    http: httpx.AsyncClient, cluster: ScriptedCluster
+) -> None:
+    assert (await ask(http, {"prompt": [5] * 300, "truncate_prompt_tokens": -1})).is_success
+    request = cluster.requests[0]
+    assert (len(request.prompt_token_ids), request.sampling.max_tokens) == (240, 16)
+
+
+async def test_a_bad_word_that_the_tokenizer_drops_is_none(cluster: ScriptedCluster) -> None:
+    backend = Backend.from_str(byte_level()._backend.to_str())
+    backend.normalizer = normalizers.Replace("x", "")
+    tokenizer = Built(PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=SHOWS))
+    server = await serve(cluster, CONFIG, tokenizer, model_info(byte_level()))
+    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
+        assert (await ask(http, TEXT | {"bad_words": ["x", "the"]})).is_success
+    assert cluster.requests[0].sampling.bad_words[0] == byte_level().encode("the")
+    await server.stop(0)

@@ -35,6 +35,8 @@ MAX_FAULTS = 16  # of one body that are looked at
 MAX_VALUES = 250_000  # of a body, numbers apart
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # possessive: linear even if none is closed
 
+_HEADER_TEXT = re.compile(r"[!-~]+", re.ASCII)
+
 
 def is_small(data: bytes) -> bool:
     """Returns whether the body can be read on a loop, i.e. in a few milliseconds."""
@@ -59,8 +61,12 @@ def read_body(
         ) from None
     options = reader.options(body)
     own_id = "" if is_id_given else options.request_id
+    found: list[InvalidRequest] = []
+    if own_id and not _HEADER_TEXT.fullmatch(own_id):
+        expected = "ASCII characters without blanks, as it comes back in a header"
+        found.append(InvalidRequest("request_id", own_id, expected))
     try:
-        messages = reader.messages(body, own_id or request_id, bounds.limits, found := [])
+        messages = reader.messages(body, own_id or request_id, bounds.limits, found)
         for message in messages:
             refuse_many_parts(message)
             found += message_problems(message, bounds)

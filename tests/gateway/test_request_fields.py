@@ -287,7 +287,8 @@ async def test_a_body_may_name_its_request_unless_the_head_does(
         )
         assert large.json()["id"] == f"{prefix}large"
     assert [request.request_id for request in cluster.requests[:2]] == ["mine", "head"]
-    assert (await refusal(http, TEXT | {"request_id": "a\nb"}))["param"] == "request_id"
+    for no_header in ("a\nb", "ä", "\u043c", " a", "a b", "x" * 129):
+        assert (await refusal(http, TEXT | {"request_id": no_header}))["param"] == "request_id"
 
 
 def pad() -> dict[str, None]:

@@ -181,6 +181,11 @@ class Router:
         """Returns the timeline of a request that is being served; None for an unknown id."""
         return self._requests.timeline(request_id, now_s)
 
+    def timelines(self, max_requests: int, scope: str, now_s: float) -> list[Timeline]:
+        """Returns the timelines of requests that are being served, newest first, whose ids begin with
+        `scope`."""
+        return self._requests.timelines(max_requests, scope, now_s)
+
     def check_integrity(self) -> None:
         """Raises AssertionError when an account or a queue disagrees with the live requests."""
         self._ledger.check_integrity()

@@ -39,6 +39,10 @@ class ModelSection(ConfigSection):
     and float32 for a GGUF file of quantised weights, which holds their exact values."""
     max_model_len: AutoPositiveInt = "auto"
     """Tokens of prompt and output together, at most; auto: as many positions as the model was made for."""
+    generation_config: Literal["auto", "none"] = "auto"
+    """Whether the sampling defaults of the checkpoint's generation_config.json (temperature, top_k, top_p,
+    min_p, repetition_penalty) apply to requests that leave these fields unset (auto, where there is such a
+    file), or those of OpenAI's interface alone (none)."""
     served_name: str | None = Field(default=None, min_length=1)
     """The name by which clients ask for the model; by default the last part of `path`, without `.gguf`."""
 
@@ -199,6 +203,9 @@ class LimitsSection(ConfigSection):
     """Bytes of the JSON schemas of all tools of one request."""
     max_stop_strings: NotNegative = 16
     """Stop strings of one request."""
+    unknown_fields: Literal["refuse", "ignore"] = "refuse"
+    """What becomes of an HTTP body's fields that this server does not know: refuse names them; ignore, as in
+    vLLM, serves the rest of the request."""
     max_message_bytes: Positive = 16 << 20
     """Bytes of one gRPC message, or of the body of an HTTP request; fixed while the cluster runs."""
 

@@ -169,6 +169,7 @@ class LiveRequests:
 
 
 def is_same(adopted: Request, request: Request) -> bool:
-    """Whether two requests are equal but for deadline, client, user and trace, which a take-over does not
-    restore."""
-    return msgspec.structs.replace(request, deadline_s=None, client="", user="", traceparent="") == adopted
+    """Whether two requests are equal but for what a take-over does not restore: deadline, client, user and
+    trace, and what the gateway makes of the output."""
+    known = msgspec.structs.replace(request, deadline_s=None, client="", user="", traceparent="")
+    return msgspec.structs.replace(known, has_tools=False, only_scores=False) == adopted

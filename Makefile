@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo chat test quick journey check install clean
+.PHONY: demo chat test quick journey check clients install clean
 
 demo: $(READY)
 	@$(BIN)/pdserve demo
@@ -21,6 +21,10 @@ quick: $(READY)  # the pure cores alone
 
 journey: $(READY)  # an operator's, from `ray up` to `ray down`, on four hosts of namespaces; takes root
 	@PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 pytest -s -m journey tests/hosts
+
+clients:  # litellm, LangChain and lm-eval, for the tests that drive them
+	@test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
+	@.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/gateway/clients/requirements.txt
 
 install: $(READY)
 

@@ -35,12 +35,13 @@ def _look_up(context: typer.Context, value: str | None) -> str:
         address, source = _from_file()
     else:
         is_option = str(context.get_parameter_source("address")).endswith("COMMANDLINE")
-        address, source = _checked(value), "--address" if is_option else VARIABLE
+        address, source = checked(value), "--address" if is_option else VARIABLE
     _sources[address] = source
     return address
 
 
-def _checked(value: str) -> str:
+def checked(value: str) -> str:
+    """Returns an address in one spelling. Raises BadParameter."""
     host_port = parse_host_port(value)
     if host_port is not None:
         return format_host_port(*host_port)

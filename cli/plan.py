@@ -20,6 +20,8 @@ from .address import DEFAULT_FILE
 
 _KEY = re.compile(r"([a-z_]+(?:\.[a-z_]+)*): ")
 
+NO_DEFAULTS = "the defaults of OpenAI's interface"
+
 
 def read_source(file: Path | None, sets: Sequence[str] = ()) -> ConfigSource:
     """Returns what `file` and `--set` say; without a file ./cluster.yaml does, where there is one. Raises
@@ -117,6 +119,7 @@ def show_plan(file: Path | None, output: str, sets: Sequence[str] = ()) -> None:
 
 def plan_json(planned: Plan) -> str:
     values = asdict(planned)
+    values["default_sampling"] = planned.default_sampling.stated
     values["pools"] = [asdict(pool) | {"role": pool.role.value} for pool in planned.pools]
     values["gpus"] = [
         asdict(gpu) | {"instances": [role.value for role in gpu.instances]} for gpu in planned.gpus
@@ -126,6 +129,7 @@ def plan_json(planned: Plan) -> str:
 
 
 def plan_text(planned: Plan) -> str:
+    sampling = ", ".join(f"{name} {value:g}" for name, value in planned.default_sampling.stated.items())
     lines = [
         (
             f"model     {planned.model}: {planned.architecture}, {planned.num_parameters / 1e6:.4g} M"
@@ -134,6 +138,7 @@ def plan_text(planned: Plan) -> str:
         f"weights   {format_size(planned.weights_bytes)} an instance",
         f"KV cache  {format_size(planned.kv_bytes_per_token)} a token, blocks of {planned.block_size} tokens",
         f"length    {planned.max_model_len} tokens of prompt and output",
+        f"sampling  {sampling or NO_DEFAULTS} where a request leaves it unset",
         f"device    {planned.device} ({planned.why_device})",
         *map(_gpu_line, planned.gpus),
     ]

@@ -14,6 +14,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +36,7 @@ from .actors import KEEPER_NAME, NAMESPACE, HeadActor, KeeperActor, reason_of
 from .descendants import descendants
 from .errors import LaunchError
 from .ray_address import RayAddress
+from .ray_start import without_unused_processes
 from .ray_token import RayToken
 
 log = logging.getLogger(__name__)
@@ -108,18 +110,19 @@ class _Ray:
         ):  # by name: Ray counts from 0, and some of the machine's GPUs may be hidden from us
             os.environ[VISIBLE] = ",".join(gpu.uuid for gpu in node.usable_devices)
         try:
-            ray.init(
-                address="local",
-                num_cpus=len(node.cores),
-                num_gpus=len(node.usable_devices),
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=str(run_folder / "ray"),  # Ray makes it world-writable: other users cannot reach it
-                _system_config={
-                    "worker_niceness": 0
-                },  # Ray would lower our processes' priority below any other on the machine
-                **options,
-            )
+            with without_unused_processes():
+                ray.init(
+                    address="local",
+                    num_cpus=len(node.cores),
+                    num_gpus=len(node.usable_devices),
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    # Ray makes it world-writable: other users cannot reach it
+                    _temp_dir=str(run_folder / "ray"),
+                    # Ray would lower our processes' priority below any other on the machine
+                    _system_config={"worker_niceness": 0},
+                    **options,
+                )
         except BaseException:  # Ctrl-C as well
             started.disconnect()
             raise
@@ -136,24 +139,30 @@ class LaunchedCluster:
     """A running head, replaced when it dies: workers and their streams outlive it. `stop` ends everything,
     including Ray when we started it."""
 
-    def __init__(self, config: ClusterConfig, log_settings: LogSettings | None) -> None:
+    def __init__(
+        self, config: ClusterConfig, log_settings: LogSettings | None, on_step: Callable[[str], None]
+    ) -> None:
         self._folder = Path(
             tempfile.mkdtemp(prefix="pdserve-", dir="/tmp")
         )  # for this user alone; sockets need short paths
         self._endpoints: Endpoints | None = None
+        self._is_launched = False
         _running.append(self)
+        on_step("starting Ray" if ray_address.VARIABLE not in os.environ else "connecting to Ray")
         try:
             self._ray = _Ray.connect(self._folder)
         except BaseException:
             self._remove_folder()
             raise
-        self._lock = threading.Lock()  # guards `_head`, and the setting of `_stopped`
-        self._stopped = threading.Event()
+        self._lock = threading.Lock()  # guards `_stopped` and `_head`
+        self._stopped = False
+        self._stopping = threading.Event()  # ends pauses
         self._head: Any = None
         self._keeper: Any = None
         self._error: str | None = None
         self._over = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="head-supervisor", daemon=True)
+        on_step("starting the head")
         try:
             self._keeper = self._create_keeper(config, log_settings)
             host = None if self._ray.token is None else "127.0.0.1"
@@ -171,6 +180,7 @@ class LaunchedCluster:
             self.stop()
             raise
         self._supervisor.start()
+        self._is_launched = True
 
     @property
     def grpc_address(self) -> str:
@@ -216,7 +226,7 @@ class LaunchedCluster:
         """Replaces the head until it has ended as requested, or the keeper or this host is gone."""
         keeper = self._keeper.live.remote()
         try:
-            while not self._stopped.is_set():
+            while not self._stopped:
                 started_s = time.monotonic()
                 ended = self._head.wait.remote()
                 ray.wait([ended, keeper])
@@ -228,16 +238,16 @@ class LaunchedCluster:
                     log.warning("the head died: %s", reason_of(error))
                 _check_node()
                 if time.monotonic() - started_s < RESTART_PAUSE_S:
-                    self._stopped.wait(RESTART_PAUSE_S)
+                    self._stopping.wait(RESTART_PAUSE_S)
                 pause_s = RESTART_PAUSE_S
                 while why := self._replace_head():
                     log.error("no head can start: %s; the next attempt is in %.0f s", why, pause_s)
-                    self._stopped.wait(pause_s)
+                    self._stopping.wait(pause_s)
                     _check_keeper(keeper)
                     _check_node()
                     pause_s = min(2 * pause_s, MAX_RESTART_PAUSE_S)
         except (LaunchError, RayError) as error:
-            if not self._stopped.is_set():
+            if not self._stopped:
                 reason = reason_of(error) if isinstance(error, RayError) else str(error)
                 self._error = f"the cluster's processes died and cannot be replaced: {reason}"
                 ray.kill(self._head)
@@ -248,7 +258,7 @@ class LaunchedCluster:
     def _replace_head(self) -> str:
         """Returns why the next head cannot start; empty when it has, or when none is wanted any more."""
         with self._lock:
-            if self._stopped.is_set():
+            if self._stopped:
                 return ""
             self._spec = replace(self._spec, generation=self._spec.generation + 1, endpoints=self._endpoints)
             ray.kill(self._head)  # Ray also declares a head dead that it cannot reach for a while
@@ -279,9 +289,10 @@ class LaunchedCluster:
     def stop(self) -> None:
         """Ends the cluster now, without draining; idempotent."""
         with self._lock:
-            if self._stopped.is_set():
+            if self._stopped:
                 return
-            self._stopped.set()
+            self._stopped = True
+            self._stopping.set()
         if self._endpoints is not None:
             admin_socket.withdraw(self.grpc_address, self._socket)
         if self._head is not None:
@@ -297,7 +308,12 @@ class LaunchedCluster:
         self._remove_folder()
 
     def abandon(self) -> None:
-        """Removes its traces, when its processes have been killed."""
+        """Removes its traces, when its processes have been killed: those in a Ray of our own. In another Ray,
+        it kills them; if it has not launched them all, Ray ends them when this process has ended."""
+        if self._is_launched and self._ray.token is None:
+            self._stopped = True  # whoever has the lock may be what this interrupts
+            ray.kill(self._head)
+            ray.kill(self._keeper)
         if self._endpoints is not None:
             admin_socket.withdraw(self.grpc_address, self._socket)
         self._remove_folder()
@@ -315,9 +331,13 @@ class LaunchedCluster:
         self.stop()
 
 
-def launch(config: ClusterConfig, log_settings: LogSettings | None = None) -> LaunchedCluster:
-    """Starts a cluster and returns while its workers load. Without `log_settings`, its processes' warnings go
-    to Ray's logs.
+def launch(
+    config: ClusterConfig,
+    log_settings: LogSettings | None = None,
+    on_step: Callable[[str], None] = lambda step: None,
+) -> LaunchedCluster:
+    """Starts a cluster and returns while its workers load. `on_step` is called with what begins. Without
+    `log_settings`, its processes' warnings go to Ray's logs.
 
     Raises ConfigError when the address to listen on is taken, UnsafeFolder when this user's runtime folder is
     not private, LaunchError when Ray or the head does not start, or when the model cannot be read or does not
@@ -326,7 +346,7 @@ def launch(config: ClusterConfig, log_settings: LogSettings | None = None) -> La
     _check_port_is_free("grpc", *config.listen.grpc_host_port)
     if config.listen.http_host_port is not None:
         _check_port_is_free("http", *config.listen.http_host_port)
-    return LaunchedCluster(config, log_settings)
+    return LaunchedCluster(config, log_settings, on_step)
 
 
 def abandon() -> None:

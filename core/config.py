@@ -39,6 +39,10 @@ class ModelSection(ConfigSection):
     and float32 for a GGUF file of quantised weights, which holds their exact values."""
     max_model_len: AutoPositiveInt = "auto"
     """Tokens of prompt and output together, at most; auto: as many positions as the model was made for."""
+    generation_config: Literal["auto", "none"] = "auto"
+    """Whether the sampling defaults of the checkpoint's generation_config.json (temperature, top_k, top_p,
+    min_p, repetition_penalty) apply to requests that leave these fields unset (auto, where there is such a
+    file), or those of OpenAI's interface alone (none)."""
     served_name: str | None = Field(default=None, min_length=1)
     """The name by which clients ask for the model; by default the last part of `path`, without `.gguf`."""
 
@@ -199,6 +203,9 @@ class LimitsSection(ConfigSection):
     """Bytes of the JSON schemas of all tools of one request."""
     max_stop_strings: NotNegative = 16
     """Stop strings of one request."""
+    unknown_fields: Literal["refuse", "ignore"] = "refuse"
+    """What becomes of an HTTP body's fields that this server does not know: refuse names them; ignore, as in
+    vLLM, serves the rest of the request."""
     max_message_bytes: Positive = 16 << 20
     """Bytes of one gRPC message, or of the body of an HTTP request; fixed while the cluster runs."""
 
@@ -216,7 +223,10 @@ class ObservabilitySection(ConfigSection):
     log_format: Literal["auto", "json", "console"] = "auto"
     """auto: text where `pdserve up` writes to a terminal, else one JSON object a line."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least that is logged; debug has a line for each request."""
+    """The least that is logged."""
+    request_lines_per_s: float = Field(default=10.0, ge=0.0, le=10_000.0)
+    """At most so many lines a second, at level info, each about one request at its end; a line states how
+    many requests before it got none. 0: only those that went wrong. Prompts and outputs are never logged."""
     otlp_endpoint: str | None = Field(default=None, min_length=1)
     """Where traces go, over OTLP/gRPC, such as http://127.0.0.1:4317; by default the environment's
     OTEL_EXPORTER_OTLP_ENDPOINT. Without either there are no traces."""

@@ -9,6 +9,7 @@ from .config_types import (
     ConfigSection,
     HostName,
     HostPort,
+    Origin,
     expected,
     is_loopback,
     parse_host_port,
@@ -51,6 +52,9 @@ class ListenSection(ConfigSection):
     """Names that `Host` may have in HTTP requests to a server without keys on loopback, beside addresses and
     localhost. Others are refused, so that a web page cannot reach it by a name of its own that points to this
     machine."""
+    cors_origins: Annotated[tuple[Origin, ...], Field(strict=False)] = ()
+    """Origins whose web pages may use the HTTP server from a browser (CORS), such as https://app.example.com;
+    '*': those of all pages. Without any, browsers keep pages of other origins from it."""
     admin_without_key: bool = False
     """Answer the `Cluster` service over TCP without keys: any client that reaches the port can see, change
     and stop the cluster, on loopback every local user. By default only the user who started it can, over

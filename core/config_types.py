@@ -17,6 +17,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 _DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 LOOPBACK = "127.0.0.1"
 _HOST_PORT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9_.-]+):(?P<port>\d{1,5})")
+_ORIGIN = re.compile(
+    r"[a-z][a-z0-9+.-]*://[a-z0-9._-]+(:[0-9]{1,5})?|[a-z][a-z0-9+.-]*://\[[0-9a-f:]+\](:[0-9]{1,5})?"
+)
 _HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
@@ -107,6 +110,12 @@ def _dtype(value: object) -> object:
     return _DTYPE_NAMES.get(value, value) if isinstance(value, str) else value
 
 
+def _origin(value: object) -> str:
+    if isinstance(value, str) and (value == "*" or _ORIGIN.fullmatch(value)):
+        return value
+    raise expected("an origin such as https://app.example.com or http://localhost:3000, or '*'")
+
+
 def _host_name(value: object) -> str:
     if not isinstance(value, str) or _HOST_NAME.fullmatch(value) is None:
         raise expected("the name of a host such as serve.example, without a port")
@@ -154,6 +163,9 @@ HostPort = Annotated[
 ]
 HostName = Annotated[
     str, PlainValidator(_host_name), WithJsonSchema({"type": "string", "pattern": f"^{_HOST_NAME.pattern}$"})
+]
+Origin = Annotated[
+    str, PlainValidator(_origin), WithJsonSchema({"type": "string", "pattern": f"^({_ORIGIN.pattern}|\\*)$"})
 ]
 AbsolutePath = Annotated[
     str, PlainValidator(_absolute_path), WithJsonSchema({"type": "string", "pattern": "^~?/"})

@@ -1,34 +1,96 @@
 """Environment and user errors. Each states the fault, its place, and the expected value; gateways translate
 them once."""
 
-from collections.abc import Iterator
-from typing import Self
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Self
 
 MAX_EXPECTED_CHARS = 400  # longer than any of ours
 MAX_SHOWN_CHARS = 80  # shown part of a refused value
+MAX_TOLD_CHARS = 1400  # of several wrong fields
 
 
 class PdserveError(Exception):
     """Base of every error that is not a bug of ours."""
 
 
-class InvalidRequest(PdserveError):
-    """A client's request cannot be served as it stands. Its text fits into headers and contains no terminal
-    control sequences, even where `expected` repeats the client's input, as a chat template may."""
+class Missing:
+    """The value of a field that is not there."""
 
-    def __init__(self, field: str, value: object, expected: str) -> None:
-        expected = _printable(expected[:MAX_EXPECTED_CHARS])
-        super().__init__(f"{field}: {_shown(value)} is not valid, expected {expected}")
-        self.field = field
-        self.expected = expected
+
+MISSING = Missing()
+
+
+class Problem(NamedTuple):
+    """One field that is wrong. Texts of bounded length, without terminal control sequences, even where
+    `expected` repeats the client's input, as a chat template may."""
+
+    field: str
+    shown: str  # the value, as Python writes it; "" for one that is missing
+    expected: str
+
+    def __str__(self) -> str:
+        if not self.shown:
+            return f"{self.field}: missing, expected {self.expected}"
+        return f"{self.field}: {self.shown} is not valid, expected {self.expected}"
+
+
+class InvalidRequest(PdserveError):
+    """A client's request cannot be served as it stands. The text fits into headers."""
+
+    def __init__(self, field: str, value: object, expected: str, reason: str = "") -> None:
+        """`reason` is a name for programs that tells more than that a field is wrong."""
+        shown = "" if value is MISSING else _shown(value)
+        self._tell((Problem(field, shown, _printable(expected[:MAX_EXPECTED_CHARS])),), reason)
 
     @classmethod
-    def restored(cls, message: str, field: str, expected: str) -> Self:
-        """Rebuilds the same refusal in another process."""
+    def of(cls, problems: Sequence[Problem], reason: str = "") -> Self:
+        """Returns the refusal for these problems, of which there is at least one."""
         error = cls.__new__(cls)
-        Exception.__init__(error, message)
-        error.field, error.expected = field, expected
+        error._tell(tuple(problems), reason)
         return error
+
+    def _tell(self, problems: tuple[Problem, ...], reason: str) -> None:
+        self.problems = problems
+        self.reason = reason
+        super().__init__("; ".join(map(str, problems)))
+
+    @property
+    def field(self) -> str:
+        return self.problems[0].field
+
+    @property
+    def expected(self) -> str:
+        return self.problems[0].expected
+
+
+CONTEXT_LENGTH_EXCEEDED = "CONTEXT_LENGTH_EXCEEDED"
+
+
+def context_length_exceeded(field: str, value: object, expected: str, max_tokens: int) -> InvalidRequest:
+    """Returns the refusal of a request with more tokens than the model takes. Clients recognise it by these
+    words."""
+    expected += f": the prompt is too long, this model's maximum context length is {max_tokens} tokens"
+    return InvalidRequest(field, value, expected, CONTEXT_LENGTH_EXCEEDED)
+
+
+def refuse(errors: Sequence[InvalidRequest]) -> None:
+    """Raises all `errors` as one; returns if there are none."""
+    if errors:
+        raise joined(errors)
+
+
+def joined(errors: Sequence[InvalidRequest]) -> InvalidRequest:
+    """Returns all of them, at least one, as one: at most one problem of each field, as many as fit a
+    header."""
+    if len(errors) == 1:
+        return errors[0]
+    problems: dict[str, Problem] = {}
+    num_chars = 0
+    for problem in (problem for error in errors for problem in error.problems):
+        num_chars += len(str(problem)) * (1 if str(problem).isascii() else 4) + 2
+        if problem.field not in problems and (not problems or num_chars <= MAX_TOLD_CHARS):
+            problems[problem.field] = problem
+    return InvalidRequest.of(tuple(problems.values()), next((e.reason for e in errors if e.reason), ""))
 
 
 def _shown(value: object) -> str:

@@ -2,6 +2,7 @@
 sends to workers."""
 
 import enum
+from typing import Any
 
 import msgspec
 
@@ -38,8 +39,26 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ignore_eos: bool = False
     logprobs: int | None = None  # how many alternatives to report beside each token; None: no logprobs at all
     prompt_logprobs: int | None = None  # the same for each token of the prompt but the first; None: none
+    # token sequences that no output has
+    bad_words: tuple[tuple[int, ...], ...] = ()
     # that the output follows, in llguidance's text form; a gateway has checked it; "": none
     grammar: str = ""
+
+
+class DefaultSampling(msgspec.Struct, frozen=True, kw_only=True):
+    """The values that a served model has for a request that leaves these fields unset; None: those of
+    `SamplingParams`."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+    @property
+    def stated(self) -> dict[str, Any]:
+        """The values that are not None, by the names that they have in `SamplingParams`."""
+        return {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +73,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     client: str = ""  # whom it counts for when clients take turns
     user: str = ""  # as its client named it, for operators; changes nothing of what is done
     traceparent: str = ""  # the client's span, as in W3C Trace Context; changes nothing of what is done
+    only_scores: bool = False  # its client gets the prompt's log probabilities, and not the token behind them
     has_tools: bool = False  # its output may have tool calls in it, which the gateway separates from the text
 
 

@@ -130,17 +130,19 @@ def penalised(
 
 def restriction(seq: Sequence, vocab_size: int) -> tuple[list[int], Bits | None]:
     """Returns tokens that may not come next, and a mask (see `allowed_bits`) of those that may, None: all
-    others. An output that is complete by its grammar ends, also before min_tokens."""
+    others. What a grammar demands comes all the same: an output that is complete by it ends, also before
+    min_tokens, and a bad word that is all that may follow does."""
     bits = allowed_bits(seq, vocab_size)
-    if not must_go_on(seq):
-        return [], bits
-    endings = [token_id for token_id in seq.stop_token_ids if token_id < vocab_size]
-    if bits is None:
-        return endings, None
-    going_on = bits.copy()
-    for token_id in endings:
-        going_on[token_id // 8] &= ~(1 << token_id % 8) & 0xFF
-    return [], going_on if unpacked(going_on, vocab_size).any() else bits
+    barred = seq.forbidden_token_ids
+    if must_go_on(seq):
+        barred += seq.stop_token_ids
+    barred = [token_id for token_id in barred if token_id < vocab_size]
+    if bits is None or not barred:
+        return barred, bits
+    others = bits.copy()
+    for token_id in barred:
+        others[token_id // 8] &= ~(1 << token_id % 8) & 0xFF
+    return [], others if unpacked(others, vocab_size).any() else bits
 
 
 def must_go_on(seq: Sequence) -> bool:

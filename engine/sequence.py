@@ -5,6 +5,7 @@ import msgspec
 
 from ..core.hashing import block_hashes
 from ..core.request import FinishReason, SamplingParams, SequenceSpec
+from .bad_words import BadWords
 
 
 class Sequence:
@@ -32,7 +33,10 @@ class Sequence:
         self._num_given_tokens = spec.num_tokens  # by the dispatch
         self._max_num_tokens = min(max_model_len, self.num_prompt_tokens + spec.sampling.max_tokens)
         # its tokens so far bear on the next one not through the model alone
-        self.depends_on_tokens = bool(spec.sampling.grammar) or has_penalties(spec.sampling)
+        self.depends_on_tokens = bool(spec.sampling.grammar or spec.sampling.bad_words) or has_penalties(
+            spec.sampling
+        )
+        self._bad_words = BadWords(spec.sampling.bad_words) if spec.sampling.bad_words else None
         self._stop_token_ids = frozenset(spec.sampling.stop_token_ids)
         if not spec.sampling.ignore_eos:
             self._stop_token_ids |= frozenset(spec.eos_token_ids)
@@ -96,6 +100,13 @@ class Sequence:
     def stop_token_ids(self) -> frozenset[int]:
         """Returns the token ids that end this sequence: EOS, unless it is ignored, and the request's own."""
         return self._stop_token_ids
+
+    @property
+    def forbidden_token_ids(self) -> list[int]:
+        """Returns the tokens that would complete a word that the output may not contain."""
+        if self._bad_words is None:
+            return []
+        return list(self._bad_words.forbidden(self.token_ids, self.num_prompt_tokens))
 
     def finish_reason_with(self, token_id: int) -> FinishReason | None:
         """Returns why the sequence would end if `token_id` came next; None when it would go on."""

@@ -79,6 +79,9 @@ class ResponseEvents:
             return
         if tokens[0].index >= choice.first_index:
             yield from self._prompt(tokens[0].prompt_logprobs)
+        if self._request.only_scores:
+            yield pb.GenerateEvent(tokens=pb.TokenDelta(choice=index))
+            return
         delta = pb.TokenDelta(choice=index, index=max(tokens[0].index, choice.first_index))
         for token in tokens:
             if token.index < choice.first_index:
@@ -116,7 +119,9 @@ class ResponseEvents:
         choice.ended = True
         found = choice.stops.found
         finish_reason = FINISH_REASONS[reason if found is None else FinishReason.STOP]
-        if reason is FinishReason.STOP and found is None and choice.has_called:
+        if self._request.only_scores:
+            finish_reason = pb.FINISH_REASON_LENGTH
+        elif reason is FinishReason.STOP and found is None and choice.has_called:
             finish_reason = pb.FINISH_REASON_TOOL_CALLS
         yield pb.GenerateEvent(
             choice_end=pb.ChoiceEnd(choice=index, finish_reason=finish_reason, stop_string=found)

@@ -16,6 +16,7 @@ from ..core.config import ClusterConfig
 from ..core.config_types import is_loopback
 from ..core.errors import ConfigError
 from ..engine.checkpoint import open_checkpoint, resolve_model_path
+from ..engine.generation_config import default_sampling
 from ..grammar.checker import GrammarChecker
 from ..grammar.messages import GrammarSetup
 from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
@@ -253,4 +254,5 @@ def model_info(config: ClusterConfig) -> ModelInfo:
         max_model_len=checkpoint.config.max_position_embeddings if asked_len == "auto" else asked_len,
         vocab_size=checkpoint.config.vocab_size,
         eos_token_ids=checkpoint.config.eos_token_ids,
+        default_sampling=default_sampling(config.model),
     )

@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from ..core.config import LimitsSection
-from ..core.errors import InvalidRequest
+from ..core.errors import MISSING, InvalidRequest
 from ..grammar.checker import GrammarChecker
 from ..grammar.sources import choice_grammar, json_object_grammar, json_schema_grammar, regex_grammar
 from ..proto import pdserve_pb2 as pb
@@ -43,11 +43,20 @@ class Constraints:
         return await self._checker.check(grammar, client)
 
 
+def constraint_problems(message: pb.Constraint, limits: LimitsSection) -> list[InvalidRequest]:
+    """Returns what `check_constraint` raises."""
+    try:
+        check_constraint(message, limits)
+    except InvalidRequest as error:
+        return [error]
+    return []
+
+
 def check_constraint(message: pb.Constraint, limits: LimitsSection) -> None:
     """Raises InvalidRequest for errors that need no compilation."""
     kind = message.WhichOneof("kind")
     if kind is None:
-        raise InvalidRequest("constraint", "", KINDS)
+        raise InvalidRequest("constraint", MISSING, KINDS)
     if kind == "json_object" and not message.json_object:
         raise InvalidRequest("constraint.json_object", False, "true, or no constraint")
     if kind == "choice":

@@ -5,27 +5,30 @@ import asyncio
 import hashlib
 import re
 import uuid
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 
 from ..core.config import LimitsSection
-from ..core.errors import InvalidRequest, NoWorkerAvailable
-from ..core.request import Request, SamplingParams
-from ..core.validation import validate_request
+from ..core.errors import MISSING, InvalidRequest, NoWorkerAvailable, refuse
+from ..core.request import DefaultSampling, Request, SamplingParams
+from ..core.validation import max_prompt_tokens, request_problems
 from ..proto import pdserve_pb2 as pb
 from .auth.access import Caller
 from .auth.cost import Charge
 from .call_bounds import client_of, host_of
-from .constraint import GrammarCheck, check_constraint
+from .constraint import GrammarCheck, constraint_problems
+from .in_turns import in_turns
 from .offload.offload import Offload
+from .sampling import only_scores, sampling_params, with_sampling
 from .text.chat_template import TooCostly
 from .text.encoding import bounded_ids
 from .text.tokenizer import Tokenizer
 from .tools.grammar import refusal, tool_grammar
 from .tools.offer import OfferedTools
+from .vetting import Fit
 
-MAX_STOP_CHARS = 1024
 _TRACEPARENT = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?P<trace>[0-9a-f]{32})-(?P<span>[0-9a-f]{16})-[0-9a-f]{2}", re.ASCII
 )
@@ -43,6 +46,7 @@ class ModelInfo:
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    default_sampling: DefaultSampling = field(default_factory=DefaultSampling)
 
 
 class Intake:
@@ -76,18 +80,32 @@ class Intake:
         charge = charge or Charge.free()
         worked_for = client_of(caller, host_of(peer))
         request_id = message.request_id or uuid.uuid4().hex
-        sampling = sampling_params(message.sampling, default_seed=_seed_of(request_id))
+        sampling = sampling_params(message.sampling, _seed_of(request_id), self._model.default_sampling)
         _check_resumption(message, sampling)
-        offer = await self.offer(message.prompt, limits, worked_for)
-        with charge.tokenizing():
-            token_ids = await self.token_ids(message.prompt, limits, worked_for)
+        try:
+            offer = await self.offer(message.prompt, limits, worked_for)
+            with charge.tokenizing():
+                token_ids = await self.token_ids(message.prompt, limits, worked_for)
+        except InvalidRequest as error:
+            raise with_sampling([error], message.sampling, limits) from None
         # its tokens are charged, even if the request is refused below
         charge.settle_prompt(len(token_ids), asyncio.get_running_loop().time())
-        if fills and not message.sampling.HasField("max_tokens"):
+        takes_all = fills and not message.sampling.HasField("max_tokens")
+        num_output = 1 if takes_all else sampling.max_tokens
+        token_ids = truncated(token_ids, message.prompt, num_output, limits, self._model.max_model_len)
+        if takes_all:
             room = min(limits.max_tokens, self._model.max_model_len - len(token_ids))
             sampling = msgspec.structs.replace(sampling, max_tokens=max(1, room))
-        validate_request(token_ids, sampling, limits, self._model.max_model_len, self._model.vocab_size)
         constraint = message.sampling.constraint if message.sampling.HasField("constraint") else None
+        found = request_problems(
+            token_ids, sampling, limits, self._model.max_model_len, self._model.vocab_size
+        )
+        if constraint is not None:
+            found += constraint_problems(constraint, limits)
+        refuse(found)
+        if message.sampling.bad_words:
+            words = await self._bad_words(message.sampling.bad_words, limits, worked_for)
+            sampling = msgspec.structs.replace(sampling, bad_words=words)
         if constraint is not None or offer is not None:
             sampling = await self._constrained(sampling, constraint, offer, limits, worked_for)
         return Request(
@@ -101,7 +119,23 @@ class Intake:
             user=message.client_id,
             traceparent=checked_traceparent(traceparent),
             has_tools=offer is not None,
+            only_scores=only_scores(message.sampling),
         )
+
+    async def _bad_words(
+        self, words: Sequence[str], limits: LimitsSection, client: str
+    ) -> tuple[tuple[int, ...], ...]:
+        """Returns the tokens of each word, at the beginning of a text and behind a space, as vLLM does."""
+        found: dict[tuple[int, ...], None] = {}
+        async for word in in_turns(words, every=8):
+            alone = await self._encode(word.lstrip(), False, limits, client, fit=Fit.COUNTED)
+            spaced = await self._encode(f" {word.lstrip()}", False, limits, client, fit=Fit.COUNTED)
+            if not alone:
+                continue  # the tokenizer drops all of it
+            found[alone] = None
+            if len(spaced) == len(alone) and spaced[0] != alone[0]:
+                found[spaced] = None
+        return tuple(found)
 
     async def _constrained(
         self,
@@ -112,8 +146,6 @@ class Intake:
         client: str,
     ) -> SamplingParams:
         """Adds the grammar of the constraint, or of the tool calls."""
-        if message is not None:
-            check_constraint(message, limits)
         if message is not None and offer is not None:
             raise InvalidRequest(
                 "constraint", message.WhichOneof("kind"), "none beside tools, unless tool_choice is none"
@@ -124,7 +156,8 @@ class Intake:
                 "ignore_eos", True, f"false with {what}: an output is complete at an end-of-text token"
             )
         if not self._model.eos_token_ids:
-            raise InvalidRequest(what, "", "none: the model has no end-of-text token")
+            got = f"{len(offer.tools)} tool(s)" if message is None and offer is not None else "some"
+            raise InvalidRequest(what, got, "none: the model has no end-of-text token")
         if offer is not None:
             grammar = await self._tool_grammar(offer, client)
         else:
@@ -165,43 +198,56 @@ class Intake:
         prompt: pb.Prompt,
         limits: LimitsSection,
         client: str,
-        is_counted: bool = False,
+        fit: Fit = Fit.REQUEST,
     ) -> tuple[int, ...]:
         """Returns the tokens of a vetted prompt of any kind.
 
-        `is_counted`: for Tokenize, which accepts longer ones. Raises InvalidRequest; for long prompts and
+        `fit` holds for those that are not to be truncated. Raises InvalidRequest; for long prompts and
         conversations, QueueFull or NoWorkerAvailable."""
+        fit = Fit.TRUNCATED if prompt.HasField("truncate_tokens") else fit
         match prompt.WhichOneof("kind"):
             case "text":
                 add = prompt.add_special_tokens if prompt.HasField("add_special_tokens") else True
-                return await self._encode(prompt.text, add, limits, client, is_counted)
+                return await self._encode(prompt.text, add, limits, client, fit)
             case "chat":
-                return await self._encode_chat(prompt.chat, limits, client, is_counted)
+                return await self._encode_chat(prompt.chat, limits, client, fit)
             case "token_ids":
                 return tuple(prompt.token_ids.ids)
-        raise InvalidRequest("prompt", "", "one of text, chat or token_ids")
+        raise InvalidRequest("prompt", MISSING, "one of text, chat or token_ids")
 
     async def _encode(
-        self, text: str, add_special_tokens: bool, limits: LimitsSection, client: str, is_counted: bool
+        self, text: str, add_special_tokens: bool, limits: LimitsSection, client: str, fit: Fit
     ) -> tuple[int, ...]:
         if len(text) > THREAD_CHARS or self._tokenizer.may_stall:
-            return await self.offload.encode(text, add_special_tokens, limits, client, is_counted)
-        arguments = self._tokenizer, text, add_special_tokens, self.offload.bounds(limits), is_counted
+            return await self.offload.encode(text, add_special_tokens, limits, client, fit)
+        arguments = self._tokenizer, text, add_special_tokens, self.offload.bounds(limits), fit
         if len(text) <= INLINE_CHARS:
             return bounded_ids(*arguments)
         return await self.offload.threads.run(client, bounded_ids, *arguments)
 
     async def _encode_chat(
-        self, chat: pb.Chat, limits: LimitsSection, client: str, is_counted: bool
+        self, chat: pb.Chat, limits: LimitsSection, client: str, fit: Fit
     ) -> tuple[int, ...]:
         """Short conversations have a process of their own, where they do not wait for large ones."""
         if chat.ByteSize() > THREAD_CHARS:
-            return await self.offload.encode_chat(chat, limits, client, is_counted)
+            return await self.offload.encode_chat(chat, limits, client, fit)
         try:
             text = await self.offload.render(chat, limits, client)
         except (TooCostly, NoWorkerAvailable):  # for a turn there; or that process does not start
-            return await self.offload.encode_chat(chat, limits, client, is_counted)
-        return await self._encode(text, False, limits, client, is_counted)
+            return await self.offload.encode_chat(chat, limits, client, fit)
+        return await self._encode(text, False, limits, client, fit)
+
+
+def truncated(
+    token_ids: tuple[int, ...], prompt: pb.Prompt, num_output_tokens: int, limits: LimitsSection, max_len: int
+) -> tuple[int, ...]:
+    """Returns the end of a vetted prompt whose client allows that, the whole of others."""
+    if not prompt.HasField("truncate_tokens"):
+        return token_ids
+    count = prompt.truncate_tokens
+    if count == -1:
+        count = max(1, min(max_prompt_tokens(limits, max_len), max_len - num_output_tokens))
+    return token_ids[-count:]
 
 
 def checked_traceparent(header: str | None) -> str:
@@ -223,24 +269,6 @@ def _client(message: pb.GenerateRequest, peer: str, caller: Caller | None) -> st
     return f"id:{message.client_id}" if message.client_id else peer
 
 
-def sampling_params(message: pb.SamplingParams, default_seed: int) -> SamplingParams:
-    """Returns the parameters as set, except a constraint, with defaults for the rest. `validate_request`
-    checks ranges."""
-    values = {
-        descriptor.name: value
-        for descriptor, value in message.ListFields()
-        if descriptor.name != "constraint"
-    }
-    for name in ("stop", "stop_token_ids"):
-        values[name] = tuple(values.get(name, ()))
-    values["logit_bias"] = tuple(sorted(message.logit_bias.items()))
-    for index, text in enumerate(values["stop"]):
-        if len(text) > MAX_STOP_CHARS:
-            raise InvalidRequest(f"stop[{index}]", text, f"at most {MAX_STOP_CHARS} characters")
-    values.setdefault("seed", default_seed)
-    return SamplingParams(**values)
-
-
 def _seed_of(request_id: str) -> int:
     """A client that reconnects for the rest of its stream only needs to name its request."""
     return int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest(), "little")
@@ -250,11 +278,12 @@ def _check_resumption(message: pb.GenerateRequest, sampling: SamplingParams) -> 
     if not message.resume_from:
         return
     if not message.request_id:
-        raise InvalidRequest("request_id", "", "the name of the request to resume")
+        raise InvalidRequest("request_id", MISSING, "the name of the request to resume")
     if len(message.resume_from) != sampling.n:
         raise InvalidRequest(
             "resume_from", list(message.resume_from), f"one index for each of the {sampling.n} choices"
         )
     for choice, index in enumerate(message.resume_from):
-        if not 0 <= index <= sampling.max_tokens:
-            raise InvalidRequest(f"resume_from[{choice}]", index, f"0 to {sampling.max_tokens}")
+        most = 0 if only_scores(message.sampling) else sampling.max_tokens
+        if not 0 <= index <= most:
+            raise InvalidRequest(f"resume_from[{choice}]", index, f"0 to {most}")

@@ -26,10 +26,10 @@ from .call_bounds import HeldBytes, client_of, host_of
 from .constraint import GrammarCheck
 from .frontend import Frontend
 from .in_turns import in_turns
-from .intake import Intake, ModelInfo, shown_id
+from .intake import Intake, ModelInfo, shown_id, truncated
 from .offload.offload import Offload
 from .text.tokenizer import Tokenizer
-from .vetting import check_model, refuse_unknown_fields
+from .vetting import Fit, check_model, refuse_unknown_fields
 
 INLINE_TOKENS = 4096  # up to this many tokens are decoded on the loop
 FLUSH_S = 5.0  # how long clients may take to read the rest of their responses when the cluster ends
@@ -108,11 +108,8 @@ class Serving:
         request = await self.intake.request(
             message, config.limits, deadline_s, peer, traceparent, caller, fills, charge=charge
         )
-        num_tokens, max_output_tokens = (
-            len(request.prompt_token_ids),
-            request.sampling.n * request.sampling.max_tokens,
-        )
-        charge.settle_prompt(num_tokens, asyncio.get_running_loop().time(), max_output_tokens)
+        max_output_tokens = request.sampling.n * request.sampling.max_tokens
+        charge.settle_room(max_output_tokens, asyncio.get_running_loop().time())
         salt = scoped_salt(cache_scope(caller, config.kv.cache_sharing), request.cache_salt)
         request = structs.replace(request, cache_salt=salt)
         REQUEST_ID.set(request.request_id)
@@ -180,8 +177,9 @@ class Serving:
         await self.intake.offer(request.prompt, limits, client)  # refuses what a request could not have
         with self._charged([prompt_price(request.prompt)], caller) as (charge,):
             with charge.tokenizing():
-                token_ids = await self.intake.token_ids(request.prompt, limits, client, is_counted=True)
+                token_ids = await self.intake.token_ids(request.prompt, limits, client, fit=Fit.COUNTED)
             charge.settle_prompt(len(token_ids), asyncio.get_running_loop().time())
+            token_ids = truncated(token_ids, request.prompt, 0, limits, self.model.max_model_len)
             if token_ids:
                 check_token_ids("prompt.token_ids", token_ids, self.model.vocab_size)
             charge.settle(0, asyncio.get_running_loop().time())
@@ -237,4 +235,5 @@ class Serving:
                 max_tool_bytes=limits.max_tool_bytes,
             ),
             version=__version__,
+            default_sampling=pb.SamplingParams(**model.default_sampling.stated),
         )

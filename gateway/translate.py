@@ -95,9 +95,9 @@ def to_status(error: PdserveError) -> tuple[grpc.StatusCode, list[Message]]:
     """Returns the code and the details of an error."""
     match error:
         case InvalidRequest():
-            return grpc.StatusCode.INVALID_ARGUMENT, [
-                _bad_request([(error.field, f"expected {error.expected}")])
-            ]
+            problems = [(problem.field, f"expected {problem.expected}") for problem in error.problems]
+            reason = [_info(error.reason)] if error.reason else []
+            return grpc.StatusCode.INVALID_ARGUMENT, [_bad_request(problems), *reason]
         case ConfigError():
             problems = [("config_yaml", line) for line in _shortened(str(error)).splitlines()]
             return grpc.StatusCode.INVALID_ARGUMENT, [_bad_request(problems)]

@@ -9,6 +9,7 @@ from ..router.events import Timeline
 from ..telemetry.exposition import Exposition, Snapshot
 from ..telemetry.recent import RecentRequests
 from ..telemetry.recorder import TelemetryRecorder, Traces
+from ..telemetry.request_log import RequestLog
 from ..telemetry.stalls import LoopStalls
 from ..telemetry.steps import StepCosts, StepTally
 from ..telemetry.tally import Tally
@@ -38,8 +39,9 @@ class HeadTelemetry:
         self._loop = asyncio.get_running_loop()
         self._stalls = LoopStalls(self._loop.time())
         self._beating = self._loop.call_soon(self._beat)
+        requests = RequestLog(config.observability.request_lines_per_s, self._loop.time)
         self.recorder = TelemetryRecorder(
-            self._tally, steps, self._recent, self._traces, asyncio.get_running_loop().time
+            self._tally, steps, self._recent, self._traces, requests, self._loop.time
         )
 
     def configure(self, config: ClusterConfig) -> None:
@@ -51,6 +53,9 @@ class HeadTelemetry:
 
     def recent(self, request_id: str) -> Timeline | None:
         return self._recent.get(request_id)
+
+    def latest(self, max_requests: int, scope: str) -> list[Timeline]:
+        return self._recent.latest(max_requests, scope)
 
     @property
     def _num_spans(self) -> int:

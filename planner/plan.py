@@ -12,7 +12,9 @@ from ..core.config_types import format_size
 from ..core.devices import DeviceKind
 from ..core.errors import CapacityError, ConfigError
 from ..core.messages import KVLayout, Role
+from ..core.request import DefaultSampling
 from ..engine.checkpoint import Checkpoint, open_checkpoint, resolve_model_path
+from ..engine.generation_config import default_sampling
 from ..engine.gpu import GPU_MEMORY_FRACTION, Node, probe_node
 from .device_choice import device_findings, resolve_device, why_device
 from .packing import Demand, Finding, Packing
@@ -25,6 +27,7 @@ RUNTIME_BYTES = 384 << 20  # an instance's interpreter, libraries and transfer b
 GPU_RUNTIME_BYTES = 1 << 30
 ROPE_COPIES = 3  # copies of the rope table in its making: angles, cosines and sines, and both side by side
 TYPICAL_TOKENS = 2048
+NO_DEFAULTS = DefaultSampling()
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Plan:
     num_parameters: int
     dtype: str
     max_model_len: int
+    default_sampling: DefaultSampling
     device: DeviceKind
     why_device: str
     block_size: int
@@ -92,12 +96,21 @@ def plan(config: ClusterConfig, nodes: Sequence[Node] | None = None, *, more_may
     all."""
     checkpoint = open_checkpoint(resolve_model_path(config.model.path))
     return make_plan(
-        config, checkpoint, (probe_node(),) if nodes is None else nodes, more_may_come=more_may_come
+        config,
+        checkpoint,
+        (probe_node(),) if nodes is None else nodes,
+        more_may_come=more_may_come,
+        defaults=default_sampling(config.model),
     )
 
 
 def make_plan(
-    config: ClusterConfig, checkpoint: Checkpoint, nodes: Sequence[Node], *, more_may_come: bool = False
+    config: ClusterConfig,
+    checkpoint: Checkpoint,
+    nodes: Sequence[Node],
+    *,
+    more_may_come: bool = False,
+    defaults: DefaultSampling = NO_DEFAULTS,
 ) -> Plan:
     """The arithmetic of `plan`, from values alone. While more machines may come, `kv_cache_bytes: auto` is
     what the first of `nodes` has for as many instances as its cores could ever be given, so that it does not
@@ -126,6 +139,7 @@ def make_plan(
         num_parameters=checkpoint.num_parameters,
         dtype=sizes.layout.dtype,
         max_model_len=sizes.max_model_len,
+        default_sampling=defaults,
         device=device,
         why_device=why_device(config, nodes),
         block_size=sizes.layout.block_size,

@@ -198,6 +198,11 @@ class Router:
         """Returns the timeline of a request that is being served; None for an unknown id."""
         return self._requests.timeline(request_id, now_s)
 
+    def timelines(self, max_requests: int, scope: str, now_s: float) -> list[Timeline]:
+        """Returns the timelines of requests that are being served, newest first, whose ids begin with
+        `scope`."""
+        return self._requests.timelines(max_requests, scope, now_s)
+
     def known_blocks(self, worker_id: str) -> Set[bytes]:
         """Returns the hashes of the blocks that a worker caches, as far as it has reported them."""
         return self._index.blocks_of(worker_id)

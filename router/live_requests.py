@@ -1,6 +1,8 @@
 """The live requests by id, to which events are routed. The effect of an event on a request is in
 `request_life.py`."""
 
+from itertools import islice
+
 import msgspec
 
 from ..core.errors import DuplicateRequest
@@ -51,6 +53,11 @@ class LiveRequests:
         """Returns the timeline of a live request so far; None for an unknown id."""
         live = self._requests.get(request_id)
         return None if live is None else live.timeline(now_s)
+
+    def timelines(self, max_requests: int, scope: str, now_s: float) -> list[Timeline]:
+        """Returns the timelines so far of live requests whose ids begin with `scope`, newest first."""
+        found = (live for name, live in reversed(self._requests.items()) if name.startswith(scope))
+        return [live.timeline(now_s) for live in islice(found, max_requests)]
 
     def handle(self, live: LiveRequest, event: RequestEvent, now_s: float) -> list[RouterCommand]:
         """Applies the event to the request, which is forgotten once it is closed."""
@@ -162,6 +169,7 @@ class LiveRequests:
 
 
 def is_same(adopted: Request, request: Request) -> bool:
-    """Whether two requests are equal but for deadline, client, user and trace, which a take-over does not
-    restore."""
-    return msgspec.structs.replace(request, deadline_s=None, client="", user="", traceparent="") == adopted
+    """Whether two requests are equal but for what a take-over does not restore: deadline, client, user and
+    trace, and what the gateway makes of the output."""
+    known = msgspec.structs.replace(request, deadline_s=None, client="", user="", traceparent="")
+    return msgspec.structs.replace(known, has_tools=False, only_scores=False) == adopted

@@ -102,4 +102,5 @@ def _weight(spec: SequenceSpec) -> int:
     """Returns the weight in tokens, of some four bytes each: a client may send much besides tokens."""
     sampling = spec.sampling
     num_chars = len(sampling.grammar) + sum(map(len, sampling.stop))
-    return spec.num_tokens + num_chars // 4 + 3 * len(sampling.logit_bias)
+    num_bad = sum(1 + len(word) for word in sampling.bad_words)
+    return spec.num_tokens + num_chars // 4 + 3 * len(sampling.logit_bias) + num_bad

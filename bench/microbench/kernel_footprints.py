@@ -1,7 +1,7 @@
 """Compiles every Triton kernel for every GPU it is made for, as production launches it, and prints what each
 takes of a multiprocessor. Needs no GPU. Fails where a kernel spills registers to memory.
 
-`python -m bench.microbench.kernel_footprints --jobs 2`
+`python -m bench.microbench.kernel_footprints --jobs 2 [--all-cases-for 90]`
 """
 
 import argparse
@@ -27,6 +27,12 @@ def _compile(where: tuple[int, int]) -> tuple[int, str, Footprint]:
     return target, case, footprint(launch, target)
 
 
+def _cases(target: int, is_short: bool) -> list[int]:
+    """Returns the indices of the launches to compile."""
+    kernels = [launch.kernel.__name__ for _, launch in production_launches(target)]
+    return [index for index, name in enumerate(kernels) if not is_short or kernels.index(name) == index]
+
+
 def _line(case: str, by_target: dict[int, Footprint]) -> str:
     first = next(iter(by_target.values()))
     cells = "  ".join(_cells(by_target[target]) if target in by_target else " " * 18 for target in TARGETS)
@@ -40,11 +46,19 @@ def _cells(taken: Footprint) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
-    jobs = parser.parse_args().jobs
+    parser.add_argument(
+        "--all-cases-for",
+        type=int,
+        choices=TARGETS,
+        help="for the other targets, only the first case of each kernel",
+    )
+    arguments = parser.parse_args()
     wanted = [
-        (target, index) for target in TARGETS for index in range(len(list(production_launches(target))))
+        (target, index)
+        for target in TARGETS
+        for index in _cases(target, is_short=arguments.all_cases_for not in (None, target))
     ]
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+    with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
         compiled = pool.map(_compile, wanted, chunksize=1)
     table: dict[tuple[str, str], dict[int, Footprint]] = {}
     for target, case, taken in compiled:

@@ -111,11 +111,14 @@ class Charge:
             self._is_prompt_used = False
             raise
 
-    def settle_prompt(self, num_tokens: int, now_s: float, max_output_tokens: int | None = None) -> None:
-        """Corrects the price to the counted prompt, and to the room for output where that depended on it."""
+    def settle_prompt(self, num_tokens: int, now_s: float) -> None:
+        """Corrects the price to the counted prompt, before any of it is cut off."""
         self._num_prompt = num_tokens
-        if max_output_tokens is not None:
-            self._max_output = max_output_tokens
+        self._correct(self._price.tokens(self._num_prompt, self._max_output), now_s)
+
+    def settle_room(self, max_output_tokens: int, now_s: float) -> None:
+        """Corrects the price to the room for output, which may depend on the prompt."""
+        self._max_output = max_output_tokens
         self._correct(self._price.tokens(self._num_prompt, self._max_output), now_s)
 
     def settle(self, num_output_tokens: int, now_s: float, has_begun: bool = True) -> None:

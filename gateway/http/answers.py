@@ -183,6 +183,9 @@ class ServedModel(ResponseModel):
     created: int
     owned_by: str
     max_model_len: int
+    default_sampling: dict[str, float]
+    """The values of fields that a request leaves unset, where the checkpoint's generation_config.json has
+    others than OpenAI's interface."""
 
 
 class Models(ResponseModel):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Awaitable, Callable
+from functools import cache
 from typing import Any
 
 from fastapi import FastAPI
@@ -13,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from ... import __version__
-from ...core.errors import PdserveError
+from ...core.errors import InvalidRequest, PdserveError
 from ...proto import pdserve_pb2 as pb
 from ..serving import Serving
 from . import answers
@@ -23,12 +24,15 @@ from .chat_schema import ChatCompletionRequest, DetokenizeRequest, TokenizeReque
 from .completions import Completions
 from .errors import HttpRefusal, error_response
 from .hosts import AllowedHosts
+from .pages import Pages
 from .probes import Probes
 from .schema import CompletionRequest, ErrorResponse
+from .words import in_http_words
 
 Handler = Callable[[Request], Awaitable[Response]]
 BODIES = (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
 PATH = "#/components/schemas/{model}"
+READ = ["GET", "HEAD"]
 REFUSALS = (400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504)
 
 
@@ -62,19 +66,16 @@ def http_app(serving: Serving, hosts: AllowedHosts | None = None) -> AuthMiddlew
         _MODEL,
     )
     app.add_api_route("/metrics", probes.metrics, name="metrics", response_class=PlainTextResponse)
+    app.add_api_route("/metrics", probes.metrics, methods=["HEAD"], include_in_schema=False)
     _get(app, "/version", _version, answers.Version)
     _get(app, "/health", probes.health, answers.Health, {503: {"model": answers.Health}})
     _get(app, "/livez", probes.live, answers.Health)
     _get(app, "/readyz", probes.ready, answers.Health, {503: {"model": answers.Health}})
     _get(app, "/startupz", probes.startup, answers.Startup, {503: {"model": answers.Startup}})
-    for path, probe in (
-        ("health", probes.health),
-        ("livez", probes.live),
-        ("readyz", probes.ready),
-        ("startupz", probes.startup),
-    ):
-        app.add_api_route(f"/{path}", probe, methods=["HEAD"], include_in_schema=False)
     app.openapi = _described(app.openapi)  # type: ignore[method-assign]
+    pages = Pages(serving.model.name, app.openapi)
+    app.add_api_route("/", pages.index, methods=READ, include_in_schema=False)
+    app.add_api_route("/docs", pages.docs, methods=READ, include_in_schema=False)
     return AuthMiddleware(app, posts, serving.shared, hosts)
 
 
@@ -114,7 +115,8 @@ class _Tokens:
     def _model(self) -> dict[str, Any]:
         info = self._serving.model_info(pb.GetModelInfoRequest())
         payload = {"id": info.name, "object": "model", "created": self._created, "owned_by": "pdserve"}
-        return payload | {"max_model_len": info.max_model_len}
+        defaults = self._serving.model.default_sampling.stated
+        return payload | {"max_model_len": info.max_model_len, "default_sampling": defaults}
 
 
 async def _version(http: Request) -> Response:
@@ -122,6 +124,9 @@ async def _version(http: Request) -> Response:
 
 
 async def _on_error(http: Request, error: Exception) -> Response:
+    options = getattr(http.state, "options", None)
+    if isinstance(error, InvalidRequest) and options is not None:
+        error = in_http_words(error, options)
     return error_response(error)
 
 
@@ -154,6 +159,7 @@ def _get(
     app.add_api_route(
         path, handler, response_model=answer, responses=others, openapi_extra=described, name=_name(path)
     )
+    app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)
 
 
 def _post(app: FastAPI, path: str, handler: Handler, body: type[BaseModel], answer: type[BaseModel]) -> None:
@@ -187,6 +193,7 @@ def _name(path: str) -> str:
 def _described(generate: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
     """Returns FastAPI's description, extended by the bodies that our handlers read by themselves."""
 
+    @cache
     def openapi() -> dict[str, Any]:
         description = generate()
         _, bodies = models_json_schema([(body, "validation") for body in BODIES], ref_template=PATH)

@@ -3,7 +3,7 @@ client disconnects."""
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, MutableMapping
 from contextlib import suppress
 from typing import Any
 
@@ -15,6 +15,8 @@ from ..call_bounds import MESSAGE_TIMEOUT_S, HeldBytes, OpenCalls, TooManyBytes,
 from ..places import NoPlace
 from ..serving import Shared
 from ..translate import ClientStalled
+from .codings import MIN_ENCODED_BYTES, Decoder, accepts_gzip, coding_of, gzipped
+from .cors import AllowedOrigins
 from .errors import HttpRefusal, describe, error_json, error_response
 from .hosts import AllowedHosts
 
@@ -69,19 +71,24 @@ class AuthMiddleware:
         self._posts = posts
         self._hosts = hosts
         self._shared = shared
+        self._origins = AllowedOrigins(shared.config.listen.cors_origins)
         self._calls = OpenCalls(shared.config.limits.max_open_calls)
         self._max_bytes = shared.config.limits.max_message_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"").decode("latin-1")
         request_id = given or uuid.uuid4().hex
-        scope["state"] |= {"request_id": request_id, "caller": None}
-        out = _Answer(send, request_id)
+        scope["state"] |= {"request_id": request_id, "is_id_given": bool(given), "caller": None}
+        out = _Answer(send, scope)
         try:
             check_name("request_id", given)
             _check_path(scope["path"])
             _check_framing(scope)
             self._check_host(scope)
+            out.extra = self._origins.headers(scope["headers"])
+            if (permits := self._origins.preflight(scope["method"], scope["headers"])) is not None:
+                await _permit(permits, _closing(out.send) if _has_body(scope) else out.send)
+                return
             need = need_of(scope["method"], scope["path"])
             self._admit(scope, need)
             async with self._shared.revocation.watch(scope["state"]["caller"], need):
@@ -142,30 +149,51 @@ class AuthMiddleware:
 
     async def _body(self, scope: Scope, receive: Receive, held: "_Held") -> bytes | None:
         """Returns None if the client has disconnected. Raises Refused or TooManyBytes."""
-        too_large = HttpRefusal(
-            413, "body_too_large", f"the body is larger than {self._max_bytes} bytes", closes=True
-        )
+        coding = coding_of(scope["headers"])
+        decoder = None if coding is None else Decoder(coding)
         if any(
             name == b"content-length" and int(value) > self._max_bytes for name, value in scope["headers"]
         ):
-            raise too_large
-        parts = []
+            raise self._too_large()
+        parts: list[bytes] = []
+        num_received = 0
         try:
             async with asyncio.timeout(MESSAGE_TIMEOUT_S):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    parts.append(message["body"])
                     held.take(len(message["body"]))
-                    if held.num_bytes > self._max_bytes:
-                        raise too_large
+                    num_received += len(message["body"])
+                    if num_received > self._max_bytes:
+                        raise self._too_large()
+                    if decoder is None:
+                        parts.append(message["body"])
+                    else:
+                        await self._decode(decoder, message["body"], parts, held)
                     if not message["more_body"]:
+                        if decoder is not None:
+                            decoder.end()
                         return b"".join(parts)
         except TimeoutError:
             raise HttpRefusal(
                 408, "body_too_slow", str(TooSlow("body", MESSAGE_TIMEOUT_S)), closes=True
             ) from None
+
+    async def _decode(self, decoder: Decoder, data: bytes, parts: list[bytes], held: "_Held") -> None:
+        """Adds what `data` decodes to, which may be a thousand times as much: counted slice by slice."""
+        num_decoded = sum(map(len, parts))
+        for piece in decoder.feed(data):
+            held.take(len(piece))
+            num_decoded += len(piece)
+            if num_decoded > self._max_bytes:
+                raise self._too_large()
+            parts.append(piece)
+            await asyncio.sleep(0)
+
+    def _too_large(self) -> HttpRefusal:
+        text = f"the body is larger than {self._max_bytes} bytes"
+        return HttpRefusal(413, "body_too_large", text, closes=True)
 
 
 class _Held:
@@ -189,23 +217,47 @@ class _Held:
 
 
 class _Answer:
-    """Adds the request's id to its response, and records whether the response has started."""
+    """Adds to a response what any response has, compresses it where its client accepts that, and records
+    whether it has started."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, scope: Scope) -> None:
         self._send = send
-        self._header = (REQUEST_ID, request_id.encode("latin-1"))
+        self._scope = scope
+        self.extra: list[tuple[bytes, bytes]] = []  # further headers
         self.has_begun = False
         self.is_complete = False
         self._has_events = False
+        self._held_start: Message | None = None  # of an answer that will be compressed
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.has_begun = True
-            self._has_events = (b"content-type", EVENTS) in message.get("headers", ())
-            message["headers"] = [*message.get("headers", ()), self._header]
+            given = message.get("headers", ())
+            self._has_events = (b"content-type", EVENTS) in given
+            # the body of the request may have named it
+            request_id = (REQUEST_ID, self._scope["state"]["request_id"].encode("latin-1"))
+            message["headers"] = [*given, request_id, *self.extra]
+            if self._is_large_json(given):
+                message["headers"].append((b"vary", b"accept-encoding"))
+                if self._scope["method"] != "HEAD" and accepts_gzip(self._scope["headers"]):
+                    self._held_start = message
+                    return
         elif not message.get("more_body", False):
             self.is_complete = True
+        if self._held_start is not None:
+            start, self._held_start = self._held_start, None
+            message["body"] = await gzipped(message["body"])
+            length = (b"content-length", str(len(message["body"])).encode())
+            kept = [header for header in start["headers"] if header[0] != b"content-length"]
+            start["headers"] = [*kept, length, (b"content-encoding", b"gzip")]
+            await self._send(start)
         await self._send(message)
+
+    def _is_large_json(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
+        """Returns whether all of the body comes at once, and is worth compressing."""
+        given = dict(headers)
+        length = int(given.get(b"content-length", 0))
+        return length >= MIN_ENCODED_BYTES and given.get(b"content-type") == b"application/json"
 
     async def break_off(self, error: PdserveError) -> bool:
         """Ends a started response with an event that states the reason; returns False if it is not a stream
@@ -239,6 +291,16 @@ def _closing(send: Send) -> Send:
         await send(message)
 
     return closing
+
+
+def _has_body(scope: Scope) -> bool:
+    return any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
+
+
+async def _permit(headers: list[tuple[bytes, bytes]], send: Send) -> None:
+    """Answers a preflight request."""
+    await send({"type": "http.response.start", "status": 204, "headers": headers})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _discard(scope: Scope, receive: Receive) -> None:

@@ -8,7 +8,7 @@ from starlette.requests import Request
 
 from ..call_bounds import client_of, host_of
 from ..serving import Serving
-from .bodies import AnswerOptions
+from .answer_options import AnswerOptions
 from .errors import HttpRefusal
 
 
@@ -25,9 +25,13 @@ async def read(http: Request, route: str, serving: Serving) -> tuple[Sequence[Me
             415, "unsupported_media_type", f"content-type: {kind!r} is not valid, expected application/json"
         )
     limits = serving.shared.config.limits
-    return await serving.intake.offload.body(
-        route, await http.body(), http.state.request_id, limits, http_client(http)
+    state = http.state
+    messages, state.options = await serving.intake.offload.body(
+        route, await http.body(), state.request_id, limits, http_client(http), is_id_given=state.is_id_given
     )
+    if state.options.request_id and not state.is_id_given:
+        state.request_id = state.options.request_id
+    return messages, state.options
 
 
 def http_client(http: Request) -> str:

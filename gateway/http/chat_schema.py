@@ -5,7 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import FailFast, Field, PlainValidator, ValidationError, WithJsonSchema
 
-from .schema import Body, GenerationBody, Text, TokenIds, expected
+from .schema import NO_ITEMS, Body, GenerationBody, OptionalText, TokenIds, expected
+
+Nothing = Annotated[list[Any], Field(max_length=0), FailFast()]
 
 
 class CalledFunction(Body):
@@ -27,15 +29,23 @@ class ToolCall(Body):
 class ChatMessage(Body):
     """One message of a conversation."""
 
-    role: str
-    """A role of the chat template: usually "system", "user", "assistant" or "tool"."""
-    content: Text = ""
-    tool_calls: Annotated[list[ToolCall], FailFast()] = Field(default=[])
+    role: Literal["developer", "system", "user", "assistant", "tool", "function"]
+    """The chat template decides what becomes of it."""
+    content: OptionalText = None
+    """Only the assistant's may be missing."""
+    tool_calls: Annotated[list[ToolCall], FailFast()] = Field(default=NO_ITEMS)
     """The assistant's tool calls."""
     tool_call_id: str = ""
     """The call that a tool's message answers."""
     name: str = ""
     """The author of the message, for templates that use it."""
+    reasoning_content: str = ""
+    """The assistant's thoughts before its answer, for templates that use them."""
+    id: str = ""
+    """Without effect, as is `cache_control`."""
+    cache_control: dict[str, Any] | None = None
+    annotations: Nothing = Field(default=NO_ITEMS)
+    """Empty."""
 
 
 class Function(Body):
@@ -48,6 +58,8 @@ class Function(Body):
     """The JSON schema of its arguments, which calls follow."""
     strict: bool = False
     """Refuse `parameters` with keywords or formats that calls are not kept to, instead of ignoring them."""
+    cache_control: dict[str, Any] | None = None
+    """Without effect."""
 
 
 class Tool(Body):
@@ -55,6 +67,8 @@ class Tool(Body):
 
     type: Literal["function"]
     function: Function
+    cache_control: dict[str, Any] | None = None
+    """Without effect."""
 
 
 class ChosenFunction(Body):
@@ -111,9 +125,26 @@ class ChatCompletionRequest(GenerationBody):
     """Report the log probability of each token."""
     top_logprobs: int | None = None
     """Report this many most probable alternatives too. Only with `logprobs`."""
-    add_generation_prompt: bool = True
-    """Whether the template opens the assistant's turn after the last message."""
-    tools: Tools = Field(default=[])
+    add_generation_prompt: bool | None = None
+    """Whether the template opens the assistant's turn after the last message; by default unless
+    `continue_final_message`."""
+    continue_final_message: bool = False
+    """The answer continues the text of the last message."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Further variables for the chat template, such as enable_thinking."""
+    reasoning_effort: str | None = None
+    """A variable for the chat template, unless `chat_template_kwargs` has it."""
+    documents: Annotated[list[dict[str, str]], FailFast()] = Field(default=NO_ITEMS)
+    """What the answer may draw upon, if the chat template has a place for documents."""
+    echo: Literal[False] = False
+    """Only false, as `add_special_tokens`: chat templates write their own."""
+    add_special_tokens: Literal[False] = False
+    modalities: Annotated[list[Literal["text"]], FailFast()] = Field(default=NO_ITEMS)
+    """Only text. `verbosity` is without effect; `function_call` is none or auto, `functions` empty."""
+    verbosity: Literal["low", "medium", "high"] | None = None
+    function_call: Literal["none", "auto"] | None = None
+    functions: Nothing = Field(default=NO_ITEMS)
+    tools: Tools = Field(default=NO_ITEMS)
     """The tools that the model may call, if its chat template has a place for tools."""
     tool_choice: ToolChoice | None = None
     """Whether it calls any: "none", "auto" (the default, when there are tools), "required", or the one that
@@ -128,11 +159,15 @@ class TokenizeRequest(Body):
 
     model: str = ""
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], FailFast()] = Field(default=[])
-    tools: Tools = Field(default=[])
+    messages: Annotated[list[ChatMessage], FailFast()] = Field(default=NO_ITEMS)
+    tools: Tools = Field(default=NO_ITEMS)
     """Only with `messages`."""
     add_special_tokens: bool = True
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Only with `messages`, as `documents`."""
+    documents: Annotated[list[dict[str, str]], FailFast()] = Field(default=NO_ITEMS)
     return_token_strs: bool = False
     """Report the text of each token too."""
 

@@ -14,7 +14,7 @@ from ..auth.cost import Charge
 from ..in_turns import in_turns
 from ..offload.fair_threads import FairThreads
 from ..serving import Serving
-from .bodies import AnswerOptions
+from .answer_options import AnswerOptions
 from .body import http_client, peer_of, read
 from .format import ChatFormat, CompletionFormat, Format, Wanted
 from .sse import EventStream, merged
@@ -90,8 +90,11 @@ class Completions:
         return EventStream(first, chunks, self._serving.shared.config.limits.max_unread_s)
 
     async def _text(self, http: HttpRequest, message: pb.GenerateRequest, request: Request) -> str:
-        return message.prompt.text or await self._serving.text(
-            request.prompt_token_ids, True, http_client(http)
+        is_whole = message.prompt.text and not message.prompt.HasField("truncate_tokens")
+        return (
+            message.prompt.text
+            if is_whole
+            else await self._serving.text(request.prompt_token_ids, True, http_client(http))
         )
 
 

@@ -6,12 +6,12 @@ from typing import Any
 import grpc
 import msgspec
 from google.rpc import error_details_pb2
-from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from starlette.responses import Response
 
-from ...core.errors import InvalidRequest, PdserveError
+from ...core.errors import MISSING, InvalidRequest, PdserveError
 from ...core.peer_log import failure_log
-from ..translate import to_status
+from ..translate import UnknownModel, to_status
 
 STATUSES = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
@@ -85,11 +85,13 @@ def describe(error: Exception) -> tuple[int, ErrorBody, float | None]:
     grpc_code, details = to_status(error)
     status = STATUSES.get(grpc_code, 500)
     body = ErrorBody(str(error), _type(status), None, None)
+    if isinstance(error, UnknownModel):
+        body.param = "model"
     retry_after_s = None
     for detail in details:
         match detail:
             case error_details_pb2.BadRequest():
-                body.param = detail.field_violations[0].field
+                body.param = detail.field_violations[0].field or None
                 body.code = "invalid_value"
             case error_details_pb2.ErrorInfo():
                 body.code = CODES.get(detail.reason, detail.reason.lower())
@@ -104,18 +106,19 @@ def _type(status: int) -> str:
     return "invalid_request_error" if status < 500 else "server_error"
 
 
-def malformed(error: ValidationError) -> InvalidRequest:
-    """Returns the refusal of a body that violates its schema: the first violation."""
-    (first, *_) = error.errors(include_url=False, include_context=False)
-    field, kind = _path(first["loc"]), first["type"]
+def malformed(fault: ErrorDetails) -> InvalidRequest:
+    """Returns the refusal of a body that violates its schema in this way."""
+    field, kind = _path(fault["loc"]), fault["type"]
     if kind == "json_invalid":
-        return InvalidRequest("body", "", f"valid JSON ({first['msg'].removeprefix('Invalid JSON: ')})")
+        expected = f"valid JSON ({fault['msg'].removeprefix('Invalid JSON: ')})"
+        return InvalidRequest("body", "...", expected)
     if kind == "missing":
-        return InvalidRequest(field, "", "a value: the field is required")
+        return InvalidRequest(field, MISSING, "a value: the field is required")
     if kind == "extra_forbidden":
-        return InvalidRequest(field, first["input"], "only fields that this server knows")
-    expected = first["msg"].removeprefix("Input should be ").removeprefix("expected ")
-    return InvalidRequest(field or "body", first["input"], expected)
+        expected = "only fields that this server knows (limits.unknown_fields: ignore accepts others)"
+        return InvalidRequest(field, fault["input"], expected)
+    expected = fault["msg"].removeprefix("Input should be ").removeprefix("expected ")
+    return InvalidRequest(field or "body", fault["input"], expected)
 
 
 def _path(loc: tuple[Any, ...]) -> str:

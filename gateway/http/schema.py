@@ -30,6 +30,7 @@ _PROMPT_SCHEMA = {
 }
 
 TokenIds = Annotated[list[int], FailFast()]
+NO_ITEMS: Any = ()  # unlike a list, it is not copied for each body
 
 
 def expected(what: str) -> PydanticCustomError:
@@ -85,9 +86,23 @@ Texts = Annotated[
     BeforeValidator(_texts),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
-Text = Annotated[str, BeforeValidator(_text), WithJsonSchema({"anyOf": [{"type": "string"}, _TEXT_PARTS]})]
+OptionalText = Annotated[
+    str | None, BeforeValidator(_text), WithJsonSchema({"anyOf": [{"type": "string"}, _TEXT_PARTS]})
+]
 
 
+def _schema(value: object) -> dict[str, Any] | str:
+    """Validates by hand, as a union would report each of its members that does not fit."""
+    if isinstance(value, dict | str):
+        return value
+    raise expected("a JSON schema, as an object or as text")
+
+
+JsonOrText = Annotated[
+    dict[str, Any] | str,
+    PlainValidator(_schema),
+    WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}]}),
+]
 MAX_METADATA = 16
 MAX_METADATA_CHARS = 64, 512  # of a name and of a value
 
@@ -133,6 +148,8 @@ class StreamOptions(Body):
     """A chunk with the usage of the whole request before the end."""
     continuous_usage_stats: bool = False
     """The usage so far in every chunk (as in vLLM)."""
+    include_obfuscation: bool | None = None
+    """Without effect: chunks are not padded."""
 
 
 class JsonSchema(Body):
@@ -157,11 +174,11 @@ class ResponseFormat(Body):
 class StructuredOutputs(Body):
     """The constraint on the text of each choice, as in vLLM: exactly one of these."""
 
-    json_schema: dict[str, Any] | str | None = Field(alias="json", default=None)
+    json_schema: JsonOrText | None = Field(alias="json", default=None)
     """JSON of this schema, given as an object or as text."""
     regex: str | None = None
     """A full match of this regular expression, in Rust's regex syntax."""
-    choice: Annotated[list[str], FailFast()] = []
+    choice: Annotated[list[str], FailFast()] = Field(default=NO_ITEMS)
     """One of these texts."""
     grammar: str | None = None
     """A text of this grammar, in Lark's syntax as llguidance extends it."""
@@ -175,9 +192,9 @@ class GenerationBody(Body):
     model: str = ""
     """The name of the model, as /v1/models reports it; by default the served one."""
     max_tokens: int | None = None
-    """The maximum of output tokens of each choice."""
+    """The maximum of output tokens of each choice; 0 with `echo`: the prompt alone."""
     max_completion_tokens: int | None = None
-    """Another name of `max_tokens`."""
+    """Another name of `max_tokens`, and counts if both are given."""
     min_tokens: int | None = None
     """The number of output tokens before which nothing ends a choice."""
     temperature: float | None = None
@@ -199,9 +216,9 @@ class GenerationBody(Body):
     complement of 64 bits."""
     n: int | None = None
     """How many choices to produce for each prompt."""
-    stop: Texts = []
+    stop: Texts = Field(default=NO_ITEMS)
     """A choice ends where its text would contain one of these; the text ends before it."""
-    stop_token_ids: TokenIds = []
+    stop_token_ids: TokenIds = Field(default=NO_ITEMS)
     """A choice ends with the first of these tokens."""
     ignore_eos: bool = False
     """Continue after an end-of-text token."""
@@ -222,12 +239,39 @@ class GenerationBody(Body):
     """JSON, if requested; by default anything."""
     structured_outputs: StructuredOutputs | None = None
     """Other constraints; not together with a `response_format` of JSON."""
+    bad_words: Annotated[list[str], FailFast()] = Field(default=NO_ITEMS)
+    """Texts that the output does not contain, as the tokens that the tokenizer makes of them."""
+    truncate_prompt_tokens: int | None = None
+    """Keep only the last so many tokens of a longer prompt; -1: as many as leave room for the output."""
+    guided_json: JsonOrText | None = None
+    """`structured_outputs.json`, as are `guided_regex`, `guided_choice` and `guided_grammar` its others."""
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], FailFast()] = Field(default=NO_ITEMS)
+    guided_grammar: str | None = None
+    request_id: str = ""
+    """The request's id, unless there is a header X-Request-Id."""
+    priority: int | None = None
+    """Only 0: requests have no priorities."""
     metadata: Metadata | None = None
-    """Without effect, as are `store`, `service_tier`, `safety_identifier` and `prompt_cache_key`."""
+    """Without effect, as are `store`, `service_tier`, `safety_identifier`, `prompt_cache_key`,
+    `prompt_cache_retention` and `guided_decoding_backend`."""
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    guided_decoding_backend: str | None = None
+    skip_special_tokens: Literal[True] = True
+    """Only true, as `include_reasoning`; `use_beam_search`, `early_stopping`, `include_stop_str_in_output`
+    and `return_tokens_as_token_ids` only false; `length_penalty` only 1."""
+    spaces_between_special_tokens: bool | None = None
+    """Without effect, as the text has no special tokens."""
+    use_beam_search: Literal[False] = False
+    early_stopping: Literal[False] = False
+    include_stop_str_in_output: Literal[False] = False
+    return_tokens_as_token_ids: Literal[False] = False
+    include_reasoning: Literal[True] = True
+    length_penalty: Annotated[float, Field(ge=1, le=1)] = 1.0
 
 
 class CompletionRequest(GenerationBody):

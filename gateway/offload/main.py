@@ -78,9 +78,9 @@ def _answer(worker: Worker, job: IntakeJob, data: bytes) -> tuple[FromProcess, l
     try:
         results, rest = worker.do(job, data)
     except InvalidRequest as error:
-        return JobRefused(str(error), error.field, error.expected, isinstance(error, TooCostly)), []
+        return JobRefused(error.problems, error.reason, isinstance(error, TooCostly)), []
     except UnknownModel as error:
-        return JobRefused(str(error), unknown_model=(error.asked, error.served)), []
+        return JobRefused(unknown_model=(error.asked, error.served)), []
     return Done(tuple(map(len, results)), rest), list(results)
 
 

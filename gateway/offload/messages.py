@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 import msgspec
 
+from ..vetting import Fit
+
 PART_BYTES = 1 << 18
 
 
@@ -33,13 +35,13 @@ class Encode(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Encodes a text to token ids, packed as little-endian integers of 32 bits."""
 
     add_special_tokens: bool
-    is_counted: bool
+    fit: Fit
 
 
 class EncodeChat(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Renders and encodes a `pb.Chat` to token ids."""
 
-    is_counted: bool
+    fit: Fit
 
 
 class RenderChat(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -57,6 +59,7 @@ class ReadBody(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
     route: str
     request_id: str
+    is_id_given: bool = True
 
 
 class ReadMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -93,9 +96,8 @@ class Done(msgspec.Struct, frozen=True, array_like=True, tag=True):
 class JobRefused(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """The error that the work raised: `InvalidRequest` of a field, `TooCostly` as one, or `UnknownModel`."""
 
-    message: str
-    field: str = ""
-    expected: str = ""
+    problems: tuple[tuple[str, str, str], ...] = ()  # as in `Problem`
+    reason: str = ""
     is_too_costly: bool = False
     unknown_model: tuple[str, str] | None = None  # requested and served
 

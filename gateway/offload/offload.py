@@ -9,10 +9,11 @@ from google.protobuf.message import Message
 from ...core.config import LimitsSection
 from ...core.errors import InvalidRequest
 from ...proto import pdserve_pb2 as pb
-from ..http.bodies import MESSAGES, SMALL_BYTES as SMALL_BYTES, AnswerOptions, is_small, read_body
+from ..http.answer_options import AnswerOptions
+from ..http.bodies import MESSAGES, SMALL_BYTES as SMALL_BYTES, is_small, read_body
 from ..in_turns import in_turns
 from ..text.tokenizer import Tokenizer
-from ..vetting import Bounds, vet
+from ..vetting import Bounds, Fit, vet
 from .fair_threads import MAX_JOBS, MAX_JOBS_EACH, FairThreads
 from .messages import (
     Decode,
@@ -68,13 +69,20 @@ class Offload:
         await self.threads.stop()
 
     async def body(
-        self, route: str, data: bytes, request_id: str, limits: LimitsSection, client: str
+        self,
+        route: str,
+        data: bytes,
+        request_id: str,
+        limits: LimitsSection,
+        client: str,
+        *,
+        is_id_given: bool = True,
     ) -> tuple[Sequence[Message], AnswerOptions]:
         """Like `bodies.read_body`. All methods also raise QueueFull or NoWorkerAvailable, and InvalidRequest
         for input that takes too many resources."""
         if is_small(data):
-            return read_body(route, data, request_id, self.bounds(limits))
-        results, rest = await self._do(ReadBody(route, request_id), data, limits, client)
+            return read_body(route, data, request_id, self.bounds(limits), is_id_given=is_id_given)
+        results, rest = await self._do(ReadBody(route, request_id, is_id_given), data, limits, client)
         messages = [MESSAGES[route].FromString(result) async for result in in_turns(results, every=1)]
         return messages, msgspec.msgpack.decode(rest, type=AnswerOptions)
 
@@ -93,10 +101,10 @@ class Offload:
         return message
 
     async def encode(
-        self, text: str, add_special_tokens: bool, limits: LimitsSection, client: str, is_counted: bool
+        self, text: str, add_special_tokens: bool, limits: LimitsSection, client: str, fit: Fit
     ) -> tuple[int, ...]:
         """Like `encoding.bounded_ids`."""
-        work = Encode(add_special_tokens, is_counted)
+        work = Encode(add_special_tokens, fit)
         (ids,), _ = await self._do(work, text.encode(), limits, client)
         return unpacked(ids)
 
@@ -106,10 +114,10 @@ class Offload:
         return text.decode()
 
     async def encode_chat(
-        self, chat: pb.Chat, limits: LimitsSection, client: str, is_counted: bool
+        self, chat: pb.Chat, limits: LimitsSection, client: str, fit: Fit
     ) -> tuple[int, ...]:
         """Renders a conversation with the template, and then works like `encoding.bounded_ids`."""
-        (ids,), _ = await self._do(EncodeChat(is_counted), chat.SerializeToString(), limits, client)
+        (ids,), _ = await self._do(EncodeChat(fit), chat.SerializeToString(), limits, client)
         return unpacked(ids)
 
     async def decode(

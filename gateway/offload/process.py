@@ -13,7 +13,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
 from ...core.codec import FrameDecoder, FrameEncoder
-from ...core.errors import InvalidRequest, NoWorkerAvailable
+from ...core.errors import InvalidRequest, NoWorkerAvailable, Problem
 from ..text.chat_template import TooCostly
 from ..translate import UnknownModel
 from .job_queue import MAX_JOBS, MAX_JOBS_EACH, IntakeQueue
@@ -249,7 +249,8 @@ class IntakeProcess:
                 pending.result.set_result((results, rest))
             case JobRefused(unknown_model=None):
                 kind = TooCostly if answer.is_too_costly else InvalidRequest
-                pending.result.set_exception(kind.restored(answer.message, answer.field, answer.expected))
+                problems = [Problem(*problem) for problem in answer.problems]
+                pending.result.set_exception(kind.of(problems, answer.reason))
             case JobRefused(unknown_model=(name, served)):
                 pending.result.set_exception(UnknownModel(name, served))
             case _:

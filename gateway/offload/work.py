@@ -40,16 +40,16 @@ class IntakeWorker:
             max_token_chars=self._tokenizer.max_token_chars,
         )
         match job.work:
-            case Encode(add_special_tokens=add, is_counted=is_counted):
-                return [packed(bounded_ids(self._tokenizer, data.decode(), add, bounds, is_counted))], b""
-            case EncodeChat(is_counted=is_counted):
+            case Encode(add_special_tokens=add, fit=fit):
+                return [packed(bounded_ids(self._tokenizer, data.decode(), add, bounds, fit))], b""
+            case EncodeChat(fit=fit):
                 chat = pb.Chat.FromString(data)
                 text = chat_text(self._tokenizer.templates, chat, OfferedTools.read(chat, bounds.limits))
-                return [packed(bounded_ids(self._tokenizer, text, False, bounds, is_counted))], b""
+                return [packed(bounded_ids(self._tokenizer, text, False, bounds, fit))], b""
             case Decode(skip_special_tokens=skip):
                 return [self._tokenizer.decode(unpacked(data), skip_special_tokens=skip).encode()], b""
-            case ReadBody(route=route, request_id=request_id):
-                messages, asked = read_body(route, data, request_id, bounds)
+            case ReadBody(route=route, request_id=request_id, is_id_given=is_given):
+                messages, asked = read_body(route, data, request_id, bounds, is_id_given=is_given)
                 return [message.SerializeToString() for message in messages], msgspec.msgpack.encode(asked)
             case ReadMessage(name=name):
                 kind: type[Message] = getattr(pb, name)

@@ -5,6 +5,7 @@ their own on time and memory: only processes with limits compile and render them
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -26,9 +27,29 @@ MAX_SOURCE_CHARS = 256 << 10  # ten times what large templates have
 MAX_NODES = 20_000  # of expressions and statements: a second of Python's compiler
 MAX_CHARS = 16 << 20  # of a prompt; as many bytes as a message has by default
 
+CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "  # behind the message that goes on, while it is rendered
+# by which transformers and vLLM call what a template gets, and jinja2 what it has by itself
+RESERVED_NAMES = frozenset(
+    ("messages", "conversation", "tools", "documents", "add_generation_prompt", "continue_final_message",
+     "chat_template", "tokenize", "tokenizer", "return_dict", "self", "super", "loop", "caller", "varargs",
+     "kwargs", "true", "false", "none", "True", "False", "None")
+)  # fmt: skip
+
 
 class TooCostly(InvalidRequest):
     """The template exceeds its time or memory bound on a conversation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateOptions:
+    """The values that few conversations have beside messages and tools."""
+
+    documents: Sequence[Mapping[str, str]] | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)  # the client's variables
+    continues_final_message: bool = False  # the text ends with the content of the last message
+
+
+NO_OPTIONS = TemplateOptions()
 
 
 class ChatTemplates:
@@ -60,6 +81,7 @@ class ChatTemplates:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        options: TemplateOptions = NO_OPTIONS,
     ) -> str:
         """Renders a conversation as text, with `tools` in OpenAI's format. Raises InvalidRequest, or
         TooCostly if the text is too long."""
@@ -67,7 +89,7 @@ class ChatTemplates:
         if template is None:
             expected = "text or token_ids, as the model has no chat template"
             raise InvalidRequest("prompt.chat", f"{len(messages)} message(s)", expected)
-        return template.render(messages, add_generation_prompt, tools)
+        return template.render(messages, add_generation_prompt, tools, options)
 
 
 class ChatTemplate:
@@ -89,7 +111,9 @@ class ChatTemplate:
                     raise TemplateError(f"{type(node).__name__} is not for chat templates")
         except Exception as error:  # jinja2's, and Python's for deep nesting and long numbers
             raise _broken(error) from error
-        self.takes_tools = any(name.name == "tools" for name in parsed.find_all(nodes.Name))
+        names = {name.name for name in parsed.find_all(nodes.Name)}
+        self.takes_tools = "tools" in names
+        self._takes_documents = "documents" in names
 
     @cached_property
     def _compiled(self) -> Template:
@@ -107,15 +131,20 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        options: TemplateOptions = NO_OPTIONS,
     ) -> str:
         """As `ChatTemplates.render`. Also raises MemoryError."""
         variables: dict[str, object] = {
             **self._special_tokens,
             "messages": messages,
             "tools": tools,
-            "documents": None,
+            "documents": options.documents,
+            "add_generation_prompt": add_generation_prompt,
         }
-        variables["add_generation_prompt"] = add_generation_prompt
+        if options is not NO_OPTIONS:
+            self._add(options, variables)
+            if options.continues_final_message:
+                variables["messages"] = [*messages[:-1], _marked(messages[-1])]
         parts, num_chars = [], 0
         try:
             for part in self._compiled.generate(variables):
@@ -130,7 +159,35 @@ class ChatTemplate:
         except Exception as error:  # the template refuses, or fails on unexpected input
             reason = str(error) or type(error).__name__
             raise InvalidRequest("prompt.chat", [message["role"] for message in messages], reason) from error
-        return "".join(parts)
+        text = "".join(parts)
+        return _cut(text, messages[-1]) if options.continues_final_message else text
+
+    def _add(self, options: TemplateOptions, variables: dict[str, object]) -> None:
+        """Adds the client's variables. Raises InvalidRequest for one that would hide another, and for
+        documents that the template does not look at."""
+        for name, value in options.kwargs.items():
+            if name in variables or name in RESERVED_NAMES or name in self._environment.globals:
+                expected = "names that the template does not get from elsewhere"
+                raise InvalidRequest("prompt.chat.template_kwargs", name, expected)
+            variables[name] = value
+        if options.documents is not None and not self._takes_documents:
+            expected = "none, as the model's chat template has no place for documents"
+            got = f"{len(options.documents)} document(s)"
+            raise InvalidRequest("prompt.chat.documents", got, expected)
+
+
+def _marked(message: Mapping[str, Any]) -> dict[str, Any]:
+    return {**message, "content": message["content"] + CONTINUED}
+
+
+def _cut(text: str, message: Mapping[str, Any]) -> str:
+    """Returns the text up to the end of the message that goes on, as transformers does: with the blanks at
+    its end, if the template keeps them."""
+    end = text.rfind(CONTINUED.rstrip())
+    if end < 0 or message["content"].strip() not in text:
+        expected = "a final message that the chat template writes as it stands"
+        raise InvalidRequest("prompt.chat.continue_final_message", True, expected)
+    return text[:end] if text.startswith(CONTINUED, end) else text[:end].rstrip()
 
 
 def _broken(error: Exception) -> CheckpointError:

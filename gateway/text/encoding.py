@@ -1,12 +1,12 @@
 """Renders conversations and encodes prompts to token ids, within bounds."""
 
-from ...core.errors import InvalidRequest
+from ...core.errors import context_length_exceeded
 from ...core.limited_process import OutOfTime, soft_limits
 from ...core.validation import check_prompt_length
 from ...proto import pdserve_pb2 as pb
-from ..tools.conversation import template_messages
+from ..tools.conversation import opens_answer, template_messages, template_options
 from ..tools.offer import OfferedTools
-from ..vetting import Bounds, check_chars, check_counted
+from ..vetting import Bounds, Fit, check_chars, check_counted
 from .chat_template import ChatTemplates, TooCostly
 from .tokenizer import Tokenizer
 
@@ -17,28 +17,24 @@ USUAL_CHARS = 8  # of a token, at most, in natural text
 
 
 def bounded_ids(
-    tokenizer: Tokenizer, text: str, add_special_tokens: bool, bounds: Bounds, is_counted: bool = False
+    tokenizer: Tokenizer, text: str, add_special_tokens: bool, bounds: Bounds, fit: Fit = Fit.REQUEST
 ) -> tuple[int, ...]:
-    """Returns the token ids of `text`. `is_counted`: for Tokenize, which accepts twice as many as a request.
-    Raises InvalidRequest for more, with their number if the excess is moderate."""
+    """Returns the token ids of `text`. Raises InvalidRequest for more than `fit` allows, with their number if
+    the excess is moderate."""
     check_chars(len(text), bounds)
-    max_tokens = bounds.max_counted_tokens if is_counted else bounds.max_prompt_tokens
-    if len(text) > max(USUAL_CHARS * max_tokens, SLICE_CHARS):
-        _check_slices(tokenizer, text, max_tokens)
+    if fit is not Fit.TRUNCATED:
+        max_tokens = bounds.max_counted_tokens if fit is Fit.COUNTED else bounds.max_prompt_tokens
+        if len(text) > max(USUAL_CHARS * max_tokens, SLICE_CHARS):
+            _check_slices(tokenizer, text, max_tokens, bounds)
     token_ids = tokenizer.encode(text, add_special_tokens)
-    check_num_tokens(len(token_ids), bounds, is_counted)
+    if fit is Fit.REQUEST:
+        check_prompt_length(len(token_ids), bounds.limits, bounds.max_model_len)
+    elif fit is Fit.COUNTED:
+        check_counted(len(token_ids), bounds)
     return token_ids
 
 
-def check_num_tokens(num_tokens: int, bounds: Bounds, is_counted: bool) -> None:
-    """Raises InvalidRequest."""
-    if is_counted:
-        check_counted(num_tokens, bounds)
-    else:
-        check_prompt_length(num_tokens, bounds.limits, bounds.max_model_len)
-
-
-def _check_slices(tokenizer: Tokenizer, text: str, max_tokens: int) -> None:
+def _check_slices(tokenizer: Tokenizer, text: str, max_tokens: int, bounds: Bounds) -> None:
     """Counts a text slice by slice if it is longer than `max_tokens` tokens usually are, so that most of a
     far too long text is never processed. A cut splits tokens: hence twice as many are admitted, to be counted
     as a whole."""
@@ -46,8 +42,9 @@ def _check_slices(tokenizer: Tokenizer, text: str, max_tokens: int) -> None:
     for start in range(0, len(text), SLICE_CHARS):
         num_tokens += tokenizer.count(text[start : start + SLICE_CHARS])
         if num_tokens > 2 * max_tokens:
-            raise InvalidRequest(
-                "prompt", f"more than {2 * max_tokens} tokens", f"at most {max_tokens} tokens"
+            expected = f"at most {max_tokens} tokens"
+            raise context_length_exceeded(
+                "prompt", f"more than {2 * max_tokens} tokens", expected, bounds.max_context
             )
 
 
@@ -57,11 +54,10 @@ def chat_text(
     """Renders a conversation with the checkpoint's template and its tools, within limits: only for a process
     that has limits itself, on its main thread. Raises InvalidRequest, or TooCostly."""
     messages = template_messages(chat, takes_calls=templates.takes_calls or not templates.can_render)
-    add = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
     tools = None if offer is None else [tool.for_template() for tool in offer.tools]
     try:
         with soft_limits(cpu_s, RENDER_BYTES):
-            return templates.render(messages, add, tools)
+            return templates.render(messages, opens_answer(chat), tools, template_options(chat))
     except (OutOfTime, MemoryError):
         expected = (
             f"a conversation that the chat template renders in {cpu_s:g} s and {RENDER_BYTES >> 20} MiB"

@@ -142,18 +142,25 @@ def test_an_unknown_command_names_the_one_that_is_meant(command: str, meant: str
         "chat",
         "status",
         "explain",
+        "requests",
+        "logs",
         "apply",
         "drain",
         "down",
         "plan",
         "bench",
         "key",
+        "key new",
+        "simulate",
+        "supervise",
+        "validate",
     ],
 )
 def test_help_fits_80_columns(command: str) -> None:
     result = call(*command.split(), "--help", COLUMNS="80")
     assert result.exit_code == 0
     assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "…" not in result.stdout, "names and help are whole"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -43,6 +43,18 @@ def test_an_infeasible_configuration_is_not_launched(settings: dict[str, object]
     assert "Traceback" not in str(caught.value)
 
 
+def test_an_abandoned_cluster_is_gone_from_a_ray_that_stays() -> None:
+    listen = {"grpc": "127.0.0.1:0", "http": None}
+    cluster = launch(ClusterConfig.model_validate({"listen": listen}))
+    link = admin_socket.socket_link(cluster.grpc_address)
+    assert link.is_symlink()
+    cluster.abandon()
+    assert not link.is_symlink()
+    cluster._over.wait(30.0)
+    assert cluster.ended and cluster.poll() is None
+    launch(ClusterConfig.model_validate({"listen": listen})).stop()
+
+
 def test_a_launch_interrupted_while_ray_starts_leaves_no_directory(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -95,7 +107,8 @@ def test_the_command_line_finds_a_running_cluster_by_its_address() -> None:
 def test_a_cluster_ends_with_an_error_when_the_raylet_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any user of the host can make a raylet crash. A successor of the head would wait for it for ever."""
     cluster = LaunchedCluster.__new__(LaunchedCluster)
-    cluster._stopped, cluster._over, cluster._error = threading.Event(), threading.Event(), None
+    cluster._stopped, cluster._over, cluster._error = False, threading.Event(), None
+    cluster._stopping = threading.Event()
     cluster._keeper = SimpleNamespace(live=SimpleNamespace(remote=lambda: "keeper"))
     cluster._head = SimpleNamespace(wait=SimpleNamespace(remote=lambda: "head"))
 
@@ -118,7 +131,7 @@ def test_a_head_declared_dead_is_killed_before_its_successor_starts(
 ) -> None:
     done: list[str] = []
     cluster = LaunchedCluster.__new__(LaunchedCluster)
-    cluster._lock, cluster._stopped = threading.Lock(), threading.Event()
+    cluster._lock, cluster._stopped = threading.Lock(), False
     cluster._spec, cluster._endpoints = HeadSpec(token="secret", host=None), None
     start = SimpleNamespace(remote=lambda: None)
     cluster._head = SimpleNamespace(name="old", start=start)

@@ -34,5 +34,5 @@ def test_values_beyond_the_shown_part_are_not_inspected(value: Any) -> None:
 
 def test_an_error_is_the_same_when_it_is_restored() -> None:
     error = InvalidRequest("field", [1], "a text")
-    again = InvalidRequest.restored(str(error), error.field, error.expected)
+    again = InvalidRequest.of(error.problems, error.reason)
     assert (str(again), again.field, again.expected) == (str(error), "field", "a text")

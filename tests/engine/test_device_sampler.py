@@ -110,7 +110,7 @@ def test_rows_of_more_than_one_tile_are_sampled_as_on_the_host(device: Device) -
 
 @pytest.mark.parametrize("vocab_size", [8, 50, 64, MULTI_TILE])
 def test_edited_logits_equal_the_hosts_bit_for_bit(device: Device, vocab_size: int) -> None:
-    logits = random_logits(2, 4, vocab_size)
+    logits = random_logits(2, 5, vocab_size)
     logits[0, 1] = -0.0
     penalties: dict[str, Any] = {
         "repetition_penalty": 1.37,
@@ -120,6 +120,7 @@ def test_edited_logits_equal_the_hosts_bit_for_bit(device: Device, vocab_size: i
     chunks = [
         make_chunk(output=(1, 1, 7), logit_bias=((1, 0.3), (4, -2.7)), min_tokens=9, logprobs=0, **penalties),
         make_chunk(min_tokens=1, stop_token_ids=(7, vocab_size)),
+        make_chunk(output=(3, 6), bad_words=((1,), (3, 6, 2), (vocab_size,)), min_tokens=9),
         follow(
             make_chunk(output=(3, 3, 6), grammar="g", min_tokens=9, **penalties),
             2,

@@ -7,7 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from pdserve.core.errors import CheckpointError, InvalidRequest
-from pdserve.gateway.text.chat_template import ChatTemplate
+from pdserve.gateway.text.chat_template import ChatTemplate, TemplateOptions
 from tests.gateway.chat_templates import FAMILIES
 from tests.gateway.support import byte_level
 
@@ -106,6 +106,16 @@ def _rendered_by_transformers(source: str, chat: list[dict[str, Any]], add_gener
     )
 
 
+def _continued_by_transformers(source: str, chat: list[dict[str, Any]]) -> str:
+    reference = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level()._backend,
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        chat_template=source,
+    )
+    return str(reference.apply_chat_template(chat, tokenize=False, continue_final_message=True))
+
+
 def _template(source: str) -> ChatTemplate:
     return ChatTemplate(source, {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"})
 
@@ -172,3 +182,63 @@ def test_a_broken_template_is_the_checkpoints_error(source: str) -> None:
 def test_an_unknown_filter_is_the_checkpoints_error_when_compiled() -> None:
     with pytest.raises(CheckpointError, match="chat template cannot be compiled: No filter named 'x'"):
         ChatTemplate("{{ 1 | x }}", {}).compile()
+
+
+BEGUN = [
+    "It is",
+    "It is ",
+    " It is\n",
+    "a < b & c  ",
+    "<think>\nso\n</think>\n\nIt is",
+    "CONTINUE_FINAL_MESSAGE_TAG",
+]
+
+
+@pytest.mark.parametrize("begun", BEGUN)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_final_message_goes_on_as_transformers_lets_it(name: str, begun: str) -> None:
+    chat = [{"role": "user", "content": "how warm is it?"}, {"role": "assistant", "content": begun}]
+    try:
+        expected = _continued_by_transformers(FAMILIES[name], chat)
+    except ValueError:
+        with pytest.raises(InvalidRequest, match="as it stands"):
+            _template(FAMILIES[name]).render(chat, False, None, GOES_ON)
+    else:
+        assert _template(FAMILIES[name]).render(chat, False, None, GOES_ON) == expected
+
+
+GOES_ON = TemplateOptions(continues_final_message=True)
+
+
+def test_a_message_that_the_template_drops_cannot_go_on() -> None:
+    with pytest.raises(InvalidRequest, match="as it stands"):
+        ChatTemplate("{{ messages[0].content }}", {}).render(CHAT, False, None, GOES_ON)
+
+
+def test_variables_and_documents_reach_the_template() -> None:
+    source = "{% for d in documents %}{{ d.title }}: {{ d.text }};{% endfor %}{{ thinking }}{{ depth.a[0] }}"
+    options = TemplateOptions(
+        documents=[{"title": "a", "text": "b"}],
+        kwargs={"thinking": False, "depth": {"a": [1]}, "unused": None},
+    )
+    assert ChatTemplate(source, {}).render(CHAT, options=options) == "a: b;False1"
+
+
+HIDING = [
+    *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"),
+    *("bos_token", "eos_token", "raise_exception", "strftime_now", "namespace", "dict", "range", "cycler"),
+    *("loop", "self", "tokenize", "conversation", "caller"),
+]
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_no_variable_of_a_client_hides_another(name: str) -> None:
+    options = TemplateOptions(kwargs={name: "x"})
+    with pytest.raises(InvalidRequest, match=f"'{name}' is not valid, expected names that the template"):
+        _template("{{ messages }}").render(CHAT, options=options)
+
+
+def test_documents_without_a_place_are_refused() -> None:
+    options = TemplateOptions(documents=[{"text": "a"}])
+    with pytest.raises(InvalidRequest, match="no place for documents"):
+        _template("{{ messages }}").render(CHAT, options=options)

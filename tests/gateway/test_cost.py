@@ -90,7 +90,8 @@ def level_after(kind: str, fate: str, num_prompt: int = 30, num_output: int = 4)
             if fate in REFUSALS:
                 raise REFUSALS[fate]
     if fate in ("refused by the cluster", "served"):
-        charge.settle_prompt(num_prompt, 0.0, 50)
+        charge.settle_prompt(num_prompt, 0.0)
+        charge.settle_room(50, 0.0)
     charge.settle(num_output if fate == "served" else 0, 0.0, has_begun=fate == "served")
     return 1000 - bucket.take(1001, 0.0) * 1000 / 60  # seconds until it is full, as tokens
 

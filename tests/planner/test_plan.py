@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
+from pdserve.cli.plan import plan_json, plan_text
 from pdserve.core.checkpoint_files import FileStamp
 from pdserve.core.config import ClusterConfig
 from pdserve.core.errors import CapacityError, CheckpointError, ConfigError
@@ -250,3 +252,13 @@ def test_a_missing_checkpoint_is_an_error_of_its_own(tmp_path: Path) -> None:
 def test_planning_does_not_import_torch() -> None:
     code = "import sys, pdserve.planner.plan; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_plan_has_the_defaults_of_the_checkpoint(tmp_path: Path) -> None:
+    own = plan(ClusterConfig())
+    assert own.default_sampling.stated == {"temperature": 0.7, "top_p": 0.95}
+    none = plan(ClusterConfig.model_validate({"model": {"generation_config": "none"}}))
+    assert none.default_sampling.stated == {}
+    assert "sampling  temperature 0.7, top_p 0.95 where a request leaves it unset" in plan_text(own)
+    assert "sampling  the defaults of OpenAI's interface where" in plan_text(none)
+    assert json.loads(plan_json(own))["default_sampling"] == {"temperature": 0.7, "top_p": 0.95}

@@ -129,6 +129,16 @@ def test_a_client_that_comes_back_brings_its_user_along() -> None:
     assert not cluster.sent  # nothing is computed again
 
 
+@pytest.mark.parametrize("what", ["has_tools", "only_scores"])
+def test_what_the_gateway_makes_of_an_output_does_not_keep_its_client_away(what: str) -> None:
+    """No worker knows of it."""
+    request = make_request(max_tokens=6)
+    spec = spec_of(request)
+    cluster = Successor(held(Leg.PREFILL, spec, 1, error=None), held(Leg.DECODE, spec, 3))
+    cluster.submit(msgspec.structs.replace(request, **{what: True}))
+    assert len(cluster.tokens["r", 0]) == 3
+
+
 def test_a_request_that_ended_without_a_router_waits_for_its_client() -> None:
     request = make_request(max_tokens=3)
     spec = spec_of(request)

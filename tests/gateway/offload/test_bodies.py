@@ -15,7 +15,8 @@ from pdserve.core.config import ClusterConfig, LimitsSection
 from pdserve.core.errors import InvalidRequest
 from pdserve.gateway.app import GatewayServer, serve
 from pdserve.gateway.http import bodies
-from pdserve.gateway.http.bodies import MESSAGES, AnswerOptions, read_body
+from pdserve.gateway.http.answer_options import AnswerOptions
+from pdserve.gateway.http.bodies import MESSAGES, read_body
 from pdserve.gateway.http.chat_schema import ChatCompletionRequest
 from pdserve.gateway.http.schema import CompletionRequest
 from pdserve.gateway.offload import offload as head

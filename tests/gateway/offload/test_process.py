@@ -19,6 +19,7 @@ from pdserve.gateway.offload.offload import Offload
 from pdserve.gateway.offload.process import IntakeProcess
 from pdserve.gateway.offload.work import IntakeWorker, packed
 from pdserve.gateway.text.encoding import bounded_ids
+from pdserve.gateway.vetting import Fit
 from pdserve.proto import pdserve_pb2 as pb
 from tests.gateway.support import byte_level
 from tests.processes import await_end
@@ -44,13 +45,13 @@ async def test_it_starts_with_the_first_job_or_on_request(offload: Offload) -> N
     "text", ["x", "the quick brown fox " * 20_000, "你好🙂" * 30_000, "<|im_start|> <tool>\n" * 9]
 )
 async def test_a_text_has_the_same_tokens_wherever_it_is_encoded(offload: Offload, text: str) -> None:
-    assert await offload.encode(text, True, LIMITS, "a", is_counted=True) == byte_level().encode(text)
+    assert await offload.encode(text, True, LIMITS, "a", fit=Fit.COUNTED) == byte_level().encode(text)
 
 
 async def test_a_conversation_has_the_same_tokens_wherever_it_is_rendered(offload: Offload) -> None:
     chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="hello " * 20_000)])
     text = byte_level().templates.render([{"role": "user", "content": "hello " * 20_000}])
-    ids = await offload.encode_chat(chat, LIMITS, "a", is_counted=False)
+    ids = await offload.encode_chat(chat, LIMITS, "a", fit=Fit.REQUEST)
     assert ids == byte_level().encode(text, add_special_tokens=False)
 
 
@@ -62,7 +63,7 @@ async def test_many_tokens_have_the_same_text_wherever_they_are_decoded(offload:
 @pytest.mark.parametrize("text", ["a" * 16_000_000, "<tool>" * 400_000, "你" * 500_000])
 async def test_a_prompt_of_far_too_many_tokens_is_refused(offload: Offload, text: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        await offload.encode(text, True, LIMITS, "a", is_counted=False)
+        await offload.encode(text, True, LIMITS, "a", fit=Fit.REQUEST)
     assert refused.value.field == "prompt" and "at most" in refused.value.expected
 
 
@@ -73,7 +74,7 @@ async def test_refusals_are_the_same_as_in_the_head(offload: Offload) -> None:
         with pytest.raises(InvalidRequest) as here:
             bounded_ids(byte_level(), text, True, small.bounds(LIMITS))
         with pytest.raises(InvalidRequest) as there:
-            await small.encode(text, True, LIMITS, "a", is_counted=False)
+            await small.encode(text, True, LIMITS, "a", fit=Fit.REQUEST)
     finally:
         await small.stop()
     assert (str(here.value), here.value.field, here.value.expected) == (
@@ -299,6 +300,6 @@ def test_the_worker_needs_no_transformers() -> None:
 def test_a_worker_accepts_a_tokenizers_own_data() -> None:
     worker = IntakeWorker(*set_up())
     (ids,), _ = worker.do(
-        IntakeJob(Encode(True, False), LIMITS.model_dump_json().encode(), 0), "<tool> Köln".encode()
+        IntakeJob(Encode(True, Fit.REQUEST), LIMITS.model_dump_json().encode(), 0), "<tool> Köln".encode()
     )
     assert ids == packed(byte_level().encode("<tool> Köln"))

@@ -15,6 +15,7 @@ from pdserve.gateway.intake import Intake
 from pdserve.gateway.offload.offload import Offload
 from pdserve.gateway.text.chat_template import TooCostly
 from pdserve.gateway.text.tokenizer import Tokenizer
+from pdserve.gateway.vetting import Fit
 from pdserve.proto import pdserve_pb2 as pb
 from tests.gateway.support import Unchecked, byte_level, model_info
 
@@ -98,7 +99,7 @@ async def test_a_short_conversation_does_not_wait_for_large_bodies(offload: Offl
     await offload.decode((70,), True, LIMITS, "a")
     assert offload.pid is not None
     os.kill(offload.pid, signal.SIGSTOP)
-    large = asyncio.create_task(offload.encode("x" * 100_000, True, LIMITS, "a", is_counted=False))
+    large = asyncio.create_task(offload.encode("x" * 100_000, True, LIMITS, "a", fit=Fit.REQUEST))
     assert await offload.render(chat("hello"), LIMITS, "a") == "hello"
     assert not large.done()
     os.kill(offload.pid, signal.SIGCONT)
@@ -129,7 +130,7 @@ async def test_clients_take_turns_with_their_conversations(offload: Offload) -> 
 @pytest.mark.parametrize("content", ["hello", "x" * 5000, "x" * 70_000])
 async def test_conversations_of_all_lengths_have_the_tokens_of_their_text(content: str) -> None:
     intake = Intake(tokenizer(), model_info(byte_level()), Unchecked(), Offload(tokenizer(), "tiny", 100_000))
-    ids = await intake.token_ids(pb.Prompt(chat=chat(content)), LIMITS, "a", is_counted=True)
+    ids = await intake.token_ids(pb.Prompt(chat=chat(content)), LIMITS, "a", fit=Fit.COUNTED)
     await intake.offload.stop()
     assert ids == byte_level().encode(content, add_special_tokens=False)
 

@@ -2,6 +2,7 @@
 own process."""
 
 import asyncio
+import gc
 import logging
 import os
 from collections import deque
@@ -197,8 +198,12 @@ class HeadActor:
         self._head = Head(spec, RayKeeper(keeper), RayNodes, spec.host or ray.util.get_node_ip_address())
 
     async def start(self) -> Endpoints:
-        """Starts the head; returns its addresses once it listens."""
-        return await self._head.start()
+        """Starts the head; returns its addresses once it listens. What its start has left for good is not
+        visited by the garbage collector again: a full collection would stop every stream for as long."""
+        endpoints = await self._head.start()
+        gc.collect()
+        gc.freeze()
+        return endpoints
 
     async def wait(self) -> None:
         """Returns when the cluster has been shut down."""

@@ -42,7 +42,9 @@ from .ray_token import RayToken
 log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: pdserve does not use it
-RESTART_PAUSE_S = 1.0  # before a head is started after one that ran no longer than this
+# before a head is started after one that ran no longer than this; doubles with each that cannot start
+RESTART_PAUSE_S = 1.0
+MAX_RESTART_PAUSE_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ class LaunchedCluster:
             raise
         self._lock = threading.Lock()  # guards `_stopped` and `_head`
         self._stopped = False
+        self._stopping = threading.Event()  # ends pauses
         self._head: Any = None
         self._keeper: Any = None
         self._error: str | None = None
@@ -220,15 +223,14 @@ class LaunchedCluster:
         ).remote(self._spec, self._keeper)
 
     def _supervise(self) -> None:
-        """Replaces the head until it has ended as requested, or none can be started."""
+        """Replaces the head until it has ended as requested, or the keeper or this host is gone."""
         keeper = self._keeper.live.remote()
         try:
             while not self._stopped:
                 started_s = time.monotonic()
                 ended = self._head.wait.remote()
                 ray.wait([ended, keeper])
-                with contextlib.suppress(GetTimeoutError):  # it is running
-                    ray.get(keeper, timeout=0.0)
+                _check_keeper(keeper)
                 try:
                     ray.get(ended)
                     break
@@ -236,11 +238,14 @@ class LaunchedCluster:
                     log.warning("the head died: %s", reason_of(error))
                 _check_node()
                 if time.monotonic() - started_s < RESTART_PAUSE_S:
-                    time.sleep(RESTART_PAUSE_S)
-                self._spec = replace(
-                    self._spec, generation=self._spec.generation + 1, endpoints=self._endpoints
-                )
-                self._replace_head()
+                    self._stopping.wait(RESTART_PAUSE_S)
+                pause_s = RESTART_PAUSE_S
+                while why := self._replace_head():
+                    log.error("no head can start: %s; the next attempt is in %.0f s", why, pause_s)
+                    self._stopping.wait(pause_s)
+                    _check_keeper(keeper)
+                    _check_node()
+                    pause_s = min(2 * pause_s, MAX_RESTART_PAUSE_S)
         except (LaunchError, RayError) as error:
             if not self._stopped:
                 reason = reason_of(error) if isinstance(error, RayError) else str(error)
@@ -250,14 +255,21 @@ class LaunchedCluster:
         finally:
             self._over.set()
 
-    def _replace_head(self) -> None:
+    def _replace_head(self) -> str:
+        """Returns why the next head cannot start; empty when it has, or when none is wanted any more."""
         with self._lock:
             if self._stopped:
-                return
+                return ""
+            self._spec = replace(self._spec, generation=self._spec.generation + 1, endpoints=self._endpoints)
             ray.kill(self._head)  # Ray also declares a head dead that it cannot reach for a while
             self._create_head()
-        with contextlib.suppress(RayActorError):  # dead again: `wait` will report it
+        try:
             ray.get(self._head.start.remote())
+        except RayActorError:  # dead again: `wait` will report it
+            return ""
+        except RayTaskError as error:
+            return reason_of(error)
+        return ""
 
     def metrics(self) -> bytes:
         """Returns the head's metrics in Prometheus' text format. Raises RayActorError when it has just
@@ -280,6 +292,7 @@ class LaunchedCluster:
             if self._stopped:
                 return
             self._stopped = True
+            self._stopping.set()
         if self._endpoints is not None:
             admin_socket.withdraw(self.grpc_address, self._socket)
         if self._head is not None:
@@ -361,6 +374,12 @@ def _otlp_endpoint() -> str | None:
 
 def _this_node() -> str:
     return str(ray.get_runtime_context().get_node_id())
+
+
+def _check_keeper(living: "ray.ObjectRef[None]") -> None:
+    """Raises RayError when the keeper is gone, and all workers with it."""
+    with contextlib.suppress(GetTimeoutError):  # it is running
+        ray.get(living, timeout=0.0)
 
 
 def _check_node() -> None:

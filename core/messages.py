@@ -122,6 +122,8 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     num_context_tokens: int = 0  # sum of the contexts of the running sequences
     num_free_blocks: int = 0  # free now, or cached and evictable
     num_preemptions: int = 0  # since the start
+    # cached, and not reported to this router: after a greeting they follow in slices
+    num_unreported_blocks: int = 0
 
 
 class StepTiming(msgspec.Struct, frozen=True, kw_only=True):
@@ -256,10 +258,12 @@ class Holds(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The worker serves from now on. `held` is not empty when it served under another router before."""
+    """The worker serves from now on. `held` is not empty when it served under another router before, or was
+    away."""
 
     info: WorkerInfo
     held: tuple[HeldLeg, ...] = ()
+    num_cached_blocks: int = 0  # which later reports name
 
 
 class Prefill(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -314,7 +318,16 @@ class HostFull(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     full: tuple[tuple[str, int], ...]  # its memory, or a folder; and the size of either in bytes
 
 
+class Failing(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The worker cannot continue, and ends: its last message. Nothing that it holds will be finished."""
+
+    worker_id: str
+    incarnation: int
+    reason: str
+
+
 HEARTBEAT_S = 0.5  # the longest interval between messages of router and worker
+ROUTER_SILENT_S = 10.0  # a worker hangs up on a router that is silent for longer
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
@@ -323,4 +336,4 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
 
 
 WorkerCommand = Prefill | Reserve | Serve | Abort | Probe | Heartbeat
-WorkerMessage = Hello | LoadProgress | Holds | Ready | StepReport | LegEnded | Probed | HostFull
+WorkerMessage = Hello | LoadProgress | Holds | Ready | StepReport | LegEnded | Probed | HostFull | Failing

@@ -9,21 +9,26 @@ Every block is in exactly one of three places:
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
+from itertools import islice
+
+MAX_REPORTED = 1024  # hashes added, in one report: some 20 KB, and a millisecond of the router's time
 
 
 class BlockPool:
-    """Reference-counted blocks with a hashed prefix cache. Every operation is O(1) per block it names."""
+    """Reference-counted blocks with a hashed prefix cache. Every operation is O(1) per block it names, except
+    `report_anew`."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, max_reported: int = MAX_REPORTED) -> None:
         self.num_blocks = num_blocks
+        self._max_reported = max_reported
         self.block_size = block_size
         self._ref_counts = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._cached: dict[bytes, int] = {}  # hash -> block_id, held or evictable
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack
         self._evictable: OrderedDict[int, None] = OrderedDict()
-        self._added: dict[bytes, None] = {}
+        self._added: dict[bytes, None] = {}  # not reported yet
         self._evicted: dict[bytes, None] = {}
 
     @property
@@ -34,6 +39,15 @@ class BlockPool:
     @property
     def num_cached_blocks(self) -> int:
         return len(self._cached)
+
+    @property
+    def cached_hashes(self) -> Set[bytes]:
+        return self._cached.keys()
+
+    @property
+    def num_unreported_blocks(self) -> int:
+        """Returns how many cached blocks `take_events` has yet to report."""
+        return len(self._added)
 
     def ref_count(self, block_id: int) -> int:
         return self._ref_counts[block_id]
@@ -97,10 +111,20 @@ class BlockPool:
             self._added[block_hash] = None
 
     def take_events(self) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
-        """Returns the net change of the prefix cache since the last call: hashes added, hashes evicted."""
-        events = tuple(self._added), tuple(self._evicted)
-        self._added, self._evicted = {}, {}
-        return events
+        """Returns the net change of the prefix cache since the last call: hashes added, hashes evicted. Of
+        many added ones, the rest comes with later calls."""
+        added = tuple(islice(self._added, self._max_reported))
+        if len(added) == len(self._added):
+            self._added = {}
+        for block_hash in added if self._added else ():
+            del self._added[block_hash]
+        evicted, self._evicted = tuple(self._evicted), {}
+        return added, evicted
+
+    def report_anew(self) -> None:
+        """The whole cache is reported by later calls of `take_events`, to a router that knows nothing of
+        it."""
+        self._added, self._evicted = dict.fromkeys(self._cached), {}
 
     def _evict(self) -> int:
         block_id, _ = self._evictable.popitem(last=False)

@@ -61,15 +61,17 @@ class Engine:
 
     @classmethod
     def open(cls, path: Path, options: EngineOptions, on_progress: Progress = lambda _: None) -> "Engine":
-        """Loads the checkpoint in `path`; `on_progress` is called with the fraction loaded, up to 1.0.
+        """Loads the checkpoint in `path`; `on_progress` is called with the fraction read, up to 1.0.
 
         Raises CheckpointError, ConfigError for options that do not fit the model, CapacityError for too
         little memory."""
         checkpoint = open_checkpoint(path)
         layout = layout_of(checkpoint, options)
         device = _open_device(options)
-        read = TensorReader(checkpoint, getattr(torch, layout.dtype), device.torch_device)
-        return cls.build(checkpoint.config, layout, read, options, device, on_progress)
+        read = TensorReader(checkpoint, getattr(torch, layout.dtype), device.torch_device, on_progress)
+        engine = cls.build(checkpoint.config, layout, read, options, device)
+        on_progress(1.0)
+        return engine
 
     @classmethod
     def build(
@@ -79,7 +81,6 @@ class Engine:
         read: ReadTensor,
         options: EngineOptions,
         device: Device,
-        on_progress: Progress = lambda _: None,
     ) -> "Engine":
         """Like `open`, for weights from any source; `read` returns them on the device."""
         max_model_len = _max_model_len(config, options)
@@ -89,14 +90,10 @@ class Engine:
                 cache = _allocate(
                     layout, _required(options.num_blocks), kernels, device
                 )  # before the weights: it may not fit
-                model = Model(
-                    config, load_weights(config, read, kernels, on_progress), kernels, max_model_len
-                )
+                model = Model(config, load_weights(config, read, kernels), kernels, max_model_len)
                 runner: StepRunner = ModelRunner(model, cache, kernels, max_model_len)
             else:
-                model = Model(
-                    config, load_weights(config, read, kernels, on_progress), kernels, max_model_len
-                )
+                model = Model(config, load_weights(config, read, kernels), kernels, max_model_len)
                 cache, runner = _on_gpu(device, model, layout, kernels, options, max_model_len)
         pool = BlockPool(cache.num_blocks, layout.block_size)
         return cls(config, kernels, pool, KVManager(pool, max_model_len), cache, runner)

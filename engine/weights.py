@@ -36,26 +36,18 @@ class ModelWeights:
     head: PackedLinear
 
 
-def load_weights(
-    config: ModelConfig, read: ReadTensor, kernels: Kernels, on_progress: Callable[[float], None]
-) -> ModelWeights:
+def load_weights(config: ModelConfig, read: ReadTensor, kernels: Kernels) -> ModelWeights:
     """`read(name, shape)` returns a tensor by its Hugging Face name, in the model's dtype and of that shape,
-    or raises.
-
-    `on_progress` is called with the fraction of layers done, finally 1.0.
-    """
+    or raises."""
     embedding = read("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
-    layers = []
-    for index in range(config.num_layers):
-        on_progress(index / (config.num_layers + 1))
-        layers.append(_LayerReader(config, read, kernels, f"model.layers.{index}").layer())
-    on_progress(config.num_layers / (config.num_layers + 1))
+    layers = [
+        _LayerReader(config, read, kernels, f"model.layers.{index}").layer()
+        for index in range(config.num_layers)
+    ]
     norm = read("model.norm.weight", (config.hidden_size,))
     tied = config.tie_word_embeddings
     head = embedding if tied else read("lm_head.weight", (config.vocab_size, config.hidden_size))
-    weights = ModelWeights(embedding, tuple(layers), norm, kernels.pack_linear(head))
-    on_progress(1.0)
-    return weights
+    return ModelWeights(embedding, tuple(layers), norm, kernels.pack_linear(head))
 
 
 class _LayerReader:

@@ -91,7 +91,8 @@ class Controller:
         if self._is_closed:
             return
         if isinstance(event, ConnectionLost) and self._supervisor.is_serving(event.key):
-            log.warning("%s/%d is lost: %s", *event.key, event.reason, extra={"worker": event.worker_id})
+            what = "hung up, as this head had stood still" if event.comes_back else "is lost"
+            log.warning("%s/%d %s: %s", *event.key, what, event.reason, extra={"worker": event.worker_id})
         if not self._pump.run(self._supervisor.handle(event, asyncio.get_running_loop().time())):
             return
         if self._supervisor.is_adopted:

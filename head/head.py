@@ -33,7 +33,7 @@ from ..worker.spec import WorkerSpec
 from .controller import Controller
 from .host_watch import HostWatch
 from .ports import FindNodes, Keeper
-from .settings import pool_sizes, pools_are_alike, priors, router_config, step_costs
+from .settings import pool_sizes, pools_are_alike, priors, router_config, step_costs, vacated
 from .spec import Endpoints, HeadSpec
 from .telemetry import HeadTelemetry
 
@@ -85,7 +85,8 @@ class Head:
             self._device = resolve_device(config, asked)
             log.info("device: %s (%s)", self._device, why_device(config, asked))
         else:
-            asked = await nodes.ask_here()
+            living = await self._keeper.living()
+            asked = tuple(vacated(node, living) for node in await nodes.ask_here())
             self._device = spec.endpoints.device
         self._places = Places()
         self._watch = HostWatch(Hosts(self._places), nodes, self._device, is_alone=spec.host is not None)
@@ -126,10 +127,11 @@ class Head:
         self._watch.on_change = lambda: self._controller.handle(Tick())
         await self._service.start(self._host, listener=listener)
         self._is_listening = True
-        if spec.generation:
-            self._controller.adopt(await self._keeper.living())
+        if spec.endpoints is not None:
+            self._controller.adopt(living)
             self._controller.handle(Apply(pool_sizes(config)))
             await self._controller.adopted.wait()
+            await self._service.taken_over()
             await self._watch.start(config)  # now that the placement of running workers is known
         else:
             self._controller.handle(Apply(pool_sizes(config)))
@@ -258,7 +260,7 @@ class Head:
 
     # inside
 
-    def _snapshot(self, num_spans: int) -> Snapshot:
+    def _snapshot(self, num_spans: int, stall_s: float) -> Snapshot:
         router = self._service.router
         return Snapshot(
             status=router.status(asyncio.get_running_loop().time()),
@@ -271,6 +273,7 @@ class Head:
             hosts=Counter(host.state for host in self._watch.hosts.status(0.0)),
             num_takeovers=self._spec.generation,
             num_spans=num_spans,
+            stall_s=stall_s,
             version=__version__,
             model=self._config.model.name,
         )

@@ -6,6 +6,7 @@ import logging
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from math import isinf
 
 from ..core.config import ClusterConfig
 from ..core.devices import DeviceKind
@@ -64,8 +65,13 @@ class HostWatch:
         return self.hosts.are_complete(self._expected(config))
 
     def nodes(self, config: ClusterConfig) -> tuple[Node, ...]:
-        """Returns the serving hosts of a configuration, the head's first."""
-        return tuple(map(self._nodes.node, self.hosts.serving(self._expected(config))))
+        """Returns the serving hosts of a configuration, the head's first, with the memory that instances may
+        take: also that of those which are running there."""
+        return tuple(map(self._node, self.hosts.serving(self._expected(config))))
+
+    def _node(self, node_id: str) -> Node:
+        node, num_bytes = self._nodes.node(node_id), self.hosts.capacity(node_id).num_bytes
+        return node if isinf(num_bytes) else replace(node, available_memory_bytes=int(num_bytes))
 
     async def resolve(self, config: ClusterConfig) -> None:
         """Resolves the names of a configuration's hosts; one that does not resolve may still be a host's own

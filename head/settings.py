@@ -1,15 +1,19 @@
 """Derives the settings of the head's parts from a configuration."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from ..core.config import ClusterConfig
 from ..core.latency import LatencyPriors
 from ..core.messages import Role
 from ..engine.checkpoint import open_checkpoint, resolve_model_path
+from ..engine.gpu import Node
 from ..engine.gpu_peaks import Peaks, peaks_of
 from ..planner.plan import Plan
 from ..router.config import RouterConfig
+from ..router.cores import Placement
 from ..telemetry.steps import StepCosts
+from ..worker.spec import WorkerSpec
 
 # performance of ordinary cores, GPUs and links; only the first placements depend on it
 CORE_FLOPS_PER_S = 1e11
@@ -28,6 +32,15 @@ def pools_are_alike(config: ClusterConfig) -> bool:
     """Whether a worker of one pool could serve in the other."""
     same = {"instances": 0}
     return config.pools.prefill.model_copy(update=same) == config.pools.decode.model_copy(update=same)
+
+
+def vacated(node: Node, living: Iterable[tuple[WorkerSpec, Placement]]) -> Node:
+    """Returns a host as it would be without the workers that are running there: what they hold is planned
+    for them again. Those that still load hold less than they will, but no more than the host has is free."""
+    held = sum(spec.memory_bytes for spec, placement in living if placement.node_id == node.name)
+    return replace(
+        node, available_memory_bytes=min(node.total_memory_bytes, node.available_memory_bytes + held)
+    )
 
 
 def router_config(config: ClusterConfig) -> RouterConfig:

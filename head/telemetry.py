@@ -10,6 +10,7 @@ from ..telemetry.exposition import Exposition, Snapshot
 from ..telemetry.recent import RecentRequests
 from ..telemetry.recorder import TelemetryRecorder, Traces
 from ..telemetry.request_log import RequestLog
+from ..telemetry.stalls import LoopStalls
 from ..telemetry.steps import StepCosts, StepTally
 from ..telemetry.tally import Tally
 
@@ -23,18 +24,25 @@ class HeadTelemetry:
         costs: StepCosts,
         model: LatencyModel,
         otlp_endpoint: str | None,
-        snapshot: Callable[[int], Snapshot],
+        snapshot: Callable[[int, float], Snapshot],
     ) -> None:
-        """`snapshot` returns the current state, given the number of spans that were made."""
+        """`snapshot` returns the current state, given the number of spans that were made, and the longest
+        stall of the loop."""
         slo = config.slo
         steps = StepTally()
         self._tally = Tally(steps, ttft_slo_s=slo.ttft_ms / 1e3, itl_slo_s=slo.itl_ms / 1e3)
         self._recent = RecentRequests()
         self._traces = None if otlp_endpoint is None else _exporter(otlp_endpoint, config.model.name)
-        self._exposition = Exposition(self._tally, steps, costs, model, lambda: snapshot(self._num_spans))
-        clock = asyncio.get_running_loop().time
-        requests = RequestLog(config.observability.request_lines_per_s, clock)
-        self.recorder = TelemetryRecorder(self._tally, steps, self._recent, self._traces, requests, clock)
+        self._exposition = Exposition(
+            self._tally, steps, costs, model, lambda: snapshot(self._num_spans, self._stall_s)
+        )
+        self._loop = asyncio.get_running_loop()
+        self._stalls = LoopStalls(self._loop.time())
+        self._beating = self._loop.call_soon(self._beat)
+        requests = RequestLog(config.observability.request_lines_per_s, self._loop.time)
+        self.recorder = TelemetryRecorder(
+            self._tally, steps, self._recent, self._traces, requests, self._loop.time
+        )
 
     def configure(self, config: ClusterConfig) -> None:
         """Applies the SLO of a new configuration."""
@@ -53,8 +61,17 @@ class HeadTelemetry:
     def _num_spans(self) -> int:
         return 0 if self._traces is None else self._traces.num_spans
 
+    def _beat(self) -> None:
+        self._stalls.beat(self._loop.time())
+        self._beating = self._loop.call_at(self._stalls.due_s, self._beat)
+
+    @property
+    def _stall_s(self) -> float:
+        return self._stalls.longest_s(self._loop.time())
+
     async def close(self) -> None:
         """Sends pending spans, if that is quick."""
+        self._beating.cancel()
         if self._traces is not None:
             await asyncio.to_thread(self._traces.close)
 

@@ -4,14 +4,14 @@ dispatches and requests.
 Nothing is decided until every worker has reported what it holds or is given up: one worker's leg is only half
 of a dispatch."""
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ..core.errors import NoWorkerAvailable
 from ..core.messages import HeldLeg, Leg
 from ..core.request import Request, SequenceSpec, TransferId
-from .events import RouterEvent, Submit, WorkerLost, WorkerReady
+from .events import RouterEvent, Submit, WorkerAway, WorkerLost, WorkerReady
 
 WorkerKey = tuple[str, int]  # (worker_id, incarnation)
 
@@ -54,7 +54,8 @@ class Adoption:
 
     def __init__(self) -> None:
         self.ready: list[WorkerReady] = []
-        self.later: list[RouterEvent] = []  # other events, to be handled afterwards
+        self.later: deque[RouterEvent] = deque()  # other events, to be handled afterwards
+        self.is_closed = False  # every worker has reported, and the take-over is under way
 
     def take(self, event: RouterEvent) -> None:
         """Records an event. Raises NoWorkerAvailable for a Submit: a worker that has not reported may be
@@ -62,10 +63,15 @@ class Adoption:
         match event:
             case Submit():
                 raise NoWorkerAvailable("the router has just started and waits for its workers")
+            case _ if self.is_closed:
+                self.later.append(event)
             case WorkerReady():
                 self.ready.append(event)
             case WorkerLost(worker_id, incarnation) if not self._has_spoken(worker_id, incarnation):
                 pass  # its connection broke before it reported; it may reconnect
+            case WorkerAway(worker_id, incarnation):
+                key = worker_id, incarnation  # it reports everything again
+                self.ready = [r for r in self.ready if (r.info.worker_id, r.info.incarnation) != key]
             case _:
                 self.later.append(event)
 

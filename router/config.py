@@ -21,3 +21,4 @@ class RouterConfig:
     retry_delay_s: float = 0.02  # before the second retry after workers' errors; quadruples each time
     max_retry_delay_s: float = 1.0
     claim_timeout_s: float = 30.0  # how long a request of an earlier router waits for its client to come back
+    take_over_tokens: int = 4096  # replayed in one turn of the loop: some milliseconds

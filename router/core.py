@@ -8,6 +8,8 @@ decided here.
 No clock, no I/O: the shell carries commands out in order and feeds events in.
 """
 
+from collections.abc import Set
+
 from ..core.errors import NoWorkerAvailable, QueueFull
 from ..core.histogram import TokenGaps
 from ..core.latency import LatencyModel
@@ -30,6 +32,7 @@ from .events import (
     Submit,
     Tick,
     Timeline,
+    WorkerAway,
     WorkerDraining,
     WorkerIdle,
     WorkerLost,
@@ -47,6 +50,7 @@ from .registry import RegisteredWorker, Registry, RoutingState
 from .reports import WorkerReports
 from .request_events import Displaced, End, Placed
 from .reservation import Reservation
+from .reunion import Reunion
 from .room import RoomMaker
 from .status import Counters, RouterStatus, snapshot
 from .take_over import TakeOver
@@ -88,6 +92,7 @@ class Router:
         )
         self._next_attempt = first_attempt
         self._adoption = Adoption() if adopts else None
+        self._take_over: TakeOver | None = None  # while it is under way
         self._num_expected = 0
         self._is_closing = False
 
@@ -100,6 +105,16 @@ class Router:
         self._requests.config = self._placer.config = config
 
     @property
+    def num_live(self) -> int:
+        """The number of requests that are not over."""
+        return self._requests.num_live
+
+    @property
+    def is_adopting(self) -> bool:
+        """Whether it still takes over what workers hold, and decides nothing."""
+        return self._adoption is not None
+
+    @property
     def counters(self) -> Counters:
         return self._requests.counters
 
@@ -108,12 +123,10 @@ class Router:
         for a Submit; nothing has changed then."""
         if self._adoption is None:
             commands = self._react(event, now_s)
-        elif isinstance(event, Adopted):
-            adoption, self._adoption = self._adoption, None
-            commands = self._adopt(adoption, now_s)
         else:
-            self._adoption.take(event)
-            return []
+            commands = self._adopt(self._adoption, event, now_s)
+            if self._adoption is not None:
+                return commands
         commands += self._requests.pass_time(now_s)
         self._health.review(now_s)
         commands += self._dispatch(now_s)
@@ -137,6 +150,8 @@ class Router:
                 return self._on_worker_ready(event, now_s)
             case WorkerLost():
                 return self._on_worker_lost(event, now_s)
+            case WorkerAway():
+                self._on_worker_away(event)
             case WorkerDraining():
                 return self._on_worker_draining(event)
             case WorkerRole():
@@ -152,6 +167,8 @@ class Router:
 
     def next_tick_s(self) -> float | None:
         """Returns when the next deadline or retry is due; None when only events can change anything."""
+        if self._take_over is not None:
+            return 0.0  # at once, but after what else is due
         due = (
             self._requests.deadlines.next_s(),
             self._queue.next_wake_s(),
@@ -165,7 +182,7 @@ class Router:
         return snapshot(
             self._registry,
             self.counters,
-            num_requests=self._requests.num_live,
+            num_requests=self.num_live,
             num_queued=len(self._queue),
             num_expected=self._num_expected,
             problems=(*self._links.problems(self._registry), *self._health.problems()),
@@ -186,6 +203,10 @@ class Router:
         `scope`."""
         return self._requests.timelines(max_requests, scope, now_s)
 
+    def known_blocks(self, worker_id: str) -> Set[bytes]:
+        """Returns the hashes of the blocks that a worker caches, as far as it has reported them."""
+        return self._index.blocks_of(worker_id)
+
     def check_integrity(self) -> None:
         """Raises AssertionError when an account or a queue disagrees with the live requests."""
         self._ledger.check_integrity()
@@ -198,7 +219,7 @@ class Router:
         if self._is_closing:
             raise NoWorkerAvailable(CLOSING)
         num_tokens = len(request.prompt_token_ids) + request.sampling.max_tokens
-        if not (self._num_expected or self._registry.can_hold(num_tokens)):
+        if not (self._is_worker_expected or self._registry.can_hold(num_tokens)):
             raise NoWorkerAvailable(
                 f"no worker is ready that can hold the {num_tokens} tokens of the request"
             )
@@ -243,7 +264,7 @@ class Router:
                     self._queue.favour(newcomer)
                 elif not self._pass(job, now_s):
                     break
-            elif self._num_expected:
+            elif self._is_worker_expected:
                 self._queue.strand_head()
             else:
                 error = CLOSING if self._is_closing else "no worker is left that can serve the request"
@@ -286,13 +307,15 @@ class Router:
 
     def _comes_too_late(self, job: Job, placement: RoutingDecision, now_s: float) -> bool:
         """Whether the first token would miss the deadline, by a prediction that errs in the client's favour:
-        the model has learnt, and half of its prediction is already too long. A worker without prompts accepts
-        any: that delays nobody, and the measurement corrects a model that has become too pessimistic."""
+        the model has learnt, half of its prediction is already too long, and the worker has reported all that
+        it caches. A worker without prompts accepts any: that delays nobody, and the measurement corrects a
+        model that has become too pessimistic."""
         live = job.live
         if (
             live.request.deadline_s is None
             or live.first_token_s is not None
             or not placement.prefill.num_prefilling
+            or placement.prefill.load.num_unreported_blocks
         ):
             return False
         return self.model.knows_prefill and now_s + placement.ttft_s / CAUTION > live.request.deadline_s
@@ -315,17 +338,40 @@ class Router:
             for source, target in self._links.probes(self._registry, now_s)
         ]
 
+    @property
+    def _is_worker_expected(self) -> bool:
+        """Whether requests may wait for workers to come, or to come back."""
+        return bool(self._num_expected or self._registry.num_away)
+
     def _on_worker_ready(self, event: WorkerReady, now_s: float) -> list[RouterCommand]:
+        known = self._registry.get(event.info.worker_id)
+        if known is not None and known.is_away and known.incarnation == event.info.incarnation:
+            return self._on_worker_back(known, event, now_s)
         if not self._registry.is_news(event.info):
             self.counters.stale += 1
             return []
-        replaced = self._registry.get(event.info.worker_id)
-        commands = [] if replaced is None else self._lose(replaced, "replaced", now_s)
-        self._registry.add(event.info)
+        commands = [] if known is None else self._lose(known, "replaced", now_s)
+        self._registry.add(event.info, event.num_cached_blocks)
         self._links.workers_changed()
         self._num_expected = max(0, self._num_expected - 1)
         self._queue.unstrand()
         return commands
+
+    def _on_worker_away(self, event: WorkerAway) -> None:
+        worker = self._registry.current(event.worker_id, event.incarnation)
+        if worker is not None:
+            self._registry.disconnect(worker)
+            self._links.lost(worker)
+
+    def _on_worker_back(
+        self, worker: RegisteredWorker, event: WorkerReady, now_s: float
+    ) -> list[RouterCommand]:
+        self._registry.reconnect(worker, event.num_cached_blocks)
+        self._index.remove_worker(worker.worker_id)  # what it evicted meanwhile is not known
+        self._links.workers_changed()
+        self._queue.unstrand()
+        reunion = Reunion(self._ledger, self._requests, self._reports)
+        return reunion.carry_out(worker, event.held, now_s)
 
     def _on_worker_lost(self, event: WorkerLost, now_s: float) -> list[RouterCommand]:
         worker = self._registry.current(event.worker_id, event.incarnation)
@@ -342,15 +388,23 @@ class Router:
         self._index.remove_worker(worker.worker_id)
         return self._requests.lose_worker(worker, reason, now_s)
 
-    def _adopt(self, adoption: Adoption, now_s: float) -> list[RouterCommand]:
+    def _adopt(self, adoption: Adoption, event: RouterEvent, now_s: float) -> list[RouterCommand]:
+        """Gathers what workers hold; when all have reported, takes it over, a slice at each tick."""
         commands: list[RouterCommand] = []
-        for ready in adoption.ready:
-            commands += self._on_worker_ready(ready, now_s)
-        commands += TakeOver(self._registry, self._ledger, self._requests, self._reports).carry_out(
-            adoption, now_s
-        )
-        for event in adoption.later:
-            commands += self._react(event, now_s)
+        if isinstance(event, Adopted):
+            adoption.is_closed = True
+            for ready in adoption.ready:
+                commands += self._on_worker_ready(ready, now_s)
+            self._take_over = TakeOver(
+                adoption, self._registry, self._ledger, self._requests, self._reports, self._react
+            )
+        elif self._take_over is None or not isinstance(event, Tick):
+            adoption.take(event)
+            return []
+        assert self._take_over is not None
+        commands += self._take_over.advance(now_s)
+        if self._take_over.is_complete:
+            self._adoption = self._take_over = None
         return commands
 
     def _on_worker_draining(self, event: WorkerDraining) -> list[RouterCommand]:

@@ -56,10 +56,11 @@ class Closing(msgspec.Struct, frozen=True):
 
 class WorkerReady(msgspec.Struct, frozen=True):
     """A worker serves from now on. A higher incarnation of a known worker means that the previous one is
-    lost. `held` lists its legs for an earlier router; only a router that adopts workers receives it."""
+    lost. `held` lists its legs for an earlier router, or for this one, if the worker was away."""
 
     info: WorkerInfo
     held: tuple[HeldLeg, ...] = ()
+    num_cached_blocks: int = 0  # which its reports will name
 
 
 class WorkerLost(msgspec.Struct, frozen=True):
@@ -69,6 +70,14 @@ class WorkerLost(msgspec.Struct, frozen=True):
     worker_id: str
     incarnation: int
     reason: str = "lost"
+
+
+class WorkerAway(msgspec.Struct, frozen=True):
+    """A worker hung up on us, as we had stood still: it goes on with its legs, and is expected back.
+    `WorkerReady` of the same incarnation follows, or `WorkerLost`. Unknown ones are ignored."""
+
+    worker_id: str
+    incarnation: int
 
 
 class WorkerDraining(msgspec.Struct, frozen=True):
@@ -109,6 +118,7 @@ RouterEvent = (
     | Closing
     | WorkerReady
     | WorkerLost
+    | WorkerAway
     | WorkerDraining
     | WorkerRole
     | WorkersExpected

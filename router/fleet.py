@@ -30,7 +30,8 @@ REMOVAL_ORDER = [MemberState.DRAINED, MemberState.BACKOFF, MemberState.STARTING,
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetConfig:
     drain_timeout_s: float = 120.0
-    start_timeout_s: float = 600.0
+    start_timeout_s: float = 600.0  # without any progress
+    num_start_beats: int = 10  # in which that is counted: a delay of our own counts as one
     # A worker of an earlier controller must report within this many beats: a delay of our own counts as
     # one.
     adoption_beat_s: float = 0.5
@@ -112,11 +113,14 @@ class Fleet:
             case WorkerPlaced():
                 placed = self._current(event.worker_id, event.incarnation)
                 if placed is not None and placed.state is MemberState.STARTING:
-                    placed.since_s, placed.due_s = now_s, now_s + self.config.start_timeout_s
+                    placed.since_s = now_s
+                    self._wait_for_start(placed, now_s)
             case WorkerLoading():
                 loading = self._current(event.worker_id, event.incarnation)
-                if loading is not None and loading.is_awaited and loading.state is MemberState.STARTING:
-                    loading.is_awaited, loading.due_s = False, now_s + self.config.start_timeout_s
+                if loading is not None and loading.state is MemberState.STARTING:
+                    if loading.is_awaited or loading.progress != event.progress:
+                        self._wait_for_start(loading, now_s)
+                    loading.is_awaited, loading.progress = False, event.progress
             case WorkerLost():
                 self._ended(event.worker_id, event.incarnation, event.reason, now_s)
             case WorkerIdle():
@@ -128,6 +132,10 @@ class Fleet:
             self._reconcile(now_s)
         return self._out
 
+    def _wait_for_start(self, member: Member, now_s: float) -> None:
+        num_beats = self.config.num_start_beats
+        member.wait(self.config.start_timeout_s / num_beats, num_beats, now_s)
+
     def _current(self, worker_id: str, incarnation: int) -> Member | None:
         member = self._members.get(worker_id)
         return member if member is not None and member.incarnation == incarnation else None
@@ -135,8 +143,7 @@ class Fleet:
     def _adopt(self, event: AdoptWorkers, now_s: float) -> None:
         for worker in event.workers:
             member = Member(worker.worker_id, worker.role, worker.incarnation, now_s, is_awaited=True)
-            member.due_s = now_s + self.config.adoption_beat_s
-            member.num_beats_left = self.config.num_adoption_beats
+            member.wait(self.config.adoption_beat_s, self.config.num_adoption_beats, now_s)
             self._members[worker.worker_id] = member
 
     def _apply(self, event: Apply, now_s: float) -> None:
@@ -230,11 +237,12 @@ class Fleet:
                 self._late(member, now_s)
 
     def _late(self, member: Member, now_s: float) -> None:
-        if member.is_awaited and member.num_beats_left > 1:
-            member.num_beats_left -= 1
-            member.due_s = now_s + self.config.adoption_beat_s
+        if member.num_beats_left > 1:
+            member.wait(member.beat_s, member.num_beats_left - 1, now_s)
             return
         reason = f"not {'reconnected' if member.is_awaited else 'ready'} after {now_s - member.since_s:.0f} s"
+        if not member.is_awaited:
+            reason += f", without any progress for {self.config.start_timeout_s:.0f} s"
         self._out.append(StopWorker(member.worker_id, member.incarnation, reason))
         self._back_off(member, reason, member.num_failures + 1, now_s)
 
@@ -302,5 +310,6 @@ class Fleet:
 
     def _start(self, member: Member, now_s: float) -> None:
         member.incarnation, member.is_awaited, member.due_s = self._next_incarnation, False, None
+        member.progress = None
         self._next_incarnation += 1
         self._out.append(StartWorker(member.role, member.worker_id, member.incarnation))

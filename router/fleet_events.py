@@ -39,10 +39,12 @@ class AdoptWorkers:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLoading:
-    """The worker is still loading. Unknown ones are ignored."""
+    """The worker is still loading. It may take as long as it likes while its `progress`, compared by equality
+    alone, changes. Unknown ones are ignored."""
 
     worker_id: str
     incarnation: int
+    progress: object = None
 
 
 @dataclass(frozen=True, slots=True)

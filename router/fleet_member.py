@@ -47,17 +47,23 @@ class Member(Automaton[MemberState]):
     num_failures: int = 0  # consecutive
     num_restarts: int = 0  # in total
     last_error: str | None = None
-    due_s: float | None = None  # BACKOFF: next start; STARTING, DRAINING: patience ends
+    due_s: float | None = None  # BACKOFF: next start; STARTING: next beat; DRAINING: patience ends
     by_hand: bool = False  # drained by an operator
     is_replaced: bool = False  # draining, and another takes its place: it must not return
     is_awaited: bool = False  # started by an earlier controller, has not reported yet
-    num_beats_left: int = 0  # until it is no longer awaited
+    beat_s: float = 0.0  # STARTING: patience is counted in beats, as a delay of our own counts as one
+    num_beats_left: int = 0
+    progress: object = None  # STARTING: the last report of its progress
 
     def __post_init__(self) -> None:
         Automaton.__init__(self, TRANSITIONS, MemberState.STARTING, at_s=self.since_s)
 
     def __str__(self) -> str:
         return f"member {self.worker_id}"
+
+    def wait(self, beat_s: float, num_beats: int, now_s: float) -> None:
+        """STARTING: gives it so many beats from now on."""
+        self.beat_s, self.num_beats_left, self.due_s = beat_s, num_beats, now_s + beat_s
 
     def enter(self, target: MemberState, now_s: float, due_s: float | None = None) -> None:
         self.transition(target, now_s)

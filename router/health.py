@@ -127,7 +127,7 @@ class Health:
         )
 
     def _role_can_spare(self, others: list[RegisteredWorker]) -> bool:
-        serving = [other for other in others if other.state is RoutingState.READY]
+        serving = [other for other in others if other.takes_work]
         num_ejected = sum(other.state is RoutingState.EJECTED for other in others)
         return len(serving) > num_ejected and any(
             other.worker_id not in self._records or not self._records[other.worker_id].failures

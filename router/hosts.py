@@ -185,6 +185,12 @@ class Hosts:
         there = [host for host in self._hosts.values() if _is_listed(host.seen, expected)]
         return all(host.state is HostState.JOINED for host in there) and not any(self._absent(expected))
 
+    def capacity(self, node_id: str) -> Capacity:
+        """Returns what a serving host has for instances, those that are running there included."""
+        capacity = self._hosts[node_id].capacity
+        assert capacity is not None, "a host serves once it has answered"
+        return capacity
+
     def serving(self, expected: ExpectedHosts) -> tuple[str, ...]:
         """Returns the node ids of a configuration's hosts on which instances may start."""
         return tuple(

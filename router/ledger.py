@@ -83,17 +83,17 @@ class Ledger:
             dispatch.prefill.num_prompt_tokens += dispatch.spec.num_tokens
             dispatch.prefill.num_cached_tokens += ended.num_cached_tokens
 
-    def count_token(self, dispatch: Dispatch, worker: RegisteredWorker) -> None:
-        """Counts a token of a running dispatch from one of its workers."""
+    def count_token(self, dispatch: Dispatch, worker: RegisteredWorker, num_tokens: int = 1) -> None:
+        """Counts a token, or several, of a running dispatch from one of its workers."""
         if dispatch.is_prefilling:
             self._end_prefill(dispatch)
         if worker is dispatch.decode:
             if not dispatch.decode_started:
                 dispatch.decode_started = True
                 worker.num_pending_blocks -= dispatch.num_reserved_blocks
-            dispatch.num_grown_tokens += 1
-            worker.num_grown_tokens += 1
-            worker.num_context_tokens += 1
+            dispatch.num_grown_tokens += num_tokens
+            worker.num_grown_tokens += num_tokens
+            worker.num_context_tokens += num_tokens
 
     def _end_prefill(self, dispatch: Dispatch) -> None:
         dispatch.is_prefilling = False

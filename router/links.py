@@ -53,9 +53,7 @@ class Links:
         answer."""
         if now_s < self._next_probe_s:
             return
-        ends = {
-            worker.info.address.host_id: worker for worker in registry if worker.state is RoutingState.READY
-        }
+        ends = {worker.info.address.host_id: worker for worker in registry if worker.takes_work}
         self._passed = {link for link in self._passed if ends.keys() >= set(link)}
         self._next_probe_s = inf
         for link in permutations(ends, 2):

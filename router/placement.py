@@ -14,7 +14,7 @@ from .config import RouterConfig
 from .dispatch import Job
 from .links import Links
 from .prefix_index import PrefixIndex
-from .registry import RegisteredWorker, Registry, RoutingState, decode_load
+from .registry import RegisteredWorker, Registry, decode_load
 
 
 class Placer:
@@ -87,7 +87,7 @@ class Placer:
             depths[block_size], holders = self._index.longest(job.chain(block_size))
             for name in islice(holders, count):
                 worker = self._registry.get(name)
-                if worker is None or worker.state is not RoutingState.READY:
+                if worker is None or not worker.takes_work:
                     continue
                 if (
                     worker.role.prefills

@@ -1,7 +1,7 @@
 """The index of prefixes that workers hold: built from workers' reports alone, hence possibly stale. A hint,
 never a promise."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 
 from ..core.hashing import block_hashes
 
@@ -29,35 +29,64 @@ class PrefixChain:
 
 class PrefixIndex:
     """(block hash -> workers) and back. A worker that holds a block is assumed to hold those before it, as
-    caches evict from the tail: so bisection finds the length of a cached prefix."""
+    caches evict from the tail: so bisection finds the length of a cached prefix.
+
+    A set of workers is an integer with a bit for each, and dictionaries of bytes, integers and None are not
+    visited by Python's garbage collector: a full collection takes no longer with millions of blocks."""
 
     def __init__(self) -> None:
-        self._holders: dict[
-            bytes, dict[str, None]
-        ] = {}  # dicts as ordered sets: placement must be reproducible
-        self._blocks: dict[str, set[bytes]] = {}
+        self._holders: dict[bytes, int] = {}
+        self._blocks: dict[str, dict[bytes, None]] = {}
+        self._bits: dict[str, int] = {}
+        self._names: list[str | None] = []  # by number of the bit; None: free
 
     def update(self, worker_id: str, added: Iterable[bytes], evicted: Iterable[bytes]) -> None:
         """Records the blocks that a worker's cache gained and lost in a step."""
-        blocks = self._blocks.setdefault(worker_id, set())
+        bit = self._bits.get(worker_id) or self._assign_bit(worker_id)
+        blocks, holders = self._blocks[worker_id], self._holders
         for block_hash in added:
-            blocks.add(block_hash)
-            self._holders.setdefault(block_hash, {})[worker_id] = None
+            blocks[block_hash] = None
+            holders[block_hash] = holders.get(block_hash, 0) | bit
         for block_hash in evicted:
             if block_hash in blocks:
-                blocks.remove(block_hash)
-                self._forget(worker_id, block_hash)
+                del blocks[block_hash]
+                self._forget(block_hash, bit)
 
     def remove_worker(self, worker_id: str) -> None:
-        """Removes a worker whose cache is gone."""
-        for block_hash in self._blocks.pop(worker_id, ()):
-            self._forget(worker_id, block_hash)
+        """Removes a worker whose cache is gone, or will be reported anew."""
+        bit = self._bits.pop(worker_id, 0)
+        if not bit:
+            return
+        self._names[bit.bit_length() - 1] = None
+        for block_hash in self._blocks.pop(worker_id):
+            self._forget(block_hash, bit)
 
-    def _forget(self, worker_id: str, block_hash: bytes) -> None:
-        holders = self._holders[block_hash]
-        del holders[worker_id]
-        if not holders:
+    def blocks_of(self, worker_id: str) -> Set[bytes]:
+        return self._blocks.get(worker_id, {}).keys()
+
+    def _assign_bit(self, worker_id: str) -> int:
+        if None not in self._names:
+            self._names.append(None)
+        number = self._names.index(None)
+        self._names[number] = worker_id
+        self._blocks[worker_id] = {}
+        bit = self._bits[worker_id] = 1 << number
+        return bit
+
+    def _forget(self, block_hash: bytes, bit: int) -> None:
+        left = self._holders[block_hash] & ~bit
+        if left:
+            self._holders[block_hash] = left
+        else:
             del self._holders[block_hash]
+
+    def _workers(self, bits: int) -> Iterator[str]:
+        while bits:
+            number = (bits & -bits).bit_length() - 1
+            name = self._names[number]
+            assert name is not None, "a worker that is removed holds nothing"
+            yield name
+            bits &= bits - 1
 
     def longest(self, chain: PrefixChain) -> tuple[int, Iterable[str]]:
         """Returns the largest number of leading blocks of `chain` that any worker holds, and those
@@ -70,7 +99,7 @@ class PrefixIndex:
                 low, step = middle, HASHED_AT_ONCE
             else:
                 high, step = middle - 1, max(1, (middle - 1 - low) // 2)
-        return low, self._holders[chain[low - 1]] if low else ()
+        return low, self._workers(self._holders[chain[low - 1]]) if low else ()
 
     def cached_blocks(self, worker_id: str, chain: PrefixChain, limit: int) -> int:
         """Returns how many of the first `limit` blocks of `chain` the worker holds."""

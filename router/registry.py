@@ -4,6 +4,8 @@ import enum
 from collections.abc import Hashable, Iterator
 from heapq import nsmallest
 
+import msgspec
+
 from ..core.automaton import Automaton
 from ..core.messages import Role, WorkerInfo, WorkerLoad
 from ..core.request import TransferId
@@ -38,6 +40,7 @@ class RegisteredWorker(Automaton[RoutingState]):
         "_window_tokens",
         "capacity_tokens",
         "info",
+        "is_away",
         "layout",
         "load",
         "num_cached_tokens",
@@ -68,6 +71,7 @@ class RegisteredWorker(Automaton[RoutingState]):
         self.capacity_tokens = min(info.max_model_len, info.num_blocks * info.layout.block_size)
         self.load = WorkerLoad(num_free_blocks=info.num_blocks)
         self._stepped_s: float | None = None  # when a step last ended, or there was nothing to do
+        self.is_away = False  # it goes on with its legs without a connection, and is expected back
         self.open_legs: dict[TransferId, None] = {}  # ordered, so that a loss is handled in order of dispatch
         self.num_prefilling = 0  # dispatches that have not brought their first token
         self.num_queued_tokens = 0  # uncached prompt tokens of those
@@ -95,6 +99,11 @@ class RegisteredWorker(Automaton[RoutingState]):
     @property
     def incarnation(self) -> int:
         return self.info.incarnation
+
+    @property
+    def takes_work(self) -> bool:
+        """Whether new dispatches may go there."""
+        return self.state is RoutingState.READY and not self.is_away
 
     @property
     def queue_s(self) -> float:
@@ -199,7 +208,7 @@ class Registry:
             self._fenced.get(info.worker_id, -1), known.incarnation if known else -1
         )
 
-    def add(self, info: WorkerInfo) -> RegisteredWorker:
+    def add(self, info: WorkerInfo, num_cached_blocks: int = 0) -> RegisteredWorker:
         layout = info.layout
         key = (
             layout.num_layers,
@@ -209,6 +218,7 @@ class Registry:
             layout.model_fingerprint,
         )
         worker = RegisteredWorker(info, self._layouts.setdefault(key, len(self._layouts)))
+        worker.load = msgspec.structs.replace(worker.load, num_unreported_blocks=num_cached_blocks)
         self._workers[info.worker_id] = worker
         self.rank(worker)
         return worker
@@ -231,6 +241,20 @@ class Registry:
         worker.transition(RoutingState.READY)
         self.rank(worker)
 
+    def disconnect(self, worker: RegisteredWorker) -> None:
+        """The worker is away: its legs stay open, and it gets no others."""
+        worker.is_away = True
+        self._unrank(worker)
+
+    def reconnect(self, worker: RegisteredWorker, num_cached_blocks: int) -> None:
+        worker.is_away = False
+        worker.load = msgspec.structs.replace(worker.load, num_unreported_blocks=num_cached_blocks)
+        self.rank(worker)
+
+    @property
+    def num_away(self) -> int:
+        return sum(worker.is_away for worker in self)
+
     def limit(self, worker: RegisteredWorker, num_dispatches: int | None) -> None:
         """Bounds the dispatches that may be open at the worker at once; None lifts the bound."""
         worker.trial_limit = num_dispatches
@@ -247,7 +271,7 @@ class Registry:
         workers = [
             worker
             for worker in self
-            if worker.state is RoutingState.READY
+            if worker.takes_work
             and worker.role.decodes
             and worker.capacity_tokens >= total_tokens
             and worker.has_decode_room(job_tokens, num_choices)
@@ -264,7 +288,7 @@ class Registry:
 
     def rank(self, worker: RegisteredWorker) -> None:
         """Updates the worker's rank from its present account."""
-        if worker.state is not RoutingState.READY:
+        if not worker.takes_work:
             return
         if worker.role.prefills:
             ranking = self._by_prefill.setdefault(worker.capacity_tokens, Ranking())
@@ -291,11 +315,7 @@ class Registry:
     def able_to_decode(self, num_tokens: int) -> list[RegisteredWorker]:
         """Returns the ready workers that could decode a job of `num_tokens`. Without decode workers, prefill
         workers serve both phases, as in `Placer.place`."""
-        able = [
-            worker
-            for worker in self
-            if worker.state is RoutingState.READY and worker.capacity_tokens >= num_tokens
-        ]
+        able = [worker for worker in self if worker.takes_work and worker.capacity_tokens >= num_tokens]
         return [worker for worker in able if worker.role.decodes] or able
 
     def can_hold(self, num_tokens: int) -> bool:

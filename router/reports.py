@@ -92,6 +92,32 @@ class WorkerReports:
                 commands += self._requests.handle(live, LastToken(dispatch, stream), now_s)
         return commands
 
+    def replay(
+        self, dispatch: Dispatch, worker: RegisteredWorker, outputs: Sequence[TokenOutput], now_s: float
+    ) -> list[RouterCommand]:
+        """Handles tokens that were reported to an earlier router: those of each choice at once, as nobody has
+        waited for one of them."""
+        of_choices: dict[int, list[TokenOutput]] = {}
+        for output in outputs:
+            of_choices.setdefault(output.choice, []).append(output)
+        commands: list[RouterCommand] = []
+        live = dispatch.live
+        for choice, of_choice in of_choices.items():
+            stream = dispatch.streams.get(choice)
+            if stream is None or dispatch.state is not DispatchState.RUNNING:
+                continue
+            self._ledger.count_token(dispatch, worker, len(of_choice))
+            tokens = stream.accept_run(of_choice)
+            if not tokens:
+                continue
+            if dispatch.first_token_s is None:
+                self._note_first_token(dispatch, now_s)
+            stream.last_token_s = now_s
+            live.kept.append(EmitTokens(live.request_id, choice, tokens))
+            if stream.finish_reason is not None:
+                commands += self._requests.handle(live, LastToken(dispatch, stream), now_s)
+        return commands
+
     def _note_first_token(self, dispatch: Dispatch, now_s: float) -> None:
         dispatch.first_token_s = now_s
         live = dispatch.live

@@ -68,6 +68,7 @@ class RouterService:
         self.sessions: WorkerSessions[_WorkerConnection] = WorkerSessions(observer.expects)
         self._streams: dict[str, ClientStream] = {}
         self._pump: CommandPump[RouterCommand] = CommandPump(self._carry_out)
+        self._decides = asyncio.Event()
         self._server: asyncio.Server | None = None
         self._tick: asyncio.TimerHandle | None = None
 
@@ -128,6 +129,12 @@ class RouterService:
             self._recorder.observe(event)
         if self._pump.run(self.router.handle(event, loop.time())):
             self._schedule_tick(loop)
+        if not self.router.is_adopting:
+            self._decides.set()
+
+    async def taken_over(self) -> None:
+        """Returns when the router has taken over all that workers hold, and accepts requests."""
+        await self._decides.wait()
 
     def _carry_out(self, command: RouterCommand) -> None:
         match command:
@@ -203,7 +210,7 @@ class _WorkerConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        self._service.carry_out(self._sessions.opened(self))
+        self._service.carry_out(self._sessions.opened(self, self._loop.time()))
         self._beating = self._loop.call_later(self._sessions.heartbeat_s, self._beat)
 
     def data_received(self, data: bytes) -> None:
@@ -219,7 +226,8 @@ class _WorkerConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._beating is not None:
             self._beating.cancel()
-        self._service.carry_out(self._sessions.closed(self, str(exc) if exc else self._reason))
+        error = str(exc) if exc else self._reason
+        self._service.carry_out(self._sessions.closed(self, error, self._loop.time()))
 
     def send(self, message: object) -> None:
         self._transport.write(self._encoder.encode(message))
@@ -233,5 +241,5 @@ class _WorkerConnection(asyncio.Protocol):
         self._transport.close()
 
     def _beat(self) -> None:
-        self._service.carry_out(self._sessions.beat(self))
+        self._service.carry_out(self._sessions.beat(self, self._loop.time()))
         self._beating = self._loop.call_later(self._sessions.heartbeat_s, self._beat)

@@ -1,6 +1,8 @@
 """One choice of a request as its client sees it: tokens 0, 1, 2, ... exactly once and in order, then one
 ending."""
 
+from collections.abc import Sequence
+
 from ..core.messages import TokenOutput
 from ..core.request import FinishReason
 
@@ -30,6 +32,13 @@ class ChoiceStream:
             self._take(output)
             return (output,)
         return self._take_run(output)
+
+    def accept_run(self, outputs: Sequence[TokenOutput]) -> tuple[TokenOutput, ...]:
+        """Does the same for many tokens, in the order of their indices."""
+        due: list[TokenOutput] = []
+        for output in outputs:
+            due += self.accept(output)
+        return tuple(due)
 
     def _take_run(self, output: TokenOutput) -> tuple[TokenOutput, ...]:
         run: list[TokenOutput] = []

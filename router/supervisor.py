@@ -5,8 +5,9 @@ from StartWorker to its end. It uses neither Ray nor a clock: the head's control
 over Ray, the simulator in virtual time.
 
 WAITING -> STARTING -> SERVING -> ENDING -> KILLED -> gone
-    |          |          |          |
-    +----------+----------+----------+-> gone, for any reason; only then are its cores given to another
+    |          |        |  ^  |      |
+    |          |       AWAY   |      |   (it hung up since we had stood still, and reconnects)
+    +----------+----------+---+------+-> gone, for any reason; only then are its cores given to another
 """
 
 import enum
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from ..core.messages import HostFull, Role, WorkerInfo
+from ..core.messages import HEARTBEAT_S, HostFull, Role, WorkerInfo
 from ..core.needs import Need
 from .cores import Key, Placement
 from .events import Adopted, WorkerDraining, WorkerLost, WorkerReady, WorkerRole, WorkersExpected
@@ -36,6 +37,8 @@ from .places import Places
 
 GENERATION_STRIDE = 10**9  # of incarnations and of attempts: those of the next head are above all of this one
 STOP_TIMEOUT_S = 5.0  # a process that does not end by itself is killed after this
+# A worker that is away must be back within this many beats: a delay of our own counts as one.
+NUM_AWAY_BEATS = 6
 
 
 class Launchable(Protocol):
@@ -58,6 +61,7 @@ class ProcessState(enum.Enum):
     WAITING = "waiting"  # for a place
     STARTING = "starting"  # or reconnecting: an earlier head started it
     SERVING = "serving"  # it has been ready
+    AWAY = "away"  # it has been ready, and hung up since we had stood still
     ENDING = "ending"  # asked to end, killed if it takes too long
     KILLED = "killed"
 
@@ -73,7 +77,8 @@ class SupervisedProcess(Generic[S]):
     fraction: float = 0.0
     info: WorkerInfo | None = None  # None until it is ready
     end_reason: str | None = None  # why it is to end
-    kill_s: float | None = None  # ENDING: when patience ends
+    due_s: float | None = None  # ENDING: when patience ends; AWAY: the next beat
+    num_beats_left: int = 0  # AWAY: until patience ends
 
     @property
     def is_expected(self) -> bool:
@@ -104,12 +109,14 @@ class WorkerProgress:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLost:
-    """The router has lost a worker. `is_silent`: it fell silent, and the router hung up."""
+    """The router has lost a worker's connection. `is_silent`: the worker fell silent, and the router hung up.
+    `comes_back`: the router fell silent, and the worker hung up."""
 
     worker_id: str
     incarnation: int
     reason: str
-    is_silent: bool
+    is_silent: bool = False
+    comes_back: bool = False
 
     @property
     def key(self) -> Key:
@@ -193,7 +200,7 @@ class Supervisor(Generic[S]):
         return process is not None and process.is_serving
 
     def next_tick_s(self) -> float | None:
-        due = [process.kill_s for process in self.processes.values() if process.kill_s is not None]
+        due = [process.due_s for process in self.processes.values() if process.due_s is not None]
         fleet_s = self.fleet.next_tick_s()
         return min(due if fleet_s is None else [*due, fleet_s], default=None)
 
@@ -209,12 +216,8 @@ class Supervisor(Generic[S]):
             case WorkerReady(info):
                 process = self.processes.get((info.worker_id, info.incarnation))
                 if process is not None and process.is_expected:
-                    process.state, process.info, process.phase, process.fraction = (
-                        ProcessState.SERVING,
-                        info,
-                        "",
-                        1.0,
-                    )
+                    process.state, process.info, process.due_s = ProcessState.SERVING, info, None
+                    process.phase, process.fraction = "", 1.0
                     self._manage(event, now_s)
             case ConnectionLost():
                 self._connection_lost(event, now_s)
@@ -247,7 +250,7 @@ class Supervisor(Generic[S]):
         self._is_unsettled = False
         for key in self.places.waiting:
             self.processes[key].phase = f"waiting: {self.places.why_waiting(key)}"
-        if self.fleet.is_settled and not self.is_adopted:
+        if self.fleet.is_settled and not self.is_adopted and not self._is_one_away:
             self.is_adopted = True
             self._out.append(Adopted())
         self._out.append(WorkersExpected(self.fleet.num_expected))
@@ -256,9 +259,11 @@ class Supervisor(Generic[S]):
     def _manage(self, event: FleetEvent, now_s: float) -> None:
         actions = self.fleet.handle(event, now_s)
         self._is_unsettled = True
-        # before workers drain that others are to replace
+        # those that return to work first, or requests would end for want of them; then, before workers drain
+        # that others are to replace, how many are expected
+        self._act([action for action in actions if isinstance(action, AssignRole)], now_s)
         self._out.append(WorkersExpected(self.fleet.num_expected))
-        self._act(actions, now_s)
+        self._act([action for action in actions if not isinstance(action, AssignRole)], now_s)
 
     def _act(self, actions: list[FleetAction], now_s: float) -> None:
         """Carries out actions one by one, then the fleet's decisions about processes that were only
@@ -295,8 +300,8 @@ class Supervisor(Generic[S]):
         process = self.processes.get((event.worker_id, event.incarnation))
         if process is not None:
             process.phase, process.fraction = event.phase, event.fraction
-            if not self.is_adopted:
-                self._manage(WorkerLoading(event.worker_id, event.incarnation), now_s)
+            progress = event.phase, event.fraction
+            self._manage(WorkerLoading(event.worker_id, event.incarnation, progress), now_s)
 
     def _connection_lost(self, event: ConnectionLost, now_s: float) -> None:
         """A worker that was to end, or has not begun to serve, is better explained by the end of its process.
@@ -305,9 +310,21 @@ class Supervisor(Generic[S]):
         key = event.key
         if not self.is_serving(key):
             return
+        if event.comes_back:
+            process = self.processes[key]
+            process.state, process.num_beats_left = ProcessState.AWAY, NUM_AWAY_BEATS
+            process.due_s = now_s + HEARTBEAT_S
+            return
+        self._lost(key, event.reason, now_s, may_ask=not event.is_silent)
+
+    def _lost(self, key: Key, reason: str, now_s: float, *, may_ask: bool) -> None:
         self._suspect(key)
-        self._manage(WorkerLost(*key, event.reason), now_s)
-        self._stop(key, event.reason, now_s, may_ask=not event.is_silent)
+        self._manage(WorkerLost(*key, reason), now_s)
+        self._stop(key, reason, now_s, may_ask=may_ask)
+
+    @property
+    def _is_one_away(self) -> bool:
+        return any(process.state is ProcessState.AWAY for process in self.processes.values())
 
     def _ended(self, event: ProcessEnded, now_s: float) -> None:
         key = event.worker_id, event.incarnation
@@ -333,10 +350,10 @@ class Supervisor(Generic[S]):
             self._forget(key, reason)
             return self.fleet.handle(WorkerLost(*key, reason), now_s)
         if may_ask:
-            process.state, process.kill_s = ProcessState.ENDING, now_s + STOP_TIMEOUT_S
+            process.state, process.due_s = ProcessState.ENDING, now_s + STOP_TIMEOUT_S
             self._out.append(EndProcess(key))
         else:
-            process.state = ProcessState.KILLED
+            process.state, process.due_s = ProcessState.KILLED, None
             self._out.append(KillProcess(key))
         return []
 
@@ -347,7 +364,15 @@ class Supervisor(Generic[S]):
         self._out.append(WorkerLost(*key, reason))
 
     def _lose_patience(self, now_s: float) -> None:
-        for key, process in self.processes.items():
-            if process.kill_s is not None and process.kill_s <= now_s:
-                process.state, process.kill_s = ProcessState.KILLED, None
+        for key, process in list(self.processes.items()):
+            if process.due_s is None or process.due_s > now_s:
+                continue
+            if process.state is ProcessState.ENDING:
+                process.state, process.due_s = ProcessState.KILLED, None
                 self._out.append(KillProcess(key))
+            elif process.num_beats_left > 1:
+                process.num_beats_left, process.due_s = process.num_beats_left - 1, now_s + HEARTBEAT_S
+            else:
+                reason = f"not back after {NUM_AWAY_BEATS * HEARTBEAT_S:.0f} s"
+                self._out.append(WorkerLost(*key, reason))
+                self._lost(key, reason, now_s, may_ask=False)

@@ -1,73 +1,114 @@
-"""A new router replays its predecessor's view of the requests, as far as workers remember it."""
+"""A new router replays its predecessor's view of the requests, as far as workers remember it.
 
-from ..core.messages import Abort, Leg, TokenOutput
+It does so in slices, each of one turn of the router's loop: heartbeats must go on, or the workers would take
+this router for dead as well."""
+
+from collections.abc import Callable, Iterator
+
+from ..core.messages import Abort, HeldLeg, Leg, TokenOutput
 from .adoption import Adoption, HeldDispatch
 from .candidates import RoutingDecision
 from .dispatch import Dispatch, DispatchState, Job, LiveRequest
-from .events import EmitTokens, RouterCommand, SendCommand
+from .events import EmitTokens, RouterCommand, RouterEvent, SendCommand
 from .ledger import Ledger
 from .live_requests import LiveRequests
 from .registry import Registry
 from .reports import WorkerReports
 from .request_events import GivenUp
 
+LEG_TOKENS = 64  # as many as a leg costs, beside its tokens
+EVENT_TOKENS = 256  # likewise an event that has waited for the take-over
+
 
 class TakeOver:
-    """The take-over, carried out once, when all workers are known to the registry."""
+    """The take-over, when all workers are known to the registry, up to the last event that has waited for
+    it."""
 
     def __init__(
-        self, registry: Registry, ledger: Ledger, requests: LiveRequests, reports: WorkerReports
+        self,
+        adoption: Adoption,
+        registry: Registry,
+        ledger: Ledger,
+        requests: LiveRequests,
+        reports: WorkerReports,
+        react: Callable[[RouterEvent, float], list[RouterCommand]],
     ) -> None:
+        """`react` handles the events that have waited."""
+        self.is_complete = False
         self._registry = registry
         self._ledger = ledger
         self._requests = requests
         self._reports = reports
+        self._react = react
+        self._now_s = 0.0
+        self._commands: list[RouterCommand] = []
+        self._work = self._carry_out(adoption)
 
-    def carry_out(self, adoption: Adoption, now_s: float) -> list[RouterCommand]:
-        """Lets requests wait for their clients; useless dispatches are aborted."""
-        commands: list[RouterCommand] = []
-        for held in adoption.requests():
-            live = self._requests.adopt(held.request, now_s)
-            for dispatch in held.dispatches:
-                commands += self._resume(live, dispatch, now_s)
-            for dispatch in held.unusable:
-                for (worker_id, incarnation), _ in dispatch.legs.values():
-                    commands.append(
-                        SendCommand(worker_id, incarnation, Abort(transfer=dispatch.spec.transfer))
-                    )
-        self._reports.gaps.before.clear()  # replayed tokens have no gaps of their own
-        self._requests.claims_end_s = now_s + self._requests.config.claim_timeout_s
+    def advance(self, now_s: float) -> list[RouterCommand]:
+        """Carries out the next slice: lets requests wait for their clients, and aborts useless dispatches."""
+        self._now_s = now_s
+        num_left = self._requests.config.take_over_tokens
+        for num_tokens in self._work:
+            num_left -= num_tokens
+            if num_left <= 0:
+                break
+        else:
+            self.is_complete = True
+        commands, self._commands = self._commands, []
         return commands
 
-    def _resume(self, live: LiveRequest, held: HeldDispatch, now_s: float) -> list[RouterCommand]:
+    def _carry_out(self, adoption: Adoption) -> Iterator[int]:
+        """Yields the cost of each piece of work that is done."""
+        for held in adoption.requests():
+            live = self._requests.adopt(held.request, self._now_s)
+            for dispatch in held.dispatches:
+                yield from self._resume(live, dispatch)
+            for dispatch in held.unusable:
+                for (worker_id, incarnation), _ in dispatch.legs.values():
+                    self._commands.append(
+                        SendCommand(worker_id, incarnation, Abort(transfer=dispatch.spec.transfer))
+                    )
+                yield LEG_TOKENS
+        self._requests.claims_end_s = self._now_s + self._requests.config.claim_timeout_s
+        while adoption.later:
+            self._commands += self._react(adoption.later.popleft(), self._now_s)
+            yield EVENT_TOKENS
+
+    def _resume(self, live: LiveRequest, held: HeldDispatch) -> Iterator[int]:
         """Takes over one dispatch, which continues if it has something to produce that no newer one does."""
         served = {choice for dispatch in live.running() for choice in dispatch.streams}
-        dispatch = self._open(live, held, now_s)
+        dispatch = self._open(live, held)
         self._recall(dispatch)
-        commands: list[RouterCommand] = []
+        yield LEG_TOKENS + len(held.spec.output_token_ids)
         for leg, (_, reported) in held.legs.items():
-            worker = dispatch.worker_of(leg)
-            assert worker is not None
-            commands += self._reports.on_tokens(worker, reported.outputs, now_s)
+            yield from self._replay(dispatch, leg, reported)
         for _, reported in held.legs.values():
             if reported.ended is not None:
-                commands += self._reports.on_leg_ended(reported.ended, now_s)
+                self._commands += self._reports.on_leg_ended(reported.ended, self._now_s)
         unfinished = {choice for choice, stream in dispatch.streams.items() if stream.finish_reason is None}
         is_running = dispatch.state is DispatchState.RUNNING
         if is_running and not held.is_broken and unfinished and not unfinished & served:
-            return commands
+            return
         # also one that has produced all its tokens, and waits for a receiver of its KV
         if is_running or held.is_broken:
-            commands += self._requests.handle(live, GivenUp(dispatch), now_s)
-        return commands
+            self._commands += self._requests.handle(live, GivenUp(dispatch), self._now_s)
 
-    def _open(self, live: LiveRequest, held: HeldDispatch, now_s: float) -> Dispatch:
+    def _replay(self, dispatch: Dispatch, leg: Leg, reported: HeldLeg) -> Iterator[int]:
+        worker = dispatch.worker_of(leg)
+        assert worker is not None
+        step = self._requests.config.take_over_tokens
+        for first in range(0, len(reported.outputs), step):
+            outputs = reported.outputs[first : first + step]
+            self._commands += self._reports.replay(dispatch, worker, outputs, self._now_s)
+            yield len(outputs)
+
+    def _open(self, live: LiveRequest, held: HeldDispatch) -> Dispatch:
         workers = {leg: self._registry.current(*key) for leg, (key, _) in held.legs.items()}
         decode = workers.get(Leg.DECODE)
         prefill = workers.get(Leg.PREFILL) or decode
         assert prefill is not None, "workers were registered before their legs"
-        job = Job(live, held.spec.choices, held.spec.output_token_ids, now_s)
-        dispatch = Dispatch(job, held.spec, prefill, decode, now_s)
+        job = Job(live, held.spec.choices, held.spec.output_token_ids, self._now_s)
+        dispatch = Dispatch(job, held.spec, prefill, decode, self._now_s)
         live.dispatches.append(dispatch)
         self._ledger.open(dispatch, RoutingDecision(prefill, decode, 0, 0, 0.0, 0.0))
         return dispatch
@@ -75,7 +116,9 @@ class TakeOver:
     def _recall(self, dispatch: Dispatch) -> None:
         """Replays the tokens of earlier attempts, from which this one continues."""
         for stream in dispatch.streams.values():
-            for index, token_id in enumerate(dispatch.spec.output_token_ids):
-                output = TokenOutput(dispatch.transfer, stream.choice, index, token_id)
-                if tokens := stream.accept(output):
-                    dispatch.live.kept.append(EmitTokens(dispatch.live.request_id, stream.choice, tokens))
+            outputs = [
+                TokenOutput(dispatch.transfer, stream.choice, index, token_id)
+                for index, token_id in enumerate(dispatch.spec.output_token_ids)
+            ]
+            if tokens := stream.accept_run(outputs):
+                dispatch.live.kept.append(EmitTokens(dispatch.live.request_id, stream.choice, tokens))

@@ -5,16 +5,22 @@ UNPROVEN --Hello of an expected worker--> ADMITTED --Ready--> READY
     |                                        |                  |
     +----------------------------------------+------------------+--> CLOSING (we hung up) --> gone
 
+A worker also hangs up, on a router that is silent for too long; it goes on with its work and reconnects. As
+that is our own doing, the worker is then away, not lost.
+
 Pure: the service feeds it from sockets, the simulator from its network. Connections are opaque to it.
 """
 
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import Generic, TypeVar
 
 from ..core.messages import (
     HEARTBEAT_S,
+    ROUTER_SILENT_S,
+    Failing,
     Heartbeat,
     HeldLeg,
     Hello,
@@ -28,7 +34,7 @@ from ..core.messages import (
     WorkerMessage,
 )
 from .cores import Key
-from .events import WorkerLost, WorkerReady
+from .events import WorkerAway, WorkerLost, WorkerReady
 from .supervisor import ConnectionLost, WorkerProgress
 
 CLOSED = "connection closed"  # by the peer
@@ -36,6 +42,8 @@ CLOSED = "connection closed"  # by the peer
 # still ourselves.
 MAX_SILENT_BEATS = 6
 MAX_UNPROVEN = 256  # connections of unauthenticated peers
+# between two beats of ours; workers may take us for dead then, and clocks differ a little
+STOOD_STILL_S = 0.9 * ROUTER_SILENT_S
 
 
 class SessionState(enum.Enum):
@@ -51,9 +59,11 @@ class SessionState(enum.Enum):
 class Session:
     """One connection. `key` is None until it is admitted."""
 
+    beat_s: float  # our last beat
     state: SessionState = SessionState.UNPROVEN
     key: Key | None = None
     held: tuple[HeldLeg, ...] = ()  # reported before Ready
+    late_s: float = -inf  # when a beat last came too late
     num_silent_beats: int = 0
     has_spoken: bool = False
     is_silent: bool = False  # the reason why we hung up
@@ -78,7 +88,7 @@ class HangUp(Generic[C]):
 
 @dataclass(frozen=True, slots=True)
 class ToRouter:
-    event: WorkerReady | WorkerLost | StepReport | LegEnded | Probed
+    event: WorkerReady | WorkerLost | WorkerAway | StepReport | LegEnded | Probed
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +133,7 @@ class WorkerSessions(Generic[C]):
         """Returns the worker's connection; None when its loss is being reported already."""
         return self._workers.get(key)
 
-    def opened(self, connection: C) -> list[SessionCommand[C]]:
+    def opened(self, connection: C, now_s: float) -> list[SessionCommand[C]]:
         """Records a new connection. Workers introduce themselves at once: when there are too many others, the
         oldest is closed."""
         commands: list[SessionCommand[C]] = []
@@ -132,7 +142,7 @@ class WorkerSessions(Generic[C]):
             commands = self.hang_up(
                 oldest, f"{MAX_UNPROVEN} newer connections have not introduced themselves yet"
             )
-        self._sessions[connection] = Session()
+        self._sessions[connection] = Session(now_s)
         self._unproven[connection] = None
         return commands
 
@@ -153,12 +163,15 @@ class WorkerSessions(Generic[C]):
             case SessionState.ADMITTED | SessionState.READY:
                 return self._report(connection, session, message)
 
-    def beat(self, connection: C) -> list[SessionCommand[C]]:
+    def beat(self, connection: C, now_s: float) -> list[SessionCommand[C]]:
         """Sends heartbeats; hangs up on silent peers: not introduced in time, or ready once and frozen
         now."""
         session = self._sessions[connection]
         if session.state is SessionState.CLOSING:
             return []
+        if now_s - session.beat_s > STOOD_STILL_S:
+            session.late_s = now_s
+        session.beat_s = now_s
         session.num_silent_beats += 1
         if session.num_silent_beats > MAX_SILENT_BEATS and session.state is not SessionState.ADMITTED:
             session.is_silent = True
@@ -173,7 +186,7 @@ class WorkerSessions(Generic[C]):
         session.state, session.reason = SessionState.CLOSING, reason
         return [*refused, HangUp(connection)]
 
-    def closed(self, connection: C, error: str | None) -> list[SessionCommand[C]]:
+    def closed(self, connection: C, error: str | None, now_s: float) -> list[SessionCommand[C]]:
         """Handles the end of a connection; `error` is the cause, if it broke."""
         session = self._sessions.pop(connection)
         if session.key is None:
@@ -181,8 +194,19 @@ class WorkerSessions(Generic[C]):
             return self._refuse(connection, Refused(error or session.reason, is_harmless))
         del self._workers[session.key]
         reason = error or session.reason
+        if session.state is SessionState.READY and self._is_our_doing(session, now_s):
+            away = ConnectionLost(*session.key, reason, comes_back=True)
+            return [ToRouter(WorkerAway(*session.key)), ToSupervisor(away)]
         lost = ConnectionLost(*session.key, reason, session.is_silent)
         return [ToRouter(WorkerLost(*session.key, reason)), ToSupervisor(lost)]
+
+    def _is_our_doing(self, session: Session, now_s: float) -> bool:
+        """Whether the worker may have hung up since it heard nothing from us: we stand still, or did until
+        just now, and our first beat since then crossed its farewell."""
+        return (
+            now_s - session.beat_s > STOOD_STILL_S
+            or now_s - session.late_s < MAX_SILENT_BEATS * self.heartbeat_s
+        )
 
     def _refuse(self, connection: C, refused: Refused) -> list[SessionCommand[C]]:
         """Refuses a peer, once, and only one that was not admitted."""
@@ -217,14 +241,16 @@ class WorkerSessions(Generic[C]):
                 return [ToSupervisor(progress)]
             case HostFull():
                 return [ToSupervisor(message)]
+            case Failing(reason=reason):
+                return self.hang_up(connection, reason)
             case Holds(held=held):
                 session.held += held
                 return []
-            case Ready(info=info, held=held):
+            case Ready(info=info, held=held, num_cached_blocks=num_cached_blocks):
                 session.state = SessionState.READY
                 if not self._expects((info.worker_id, info.incarnation)):
                     return []
-                ready = WorkerReady(info, session.held + held)
+                ready = WorkerReady(info, session.held + held, num_cached_blocks)
                 return [ToRouter(ready), ToSupervisor(ready)]
             case Hello():
                 return self.hang_up(connection, "it introduced itself twice")

@@ -21,6 +21,7 @@ class Accident(enum.Enum):
     KILL = "worker killed"
     FREEZE = "worker frozen"
     SLOW = "worker slow"
+    HANG = "worker hung in a step"
     PARTITION_ROUTER = "worker cut off from the router"
     PARTITION_WORKERS = "two workers cut off from each other"
     CUT = "connections of a worker reset"

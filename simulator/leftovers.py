@@ -24,6 +24,12 @@ def leftovers(head: SimulatedHead, alive: Sequence[SimulatedWorker], now_s: floa
     left += [
         f"{m.worker_id} is {m.state.value}" for m in head.fleet.status() if m.state is not MemberState.READY
     ]
+    left += [
+        f"the router knows {len(head.router.known_blocks(worker.spec.worker_id))} blocks that {worker.spec}"
+        f" caches, it has {worker.pool.num_cached_blocks}"
+        for worker in alive
+        if head.router.known_blocks(worker.spec.worker_id) != worker.pool.cached_hashes
+    ]
     return left
 
 

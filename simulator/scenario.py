@@ -8,6 +8,7 @@ import msgspec
 
 from ..core.messages import Role
 from ..core.request import Request, SamplingParams
+from ..worker.router_session import ROUTER_LOST_TIMEOUT_S
 from .faults import OF_HOSTS, OF_THE_ROUTER, ORDERLY, Accident, FaultRates
 from .kv_model import VOCABULARY, expected_tokens
 from .simulated_hosts import PlannedHost
@@ -62,12 +63,22 @@ class Scenario:
     gray_worker: str | None = None  # fails to read or write any block, at once
 
     @property
+    def end_of_faults_s(self) -> float:
+        """When faults have ended, those of accidents included."""
+        return max([CALM_S, *(accident.at_s + accident.duration_s for accident in self.accidents)])
+
+    @property
+    def longest_accident_s(self) -> float:
+        return max((accident.duration_s for accident in self.accidents), default=0.0)
+
+    @property
     def is_computed_once(self) -> bool:
-        """Whether only the router fails or freezes, and every client reads: then no token is computed
-        twice."""
+        """Whether only the router fails or stands still, not until workers give it up, and every client
+        reads: then no token is computed twice."""
         rates = self.rates
         return (
             {accident.kind for accident in self.accidents} <= set(OF_THE_ROUTER)
+            and self.longest_accident_s < ROUTER_LOST_TIMEOUT_S
             and not rates.lose + rates.duplicate + rates.overtake + rates.corrupt + rates.fail_store
             and all(plan.unread_after_tokens is None for plan in self.requests)
             and self.gray_worker is None
@@ -82,7 +93,9 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
     shapes = _draw_shapes(rng, is_crowded)
     rates = _draw_rates(rng)
     hosts = _draw_hosts(Random(f"hosts of {seed}"), sum(pools.values()))
-    kinds = [kind for kind in Accident if len(hosts) > 1 or kind not in OF_HOSTS]
+    kinds: list[Accident] = [
+        kind for kind in Accident if kind is not Accident.HANG and (len(hosts) > 1 or kind not in OF_HOSTS)
+    ]
     if not with_faults or is_crowded or rng.random() < 0.1:
         rates = FaultRates()
     elif rng.random() < 0.1:
@@ -116,8 +129,15 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
             for _ in range(num_accidents)
         ),
     )
+    hang = Random(f"hang of {seed}")
+    if Accident.KILL in kinds and rates.accidents_per_s and hang.random() < 0.2:
+        accident = PlannedAccident(hang.uniform(1.0, 3.0), Accident.HANG, hang.random(), 0.0)
+        scenario = replace(scenario, accidents=(*scenario.accidents, accident))
     if num_requests is None and rng.random() < 0.03:
         return _with_greedy_client(rng, scenario)
+    still = Random(f"standstill of {seed}")
+    if with_faults and num_requests is None and still.random() < 0.03:
+        return _with_standing_router(still, scenario)
     special = Random(f"special of {seed}")
     if num_requests is None and special.random() < 0.04:
         return special.choice((_with_gray_worker, _with_large_request))(special, scenario)
@@ -199,6 +219,43 @@ def _with_large_request(rng: Random, scenario: Scenario) -> Scenario:
                 )
                 for number in range(3)
             ),
+        ),
+    )
+
+
+def _with_standing_router(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario in which the router stands still amid streams, mostly for so long that the workers
+    hang up."""
+    is_starting = rng.random() < 0.2  # workers load when it stops
+    begin_s = 1.5 + (0.5 if is_starting else rng.uniform(0.5, 2.0))
+    durations_s = rng.choice(((1.0,), (11.0,), (12.0, 11.0), (20.0,), (30.0,), (60.0,)))
+    return replace(
+        scenario,
+        shapes={
+            role: replace(shape, step_s=rng.choice((0.03, 0.12)))
+            for role, shape in _roomy(scenario, num_blocks=10 * MAX_MODEL_LEN).items()
+        },
+        hosts=(PlannedHost(64, 0.0),),
+        start_s=1.0 if is_starting else 0.1,
+        rates=FaultRates(),
+        accidents=tuple(
+            PlannedAccident(begin_s + 13.0 * number, Accident.ROUTER_FREEZE, 0.0, duration_s)
+            for number, duration_s in enumerate(durations_s)
+        ),
+        max_queued_requests=1024,
+        requests=tuple(
+            replace(
+                _plain_request(
+                    rng,
+                    f"r{number}",
+                    f"c{number % 4}",
+                    rng.uniform(1.0, begin_s + 1.0),
+                    rng.choice((5, 40, 100)),
+                    rng.choice((1, 1, 2)),
+                ),
+                cancel_after_s=rng.choice((None, None, 1.0, 10.0)),
+            )
+            for number in range(rng.randint(5, 20))
         ),
     )
 

@@ -24,6 +24,7 @@ from ..router.events import (
     SendCommand,
     Submit,
     Tick,
+    WorkerAway,
     WorkerIdle,
     WorkerLost,
     WorkerReady,
@@ -71,6 +72,8 @@ from .wanted import WantedLegs
 LINKS_INTERVAL_S = 1.0  # between two checks that every link has been tried
 END_S = 0.001  # until a process that is asked to end has ended
 HEARD_S = 0.005  # until the end of a process is noticed
+TAKE_OVER_S = 0.01  # a slice of a take-over
+MAX_TAKEN_OVER = 1  # requests in a slice
 
 
 def _spec(action: StartWorker) -> InstanceSpec:
@@ -208,6 +211,7 @@ class SimulatedHead:
     # the router
 
     def handle(self, event: RouterEvent) -> None:
+        num_live_before = self.router.num_live if self.router.is_adopting else None
         try:
             commands = self.router.handle(event, self._time.now_s)
         except PdserveError:
@@ -215,11 +219,17 @@ class SimulatedHead:
         except Exception as error:  # an error that would end the head's process
             self._world.violation(f"the router failed at {type(event).__name__}: {error!r}")
             raise
+        if num_live_before is not None and self.router.num_live - num_live_before > MAX_TAKEN_OVER:
+            self._world.violation(
+                f"{self.router.num_live - num_live_before} requests are taken over in one turn"
+            )
         if not self._commands.run(commands):
             return
         if self._tick is not None:
             self._tick.cancel()
         due_s = self.router.next_tick_s()
+        if self.router.is_adopting:  # each slice takes its time, in which messages arrive
+            due_s = None if due_s is None else self._time.now_s + TAKE_OVER_S
         self._tick = None if due_s is None else self.process.call_at(due_s, lambda: self.handle(Tick()))
 
     def _carry_out(self, command: RouterCommand) -> None:
@@ -280,8 +290,8 @@ class SimulatedHead:
     def accept(self, end: End) -> None:
         """Accepts a connection to the workers' port."""
         end.on_message = lambda message: self._received(end, message)
-        end.on_lost = lambda reason: self._on_session(self._sessions.closed(end, reason))
-        self._on_session(self._sessions.opened(end))
+        end.on_lost = lambda reason: self._on_session(self._sessions.closed(end, reason, self._time.now_s))
+        self._on_session(self._sessions.opened(end, self._time.now_s))
         self.process.call_later(self._sessions.heartbeat_s, lambda: self._beat(end))
 
     def _received(self, end: End, message: Any) -> None:
@@ -290,7 +300,7 @@ class SimulatedHead:
 
     def _beat(self, end: End) -> None:
         if end.is_open:
-            self._on_session(self._sessions.beat(end))
+            self._on_session(self._sessions.beat(end, self._time.now_s))
             self.process.call_later(self._sessions.heartbeat_s, lambda: self._beat(end))
 
     def _on_session(self, commands: Iterable[SessionCommand[End]]) -> None:
@@ -299,13 +309,16 @@ class SimulatedHead:
                 case ToRouter(event):
                     self._observe(event)
                     self.handle(event)
+                    if isinstance(event, WorkerReady) and self._supervisor.is_adopted:
+                        for text in self._wanted.came_back((event.info.worker_id, event.info.incarnation)):
+                            self._world.violation(text)
                 case ToSupervisor(event):
                     self.manage(event)
                 case Say(end, message):
                     end.send(message)
                 case HangUp(end):
                     end.close()
-                    self._on_session(self._sessions.closed(end, None))
+                    self._on_session(self._sessions.closed(end, None, self._time.now_s))
 
     def _connected(self) -> set[Key]:
         """Returns the workers that are running and reachable."""
@@ -319,6 +332,8 @@ class SimulatedHead:
                 self._links.took_over(info.address.host_id, held)
             case WorkerLost(worker_id, incarnation, reason):
                 self._world.note(f"router lost {worker_id}/{incarnation}: {reason}")
+            case WorkerAway(worker_id, incarnation):
+                self._world.note(f"{worker_id}/{incarnation} is away")
             case StepReport():
                 self._wanted.heard(event)
             case LegEnded():

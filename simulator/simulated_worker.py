@@ -16,6 +16,7 @@ from ..core.failures import FailureKind
 from ..core.messages import (
     HEARTBEAT_S,
     Abort,
+    Failing,
     Heartbeat,
     Probe,
     Probed,
@@ -39,6 +40,7 @@ from ..kv_transfer.outbound import Dialling, OutboundPair
 from ..kv_transfer.pair import Identity, Local
 from ..router.cores import Placement
 from ..worker.router_session import RECONNECT_S, RouterSession, RouterSilence
+from ..worker.step_watch import StepWatch, WatchedRunner
 from ..worker.worker import Worker
 from .chain_runner import ChainRunner
 from .faults import Faults
@@ -49,7 +51,10 @@ from .simulated_port import HOP_S, Port
 from .virtual_time import VirtualProcess, VirtualTime
 
 NEED = Need(1, 1.0)  # per instance
+# patience with a step: less than production's, as these steps are shorter
+FIRST_STEP_S, LEAST_STEP_S = 4.0, 2.0
 FRAME_TOKENS = 64  # so few that a worker's held legs often take more than one frame
+REPORTED_AT_ONCE = 4  # so few cached blocks that all of them often take more than one report
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,7 @@ class SimulatedWorker:
         self.shape = shape
         self.transport = transport
         self.clock = StepClock(time, shape)
-        self.pool = BlockPool(shape.num_blocks, shape.block_size)
+        self.pool = BlockPool(shape.num_blocks, shape.block_size, REPORTED_AT_ONCE)
         self.store = ChainStore(
             self.pool,
             self.clock,
@@ -185,10 +190,14 @@ class SimulatedWorker:
             clock=lambda: time.now_s,
             wait=lambda link, ticket, timeout_s, done: ticket.when_done(process, timeout_s, done),
         )
+        self.watch = StepWatch(FIRST_STEP_S, LEAST_STEP_S)
+        self.hangs = False  # its next step never ends
         self.hub = TransferHub(self.local, partial(world.dial, self))
         engine = RoleEngine(
             KVManager(self.pool, shape.max_model_len),
-            ChainRunner(self.store, self.pool, self.clock, self._on_sample, shape.runs_ahead),
+            WatchedRunner(
+                ChainRunner(self.store, self.pool, self.clock, self._on_sample, shape.runs_ahead), self.watch
+            ),
             self.store.layout.num_layers,
             shape.max_batch_tokens,
             shape.max_batch_size,
@@ -250,7 +259,12 @@ class SimulatedWorker:
     def _beat(self) -> None:
         if self._connection is None:
             return
-        if self._silence.is_lost(self._time.now_s):
+        if (why := self.watch.beat()) is not None:
+            self._connection.send(
+                Failing(worker_id=self.spec.worker_id, incarnation=self.spec.incarnation, reason=why)
+            )
+            self.process.kill()
+        elif self._silence.is_lost(self._time.now_s):
             self._connection.close()
             self._on_lost()
         elif self._router is not None:
@@ -263,7 +277,12 @@ class SimulatedWorker:
     def _greet(self, connection: End) -> None:
         if not connection.is_open:
             return
-        for message in self._session.greeting(connection, self.info(), self.worker.held_legs()):
+        greeting = self._session.greeting(
+            connection, self.info(), self.worker.held_legs(), self.worker.num_cached_blocks
+        )
+        if greeting:
+            self.worker.greeted()
+        for message in greeting:
             connection.send(message)
         self._router = connection
 
@@ -336,20 +355,23 @@ class SimulatedWorker:
 
     def _turn(self) -> None:
         """Runs one turn of the engine's loop; the step's messages are sent when it is over."""
+        self.watch.begin(self._time.now_s)
         while self._inbox:
             self._inbox.popleft()()
         self.clock.ahead_s = 0.0
         worked = self.worker.step()
         ahead_s, self.clock.ahead_s = self.clock.ahead_s, 0.0
-        self.process.call_later(ahead_s, lambda: self._end_turn(worked))
+        if not self.hangs:
+            self.process.call_later(ahead_s, lambda: self._end_turn(worked))
 
     def _end_turn(self, worked: bool) -> None:
+        self.watch.end(self._time.now_s)
         for message in self.worker.take_messages():
             if isinstance(message, StepReport):
                 self._check_report(message)
             if self._router is not None:
                 self._router.send(message)
-        if worked or self._inbox:
+        if worked or self._inbox or self.worker.has_more_to_report:
             self._turn()
         else:
             self._is_awake = False

@@ -29,6 +29,7 @@ from .virtual_time import VirtualProcess, VirtualTime
 
 PATIENCE_S = 60.0  # from the last fault to the last ending, and until everything is free
 MAX_EVENTS = 5_000_000
+TAKE_OVER_TOKENS = 64  # so few that a take-over takes many turns
 
 
 @dataclass
@@ -132,6 +133,10 @@ class Simulation:
             accident.value for accident in ORDERLY
         }:
             self.violation(f"{self.head.router.counters.retried} dispatches failed without a fault")
+        if self._scenario.is_computed_once:
+            for worker_id, num_started in self._num_started.items():
+                if num_started > 1:
+                    self.violation(f"{worker_id} was started again, though only the router failed")
         counters = self.head.router.counters
         if self._scenario.gray_worker and (counters.failed or counters.retried > MAX_GRAY_FAILURES):
             self.violation(f"a gray worker cost {counters.retried} dispatches and {counters.failed} streams")
@@ -154,6 +159,7 @@ class Simulation:
                 prefill_on_decode_factor=2.0 if scenario.prefill_on_decode else None,
                 max_attempts=scenario.max_attempts,
                 claim_timeout_s=10.0,  # longer than the router freezes
+                take_over_tokens=TAKE_OVER_TOKENS,
             ),
             FleetConfig(drain_timeout_s=10.0, start_timeout_s=5.0, backoff_s=0.2, max_backoff_s=2.0),
             scenario.join_timeout_s,
@@ -162,10 +168,13 @@ class Simulation:
 
     def _apply(self, pools: dict[Role, int]) -> None:
         self._pools = pools
-        if self.head.process.is_alive:
-            if self.head.fleet.is_settled:
-                self.head.expect_hosts()
-            self.head.manage(Apply(pools))
+        head = self.head
+        if head.process.is_frozen:
+            head.process.call_later(0.0, lambda: self._apply(self._pools))
+        elif head.process.is_alive:
+            if head.fleet.is_settled:
+                head.expect_hosts()
+            head.manage(Apply(pools))
 
     @property
     def _num_displaced(self) -> int:
@@ -181,7 +190,7 @@ class Simulation:
         self.head.start(self._pools, self._alive())
 
     def _wait_for(self, condition: Callable[[], bool]) -> bool:
-        limit_s = CALM_S + PATIENCE_S
+        limit_s = self._scenario.end_of_faults_s + PATIENCE_S
         while not condition():
             for _ in range(20):
                 if not self.time.step(limit_s):
@@ -228,7 +237,7 @@ class Simulation:
         return SimulatedDial(self.network, source, target, pair, epoch)
 
     def connect(self, worker: SimulatedWorker) -> End | None:
-        if not self.head.process.is_alive:
+        if not self.head.process.is_alive or self.head.process.is_frozen:
             return None
         ours, theirs = self.network.connect(worker.process, self.head.process)
         self.head.accept(theirs)
@@ -272,6 +281,8 @@ class Simulation:
             case Accident.SLOW:
                 worker.clock.factor = 20.0
                 self.time.call_later(seconds, lambda: setattr(worker.clock, "factor", 1.0))
+            case Accident.HANG:
+                worker.hangs = True
             case Accident.PARTITION_ROUTER:
                 self.network.partition("router", name, seconds)
             case Accident.PARTITION_WORKERS:

@@ -105,6 +105,10 @@ GAUGES = (
     _gauge("num_requests_live", "Requests that were admitted and have not ended."),
     _gauge("slo_ttft_seconds", "The objective `slo.ttft_ms` in force."),
     _gauge("slo_itl_seconds", "The objective `slo.itl_ms` in force."),
+    _gauge(
+        "head_stall_seconds",
+        "The longest that all streams and heartbeats of the head waited for it, in the last minute or two.",
+    ),
 )
 COUNTERS = (
     _counter("requests_admitted_total", "Requests that the router took."),

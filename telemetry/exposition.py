@@ -50,6 +50,7 @@ class Snapshot:
     hosts: Mapping[HostState, int]
     num_takeovers: int
     num_spans: int
+    stall_s: float  # the longest of the head's loop, lately
     version: str
     model: str
 
@@ -169,6 +170,7 @@ def _gauges(now: Snapshot, tally: Tally) -> Mapping[str, Rows]:
         "num_requests_live": [((), now.status.num_requests)],
         "slo_ttft_seconds": [((), tally.ttft_slo_s)],
         "slo_itl_seconds": [((), tally.itl_slo_s)],
+        "head_stall_seconds": [((), now.stall_s)],
     }
 
 

@@ -22,6 +22,7 @@ import msgspec
 from ..core.failures import FailureKind
 from ..core.handshake import HandshakeDialler, Purpose
 from ..core.messages import (
+    Failing,
     HostFull,
     Probe,
     Probed,
@@ -49,6 +50,7 @@ from .host_monitor import HostMonitor
 from .router_link import RouterLink, shake_hands
 from .router_session import RECONNECT_S, RouterSession
 from .spec import WorkerSpec
+from .step_watch import FIRST_ON_GPU_S, FIRST_S, StepWatch, WatchedRunner
 from .worker import Worker
 
 log = logging.getLogger(__name__)
@@ -64,7 +66,6 @@ def give_up(why: str) -> None:
     os._exit(1)
 
 
-DEVICE_SILENT_S = 120.0  # a GPU that has not completed its work by then never will
 MASK_WAIT_S = 0.002  # upper bound on how long a computed step waits for masks
 
 
@@ -82,7 +83,7 @@ class WorkerProcess:
         self._stopping = threading.Event()
         self._info: WorkerInfo | None = None  # None until it serves
         self._monitor: GpuMonitor | None = None  # None on CPU
-        self._stepping_since_s: float | None = None  # None between steps
+        self._watch = StepWatch(FIRST_ON_GPU_S if spec.device == "cuda" else FIRST_S)
         self._session = RouterSession(spec.worker_id, spec.incarnation, time.monotonic())
 
     def run(self) -> None:
@@ -120,11 +121,14 @@ class WorkerProcess:
                 self._monitor = GpuMonitor(gpu)
                 self._monitor.start()
             self._serve(engine, endpoint, grammars, names_of(cores, gpu))
+        except Exception as error:
+            self._report_failure(f"{type(error).__name__}: {error}")
+            raise
         finally:
             self._stopping.set()  # the reader's thread does not look for another router
+            self._link.close()  # first: the rest may take seconds, and the router need not wait for it
             if endpoint is not None:
                 endpoint.close()
-            self._link.close()
             host_monitor.stop()
             if self._monitor is not None:
                 self._monitor.stop()
@@ -183,7 +187,7 @@ class WorkerProcess:
             spec.incarnation,
             RoleEngine(
                 engine.kv,
-                engine.runner,
+                WatchedRunner(engine.runner, self._watch),
                 engine.layout.num_layers,
                 pool.max_batch_tokens,
                 pool.max_batch_size,
@@ -214,15 +218,17 @@ class WorkerProcess:
     def _loop(self) -> None:
         worked = False
         while not self._stopping.is_set():
-            self._take_events(wait=not worked)
-            self._stepping_since_s = time.monotonic()
+            event = None if worked else self._inbox.get()
+            self._watch.begin(time.monotonic())
+            if event is not None:
+                event()
+            self._take_events()
             worked = self._worker.step()
-            self._stepping_since_s = None
+            self._watch.end(time.monotonic())
             self._link.send(*self._worker.take_messages())
+            worked = worked or self._worker.has_more_to_report
 
-    def _take_events(self, wait: bool) -> None:
-        if wait:
-            self._inbox.get()()
+    def _take_events(self) -> None:
         while not self._inbox.empty():
             self._inbox.get()()
         while not self._masks.empty():
@@ -262,6 +268,13 @@ class WorkerProcess:
 
     def _progress(self, phase: str, fraction: float) -> None:
         self._link.send(self._session.progress(phase, fraction))
+
+    def _report_failure(self, reason: str) -> None:
+        """Lets the router know why this worker ends, once it serves; a failed start reports by its process's
+        end."""
+        if self._info is not None:
+            spec = self._spec
+            self._link.send(Failing(worker_id=spec.worker_id, incarnation=spec.incarnation, reason=reason))
 
     def _report_full(self, full: tuple[tuple[str, int], ...]) -> None:
         self._link.send(
@@ -304,17 +317,19 @@ class WorkerProcess:
     def _greet(self, link: RouterLink) -> None:
         """Sends the greeting, on the engine thread: all later reports build on it."""
         assert self._info is not None
-        greeting = self._session.greeting(link, self._info, self._worker.held_legs())
+        worker = self._worker
+        greeting = self._session.greeting(link, self._info, worker.held_legs(), worker.num_cached_blocks)
         if greeting:
+            worker.greeted()
             link.send(*greeting)
             link.start_heartbeat(self._beat)
             self._link = link
 
     def _beat(self) -> StepReport:
         """Returns the worker's state and, every few seconds, its GPU's; called on the heartbeat's thread."""
-        since_s = self._stepping_since_s
-        if self._monitor is not None and since_s is not None and time.monotonic() - since_s > DEVICE_SILENT_S:
-            give_up(f"the GPU has not answered for {DEVICE_SILENT_S:.0f} s")
+        if (why := self._watch.beat()) is not None:
+            self._report_failure(why)
+            give_up(why)
         report = self._worker.report()
         gpu = None if self._monitor is None else self._monitor.take()
         return report if gpu is None else msgspec.structs.replace(report, gpu=gpu)

@@ -14,10 +14,10 @@ whichever thread dials; no two of them write the same field.
 
 from collections.abc import Iterable
 
-from ..core.messages import HeldLeg, Hello, Holds, LoadProgress, Ready, WorkerInfo
+from ..core.messages import ROUTER_SILENT_S, HeldLeg, Hello, Holds, LoadProgress, Ready, WorkerInfo
 from .held_legs import MAX_FRAME_TOKENS, in_frames
 
-DEAD_AFTER_S = 10.0  # silence after which a router counts as lost; it sends a message every heartbeat
+DEAD_AFTER_S = ROUTER_SILENT_S
 RECONNECT_S = 0.1  # between two attempts to reach a router
 BRIEF_S = 1.0  # a connection that lasted less was refused
 ROUTER_LOST_TIMEOUT_S = 30.0  # how long a worker continues without a router
@@ -83,11 +83,16 @@ class RouterSession:
         nothing to report, or a greeting is due."""
         return None if self.is_loaded else self._loading
 
-    def greeting(self, connection: object, info: WorkerInfo, held: Iterable[HeldLeg]) -> list[Holds | Ready]:
+    def greeting(
+        self, connection: object, info: WorkerInfo, held: Iterable[HeldLeg], num_cached_blocks: int
+    ) -> list[Holds | Ready]:
         """Returns the worker's identity and all that it holds, on which all later reports build. Once for
         each connection."""
         if connection is self._greeted:
             return []
         self._greeted = connection
         *before, last = in_frames(tuple(held), self._max_frame_tokens)
-        return [*(Holds(held=legs) for legs in before), Ready(info=info, held=last)]
+        return [
+            *(Holds(held=legs) for legs in before),
+            Ready(info=info, held=last, num_cached_blocks=num_cached_blocks),
+        ]

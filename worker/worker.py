@@ -135,6 +135,19 @@ class Worker:
         """Returns the legs that a newly connected router has to know, up to the last `take_messages`."""
         return self._held.all()
 
+    def greeted(self) -> None:
+        """A router that knows nothing of this worker has been greeted: what is cached follows in reports."""
+        self._pool.report_anew()
+
+    @property
+    def num_cached_blocks(self) -> int:
+        return self._pool.num_cached_blocks
+
+    @property
+    def has_more_to_report(self) -> bool:
+        """Whether another `take_messages` would report more, without another step."""
+        return self._pool.num_unreported_blocks > 0
+
     def report(self, timing: StepTiming | None = None) -> StepReport:
         """Returns the load after the last step; may be called from any thread."""
         return StepReport(
@@ -150,4 +163,5 @@ class Worker:
             num_context_tokens=decode.num_context_tokens,
             num_free_blocks=self._pool.num_free_blocks,
             num_preemptions=decode.num_preemptions,
+            num_unreported_blocks=self._pool.num_unreported_blocks,
         )

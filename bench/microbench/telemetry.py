@@ -169,6 +169,7 @@ def scrape_us(num_workers: int) -> tuple[float, int]:
             hosts={HostState.JOINED: 1},
             num_takeovers=0,
             num_spans=0,
+            stall_s=0.0,
             version="",
             model="",
         )

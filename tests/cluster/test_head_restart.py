@@ -1,15 +1,20 @@
 """The head dies: workers continue, a new head takes over, and clients that come back get the rest of the same
 stream."""
 
+import logging
 import os
+import shutil
 import signal
+import threading
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import grpc
 import pytest
 
 from pdserve.cli.client import connect
 from pdserve.cli.coming_back import resuming_stream
+from pdserve.engine.checkpoint import resolve_model_path
 from pdserve.proto import pdserve_pb2 as pb
 
 from ..telemetry.support import nonzero
@@ -88,3 +93,30 @@ def test_the_command_line_s_stream_survives_the_death_of_the_head(cluster: Clust
     for choice in range(2):
         assert tokens_of(events, choice) == tokens_of(expected, choice)
         assert text_of(events, choice) == text_of(expected, choice)
+
+
+def test_a_head_that_cannot_start_tries_again_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, away = tmp_path / "model", tmp_path / "away"
+    shutil.copytree(resolve_model_path("embedded"), model)
+    has_failed = threading.Event()
+    said: list[str] = []
+
+    def error(text: str, *values: object) -> None:
+        said.append(text % values)
+        if away.exists():
+            away.rename(model)
+        has_failed.set()
+
+    monkeypatch.setattr(logging.getLogger("pdserve.cluster.launch"), "error", error)
+    cluster = Cluster(model)
+    try:
+        before = pids(cluster)
+        model.rename(away)
+        kill_head()
+        assert has_failed.wait(60.0)
+        assert pids(cluster) == before, "workers went on"
+        assert str(model) in said[0]
+    finally:
+        cluster.close()

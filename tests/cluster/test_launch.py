@@ -21,6 +21,7 @@ from pdserve.cluster.launch import LaunchedCluster, launch
 from pdserve.core import admin_socket
 from pdserve.core.config import ClusterConfig
 from pdserve.embedded import MODEL_DIR
+from pdserve.head.spec import HeadSpec
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc as rpc
 
 from ..other_user import run_as_nobody
@@ -107,6 +108,7 @@ def test_a_cluster_ends_with_an_error_when_the_raylet_dies(monkeypatch: pytest.M
     """Any user of the host can make a raylet crash. A successor of the head would wait for it for ever."""
     cluster = LaunchedCluster.__new__(LaunchedCluster)
     cluster._stopped, cluster._over, cluster._error = False, threading.Event(), None
+    cluster._stopping = threading.Event()
     cluster._keeper = SimpleNamespace(live=SimpleNamespace(remote=lambda: "keeper"))
     cluster._head = SimpleNamespace(wait=SimpleNamespace(remote=lambda: "head"))
 
@@ -130,6 +132,7 @@ def test_a_head_declared_dead_is_killed_before_its_successor_starts(
     done: list[str] = []
     cluster = LaunchedCluster.__new__(LaunchedCluster)
     cluster._lock, cluster._stopped = threading.Lock(), False
+    cluster._spec, cluster._endpoints = HeadSpec(token="secret", host=None), None
     start = SimpleNamespace(remote=lambda: None)
     cluster._head = SimpleNamespace(name="old", start=start)
 

@@ -114,6 +114,21 @@ def test_uncached_blocks_are_taken_before_a_prefix_is_evicted() -> None:
     assert len(pool.match_prefix([name(1), name(2)])) == 2
 
 
+def test_a_new_router_gets_the_whole_cache_in_slices_and_no_block_that_went_meanwhile() -> None:
+    pool = BlockPool(5, 16, max_reported=2)
+    blocks = cached_sequence(pool, [1, 2, 3, 4, 5])
+    while pool.num_unreported_blocks:
+        pool.take_events()
+    pool.free(blocks)
+    pool.allocate(1)  # 5 is evicted, which the old router has yet to hear
+    pool.report_anew()
+    assert pool.num_unreported_blocks == 4
+    assert pool.take_events() == ((name(1), name(2)), ())
+    pool.allocate(3)
+    assert pool.take_events() == ((), (name(2),)), "4 and 3 were never reported"
+    assert pool.num_unreported_blocks == 0
+
+
 def test_a_hash_evicted_and_cached_again_between_reports_is_not_reported() -> None:
     pool = BlockPool(1, 16)
     pool.free(cached_sequence(pool, [1]))

@@ -101,6 +101,7 @@ class World:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, num_cores: int = 2, **fleet: Any) -> None:
         self.keeper = FakeKeeper()
+        self.stood_still_s = 0.0  # how long since our last beat, when a connection closes
         self.fleet_events: list[Any] = []
         monkeypatch.setattr(supervisor, "STOP_TIMEOUT_S", 0.01)
         self.start_controller(monkeypatch, Router(), num_cores, **fleet)
@@ -148,7 +149,7 @@ class World:
         """A worker sends Hello on a new connection; returns whether it is admitted."""
         sessions: Any = self.service.sessions
         connection = FakeConnection()
-        self.service.carry_out(sessions.opened(connection))
+        self.service.carry_out(sessions.opened(connection, 0.0))
         self.service.carry_out(sessions.received(connection, hello(spec)))
         return sessions.connection(spec.key) is connection
 
@@ -169,8 +170,10 @@ class World:
         sessions: Any = self.service.sessions
         connection = sessions.connection(spec.key)
         for _ in range(num_silent_beats):
-            self.service.carry_out(sessions.beat(connection))
-        self.service.carry_out(sessions.closed(connection, None if num_silent_beats else reason))
+            self.service.carry_out(sessions.beat(connection, 0.0))
+        self.service.carry_out(
+            sessions.closed(connection, None if num_silent_beats else reason, self.stood_still_s)
+        )
 
     def up(self) -> None:
         self.controller.handle(Apply({P: 1, D: 1}))

@@ -1,17 +1,20 @@
 """The head passes the plan for GPUs on to its workers."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pdserve.core.config import ClusterConfig
+from pdserve.core.errors import PdserveError
 from pdserve.core.messages import Role
 from pdserve.engine.gpu import DeviceInfo, Node
 from pdserve.head.head import Head
-from pdserve.head.settings import GPU_PEAKS, REACHED, priors
+from pdserve.head.settings import GPU_PEAKS, REACHED, priors, vacated
 from pdserve.head.spec import HeadSpec
 from pdserve.planner.plan import plan
+from pdserve.router.cores import Placement
 from pdserve.router.fleet_events import StartWorker
 from pdserve.worker.spec import WorkerSpec
 
@@ -62,3 +65,17 @@ def test_the_first_predictions_assume_the_present_gpu(name: str, bytes_per_s: fl
     assert found.decode_context_token_s == pytest.approx(planned.kv_bytes_per_token / (REACHED * bytes_per_s))
     on_cores = priors(ClusterConfig(), plan(ClusterConfig(), [node(num_gpus=0)]))
     assert on_cores.prefill_token_s > 100 * found.prefill_token_s
+
+
+def test_a_new_head_plans_with_the_memory_that_living_workers_hold() -> None:
+    config = ClusterConfig()
+    before = replace(node(num_gpus=0), available_memory_bytes=4 << 30)
+    first = worker(config, before)
+    free = replace(before, available_memory_bytes=before.available_memory_bytes - 2 * first.memory_bytes)
+    with pytest.raises(PdserveError):
+        worker(config, free)
+    living = [(first, Placement("here", (0,))), (first, Placement("here", (1,)))]
+    assert worker(config, vacated(free, living)) == first
+    elsewhere = [(first, Placement("there", (0,)))]
+    assert vacated(free, elsewhere) == free
+    assert vacated(free, 9 * living).available_memory_bytes == free.total_memory_bytes

@@ -1,6 +1,7 @@
 """The watch feeds the reports of Ray and hosts to `Hosts`, and carries out its decisions."""
 
 import asyncio
+from math import inf
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from pdserve.core.needs import Need
 from pdserve.engine.gpu import Node
 from pdserve.head import host_watch as host_watch_module
 from pdserve.head.host_watch import HostWatch
-from pdserve.router.cores import Capacity
+from pdserve.router.cores import Capacity, Placement
 from pdserve.router.hosts import HostChecked, Hosts, SeenHost
 from pdserve.router.places import Places
 
@@ -42,11 +43,11 @@ class FakeNodes:
         return await self.answers[node_id]
 
     def node(self, node_id: str) -> Node:
-        return Node(node_id, (0,), 1, 1)
+        return Node(node_id, (0,), 100, 40)
 
-    async def answer(self, node_id: str) -> None:
+    async def answer(self, node_id: str, num_bytes: float = inf) -> None:
         await settled()
-        self.answers.pop(node_id).set_result(HostChecked(node_id, Capacity(2)))
+        self.answers.pop(node_id).set_result(HostChecked(node_id, Capacity(2, num_bytes=num_bytes)))
         await settled()
 
     async def look_again(self) -> None:
@@ -156,4 +157,14 @@ async def test_a_host_may_be_named_by_its_dns_name() -> None:
     await watch.start(named)
     await nodes.answer("n2")
     assert states(watch) == {"127.0.0.1": "joined", "nowhere.invalid": "awaited"}
+    await watch.close()
+
+
+async def test_memory_that_running_workers_hold_is_planned_again_for_them() -> None:
+    nodes = FakeNodes(HEAD)
+    watch = watch_of(nodes)
+    watch.hosts.places.adopt(("decode-0", 1), Role.DECODE, Placement("n1", (0,)), Need(1, 1.0, None, 60))
+    await watch.start(ClusterConfig())
+    await nodes.answer("n1", num_bytes=40)
+    assert [node.available_memory_bytes for node in watch.nodes(ClusterConfig())] == [100]
     await watch.close()

@@ -1,14 +1,27 @@
 """A router that succeeds one that died: workers' held legs become requests again, and clients that come back
 get their whole streams."""
 
+from itertools import pairwise
+
 import msgspec
 import pytest
 
 from pdserve.core.errors import DuplicateRequest, NoWorkerAvailable
-from pdserve.core.messages import HeldLeg, Leg, LegEnded, Prefill, Reserve, Serve, TokenOutput
+from pdserve.core.messages import (
+    HeldLeg,
+    Leg,
+    LegEnded,
+    Prefill,
+    Reserve,
+    Serve,
+    StepReport,
+    TokenOutput,
+    WorkerLoad,
+)
 from pdserve.core.request import FinishReason, Request, SequenceSpec, TransferId
+from pdserve.router.config import RouterConfig
 from pdserve.router.core import Router
-from pdserve.router.events import Adopted, Submit, Tick, WorkerLost, WorkerReady
+from pdserve.router.events import Adopted, EmitTokens, Submit, Tick, WorkerLost, WorkerReady
 
 from .cluster import Cluster, make_request, worker_info
 
@@ -287,3 +300,46 @@ def test_an_unclaimed_stream_makes_room_and_waits_for_its_client() -> None:
     cluster.submit(msgspec.structs.replace(requests[1], client="much"))
     assert cluster.tokens["second", 0] == [0, 1]
     assert cluster.router.status(0.0).num_queued == 1
+
+
+def test_a_take_over_is_cut_into_turns_between_which_others_are_heard() -> None:
+    """A turn replays no more than some legs, however many there are, or the tokens of a slice."""
+    requests = [make_request(f"r{number}", max_tokens=100) for number in range(5)]
+    legs = tuple(held(Leg.DECODE, spec_of(request), 50, partner=False) for request in requests)
+    router = Router(RouterConfig(take_over_tokens=40), first_attempt=FIRST_ATTEMPT, adopts=True)
+    router.handle(WorkerReady(worker_info("decode-0"), legs), 0.0)
+    router.handle(Adopted(), 0.0)
+    spec = legs[0].spec
+    report = StepReport(
+        worker_id="decode-0",
+        incarnation=1,
+        load=WorkerLoad(),
+        outputs=(TokenOutput(spec.transfer, 0, 50, 150),),
+    )
+    num_turns, seen = 0, [router.num_live]
+    while router.is_adopting:
+        assert router.next_tick_s() == 0.0
+        if num_turns == 2:
+            router.handle(report, 0.0)
+            with pytest.raises(NoWorkerAvailable):
+                router.handle(Submit(requests[0]), 0.0)
+        router.handle(Tick(), 0.0)
+        num_turns += 1
+        seen.append(router.num_live)
+        router.check_integrity()
+    assert num_turns >= 5 * 2 and max(b - a for a, b in pairwise(seen)) == 1
+    commands = router.handle(Submit(requests[0]), 0.0)
+    tokens = [token.index for one in commands if isinstance(one, EmitTokens) for token in one.tokens]
+    assert tokens == list(range(51)), "what came meanwhile follows"
+
+
+def test_an_adopting_router_waits_for_reports_of_what_is_cached() -> None:
+    router = Router(first_attempt=FIRST_ATTEMPT, adopts=True)
+    router.handle(WorkerReady(worker_info("decode-0"), (), num_cached_blocks=3), 0.0)
+    slices = ((b"one", b"two"), (b"three",))
+    for hashes, num_left in zip(slices, (1, 0), strict=True):
+        load = WorkerLoad(num_unreported_blocks=num_left)
+        router.handle(StepReport(worker_id="decode-0", incarnation=1, load=load, blocks_added=hashes), 0.0)
+    assert not router.known_blocks("decode-0")
+    router.handle(Adopted(), 0.0)
+    assert router.known_blocks("decode-0") == {b"one", b"two", b"three"}

@@ -16,6 +16,7 @@ from pdserve.router.fleet_events import (
     Shutdown,
     StartWorker,
     StopWorker,
+    WorkerLoading,
     WorkerPlaced,
 )
 from pdserve.router.fleet_member import TRANSITIONS, Member, MemberState
@@ -83,10 +84,34 @@ def test_a_start_that_never_completes_is_given_up_and_repeated() -> None:
     fleet.apply({D: 1})
     assert fleet.handle(Tick(), after_s=3600.0) == [], "it has no place yet"
     fleet.handle(WorkerPlaced("worker-0", 1))
-    assert fleet.handle(Tick(), after_s=10.0) == [StopWorker("worker-0", 1, "not ready after 10 s")]
-    assert fleet.fleet.status()[0].last_error == "not ready after 10 s"
+    for _ in range(9):
+        assert fleet.handle(Tick(), after_s=1.0) == []
+    reason = "not ready after 10 s, without any progress for 10 s"
+    assert fleet.handle(Tick(), after_s=1.0) == [StopWorker("worker-0", 1, reason)]
+    assert fleet.fleet.status()[0].last_error == reason
     assert fleet.handle(WorkerLost("worker-0", 1, "stopped")) == []
     assert fleet.handle(Tick(), after_s=1.0) == [StartWorker(D, "worker-0", 2)]
+
+
+def test_a_start_that_goes_on_is_never_given_up() -> None:
+    fleet = FleetAt(config=FleetConfig(start_timeout_s=10.0))
+    fleet.apply({D: 1})
+    fleet.handle(WorkerPlaced("worker-0", 1))
+    for second in range(100):
+        fleet.handle(WorkerLoading("worker-0", 1, ("loading", second // 9)), after_s=1.0)
+        assert fleet.handle(Tick()) == []
+    for _ in range(9):
+        assert fleet.handle(WorkerLoading("worker-0", 1, ("loading", 11)), after_s=1.0) == []
+    (stopped,) = fleet.handle(Tick(), after_s=1.0)
+    assert isinstance(stopped, StopWorker)
+
+
+def test_a_pause_of_our_own_does_not_count_towards_a_start() -> None:
+    fleet = FleetAt(config=FleetConfig(start_timeout_s=10.0))
+    fleet.apply({D: 1})
+    fleet.handle(WorkerPlaced("worker-0", 1))
+    assert fleet.handle(Tick(), after_s=60.0) == []
+    assert fleet.ready("worker-0") == []
 
 
 def test_scaling_down_drains_the_least_loaded_and_of_equals_the_newest() -> None:

@@ -172,6 +172,19 @@ def test_a_close_or_unlearnt_prediction_gives_up_no_request(deadline_s: float, l
     assert cluster.spec("prefill-0").transfer.request_id == "hurried"
 
 
+def test_nothing_is_given_up_before_a_worker_has_reported_what_it_caches() -> None:
+    cluster = Cluster("prefill-0", "decode-0", config=RouterConfig(prefill_on_decode_factor=None))
+    teach(cluster, 1e-3, 40)
+    load = WorkerLoad(num_unreported_blocks=70)
+    cluster.handle(StepReport(worker_id="prefill-0", incarnation=1, load=load))
+    cluster.submit(make_request("long", 1000))
+    cluster.submit(make_request("hurried", first_token=5000, deadline_s=0.3))
+    assert cluster.spec("prefill-0").transfer.request_id == "hurried"
+    cluster.report("prefill-0")  # the last of them
+    cluster.submit(make_request("late", first_token=9000, deadline_s=0.3))
+    assert cluster.router.counters.hopeless == 1
+
+
 def test_a_request_on_an_idle_worker_corrects_a_pessimistic_model() -> None:
     cluster = Cluster("prefill-0", "decode-0", config=PAIRS_ONLY)
     teach(cluster, 1.0, 40)

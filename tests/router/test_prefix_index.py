@@ -1,6 +1,8 @@
 """The prefix index finds the longest cached prefix and its holders, and hashes no more of a prompt than
 necessary."""
 
+import gc
+
 from hypothesis import given, strategies as st
 
 from pdserve.core.hashing import block_hashes
@@ -43,7 +45,17 @@ def test_an_index_without_workers_is_empty() -> None:
     index.remove_worker("a")
     index.remove_worker("b")
     assert index.longest(PrefixChain(TOKENS, 8, "")) == (0, ())
-    assert (index._holders, index._blocks) == ({}, {})
+    assert (index._holders, index._blocks, index._bits) == ({}, {}, {})
+
+
+def test_a_full_index_gives_the_garbage_collector_nothing_to_visit() -> None:
+    index = PrefixIndex()
+    hashes = [number.to_bytes(16, "big") for number in range(20_000)]
+    num_before = len(gc.get_objects())
+    for name in ("a", "b", "c"):
+        index.update(name, hashes, hashes[-1:])
+    assert len(gc.get_objects()) - num_before < 50
+    assert not any(map(gc.is_tracked, (index._holders, *index._blocks.values())))
 
 
 def test_an_unknown_prompt_costs_one_hash() -> None:

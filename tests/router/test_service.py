@@ -50,6 +50,7 @@ class ScriptedRouter:
     reaction."""
 
     config = RouterConfig()
+    is_adopting = False
 
     def handle(self, event: object, now_s: float) -> list[Any]:
         match event:
@@ -86,7 +87,7 @@ class TokenMachine:
 
     def connect(self) -> None:
         sessions: Any = self._service.sessions
-        sessions.opened(self)
+        sessions.opened(self, 0.0)
         sessions.received(self, Hello(worker_id="both-0", incarnation=1))
 
     def send(self, command: WorkerCommand) -> None:

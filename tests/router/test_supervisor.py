@@ -11,6 +11,7 @@ from pdserve.router.fleet_events import Apply, Drain, Shutdown, StartWorker
 from pdserve.router.fleet_member import MemberState
 from pdserve.router.places import Places
 from pdserve.router.supervisor import (
+    NUM_AWAY_BEATS,
     STOP_TIMEOUT_S,
     ConnectionLost,
     EndProcess,
@@ -105,7 +106,7 @@ def test_a_process_that_does_not_end_in_time_is_killed_once() -> None:
         ConnectionLost("worker-0", 1, "reset", is_silent=False)
     )
     world.now_s = STOP_TIMEOUT_S - 0.01
-    assert world.supervisor.processes["worker-0", 1].kill_s == STOP_TIMEOUT_S
+    assert world.supervisor.processes["worker-0", 1].due_s == STOP_TIMEOUT_S
     assert KillProcess(("worker-0", 1)) not in world.handle(Tick())
     world.now_s = STOP_TIMEOUT_S
     assert KillProcess(("worker-0", 1)) in world.handle(Tick())
@@ -181,3 +182,35 @@ def test_take_over_keeps_only_the_newest_process_of_a_name() -> None:
     assert Adopted() in world.handle(WorkerProgress("worker-0", 4, "loading weights", 0.5))
     (member,) = world.supervisor.fleet.status()
     assert (member.incarnation, member.state) == (4, MemberState.STARTING)
+
+
+def test_a_worker_that_is_away_keeps_its_place_until_it_is_back() -> None:
+    world = World()
+    world.up()
+    assert world.handle(ConnectionLost("worker-0", 1, "reset", comes_back=True)) == []
+    assert world.state("worker-0", 1) is ProcessState.AWAY and world.supervisor.expects(("worker-0", 1))
+    world.now_s = 60.0  # we stand still again: its message waits
+    assert news_left_out(world.handle(Tick())) == []
+    world.handle(WorkerReady(worker_info("worker-0", D, incarnation=1)))
+    assert world.state("worker-0", 1) is ProcessState.SERVING
+    assert world.supervisor.next_tick_s() is None
+
+
+def test_a_worker_that_stays_away_is_lost_and_killed() -> None:
+    world = World()
+    world.up()
+    world.handle(ConnectionLost("worker-0", 1, "reset", comes_back=True))
+    for _ in range(NUM_AWAY_BEATS - 1):
+        world.now_s += 0.5
+        assert news_left_out(world.handle(Tick())) == []
+    world.now_s += 0.5
+    commands = world.handle(Tick())
+    assert WorkerLost("worker-0", 1, "not back after 3 s") in commands
+    assert KillProcess(("worker-0", 1)) in commands
+
+
+def test_a_process_that_ends_while_it_is_away_is_lost_at_once() -> None:
+    world = World()
+    world.up()
+    world.handle(ConnectionLost("worker-0", 1, "reset", comes_back=True))
+    assert WorkerLost("worker-0", 1, "killed") in world.handle(ProcessEnded("worker-0", 1, "killed"))

@@ -3,6 +3,7 @@
 import pytest
 
 from pdserve.core.messages import (
+    Failing,
     Heartbeat,
     HeldLeg,
     Hello,
@@ -16,9 +17,10 @@ from pdserve.core.messages import (
     WorkerLoad,
 )
 from pdserve.router import worker_sessions
-from pdserve.router.events import WorkerLost, WorkerReady
+from pdserve.router.events import WorkerAway, WorkerLost, WorkerReady
 from pdserve.router.supervisor import ConnectionLost, WorkerProgress
 from pdserve.router.worker_sessions import (
+    CLOSED,
     MAX_SILENT_BEATS,
     HangUp,
     Refused,
@@ -42,7 +44,7 @@ SILENT = f"silent for {MAX_SILENT_BEATS * 0.5:.1f} s"
 def sessions() -> WorkerSessions[str]:
     """Sessions with one silent connection, named `a`; one worker is expected."""
     sessions: WorkerSessions[str] = WorkerSessions(lambda key: key == KEY)
-    assert sessions.opened("a") == []
+    assert sessions.opened("a", 0.0) == []
     return sessions
 
 
@@ -53,7 +55,7 @@ def held(name: str) -> HeldLeg:
 def test_an_expected_worker_is_admitted_once_and_found_by_its_key(sessions: WorkerSessions[str]) -> None:
     assert sessions.received("a", HELLO) == []
     assert sessions.connection(KEY) == "a" and sessions.num_unproven == 0
-    sessions.opened("b")
+    sessions.opened("b", 0.0)
     refused, hang_up = sessions.received("b", HELLO)
     assert isinstance(refused, Refused) and not refused.is_harmless and hang_up == HangUp("b")
     assert sessions.connection(KEY) == "a"
@@ -67,16 +69,16 @@ def test_an_unexpected_or_unauthenticated_peer_is_refused(
     assert isinstance(refused, Refused) and hang_up == HangUp("a")
     assert refused.is_harmless == isinstance(message, Hello), "it has the token, and is to end: no alarm"
     assert sessions.received("a", HELLO) == [], "what it says after that does not count"
-    assert sessions.closed("a", None) == [], "its refusal was counted already"
+    assert sessions.closed("a", None, 0.0) == [], "its refusal was counted already"
     assert sessions.num_refused == 1 and sessions.num_unproven == 0
 
 
 def test_a_host_that_only_tests_the_connection_is_a_probe(sessions: WorkerSessions[str]) -> None:
-    (refused,) = sessions.closed("a", None)
+    (refused,) = sessions.closed("a", None, 0.0)
     assert isinstance(refused, Refused) and refused.is_harmless
-    sessions.opened("b")
+    sessions.opened("b", 0.0)
     sessions.heard("b")
-    (refused,) = sessions.closed("b", None)
+    (refused,) = sessions.closed("b", None, 0.0)
     assert isinstance(refused, Refused) and not refused.is_harmless
 
 
@@ -102,7 +104,7 @@ def test_progress_is_for_the_supervisor_and_reports_are_for_the_router(sessions:
 def test_a_worker_that_is_to_end_does_not_become_ready() -> None:
     expected = {KEY}
     sessions: WorkerSessions[str] = WorkerSessions(expected.__contains__)
-    sessions.opened("a")
+    sessions.opened("a", 0.0)
     sessions.received("a", HELLO)
     expected.clear()
     assert sessions.received("a", READY) == []
@@ -112,32 +114,71 @@ def test_a_ready_worker_that_falls_silent_is_disconnected_and_lost(sessions: Wor
     sessions.received("a", HELLO)
     sessions.received("a", READY)
     for _ in range(MAX_SILENT_BEATS):
-        assert sessions.beat("a") == [Say("a", Heartbeat())]
-    assert sessions.beat("a") == [HangUp("a")]
-    assert sessions.beat("a") == []
+        assert sessions.beat("a", 0.0) == [Say("a", Heartbeat())]
+    assert sessions.beat("a", 0.0) == [HangUp("a")]
+    assert sessions.beat("a", 0.0) == []
     lost = [ToRouter(WorkerLost(*KEY, SILENT)), ToSupervisor(ConnectionLost(*KEY, SILENT, is_silent=True))]
-    assert sessions.closed("a", None) == lost
+    assert sessions.closed("a", None, 0.0) == lost
     assert sessions.connection(KEY) is None
+
+
+def test_a_worker_that_hung_up_while_we_stood_still_is_away_and_not_lost(
+    sessions: WorkerSessions[str],
+) -> None:
+    sessions.received("a", HELLO)
+    sessions.received("a", READY)
+    sessions.beat("a", 100.0)
+    assert sessions.closed("a", None, 110.1) == [
+        ToRouter(WorkerAway(*KEY)),
+        ToSupervisor(ConnectionLost(*KEY, CLOSED, comes_back=True)),
+    ]
+    sessions.opened("b", 110.2)
+    assert sessions.received("b", HELLO) == []
+    assert ToRouter(WorkerReady(READY.info)) in sessions.received("b", READY)
+
+
+@pytest.mark.parametrize(("after_s", "is_away"), [(0.1, True), (2.9, True), (3.1, False)])
+def test_a_worker_may_hang_up_when_we_have_just_moved_again(
+    sessions: WorkerSessions[str], after_s: float, is_away: bool
+) -> None:
+    sessions.received("a", HELLO)
+    sessions.received("a", READY)
+    sessions.beat("a", 100.0)
+    sessions.beat("a", 110.0)
+    sessions.beat("a", 110.0 + after_s)
+    event = WorkerAway(*KEY) if is_away else WorkerLost(*KEY, CLOSED)
+    assert sessions.closed("a", None, 110.0 + after_s)[0] == ToRouter(event)
+
+
+def test_a_worker_that_reports_its_failure_is_lost_for_that_reason(sessions: WorkerSessions[str]) -> None:
+    sessions.received("a", HELLO)
+    sessions.received("a", READY)
+    failing = Failing(worker_id="decode-0", incarnation=1, reason="a step has taken 20 s")
+    assert sessions.received("a", failing) == [HangUp("a")]
+    assert sessions.closed("a", None, 0.0) == [
+        ToRouter(WorkerLost(*KEY, failing.reason)),
+        ToSupervisor(ConnectionLost(*KEY, failing.reason)),
+    ]
 
 
 def test_any_input_breaks_a_workers_silence_but_not_an_unproven_peers(
     sessions: WorkerSessions[str],
 ) -> None:
-    sessions.opened("worker")
+    sessions.opened("worker", 0.0)
     sessions.received("worker", HELLO)
     sessions.received("worker", READY)
     for _ in range(MAX_SILENT_BEATS):
         for connection in ("a", "worker"):
             sessions.heard(connection)
-            assert HangUp(connection) not in sessions.beat(connection)
-    assert HangUp("a") in sessions.beat("a")
-    assert HangUp("worker") not in sessions.beat("worker")
+            assert HangUp(connection) not in sessions.beat(connection, 0.0)
+    assert HangUp("a") in sessions.beat("a", 0.0)
+    assert HangUp("worker") not in sessions.beat("worker", 0.0)
 
 
 def test_a_worker_that_loads_may_be_silent(sessions: WorkerSessions[str]) -> None:
     sessions.received("a", HELLO)
     for _ in range(10 * MAX_SILENT_BEATS):
-        assert sessions.beat("a") == [Say("a", Heartbeat())]
+        assert sessions.beat("a", 0.0) == [Say("a", Heartbeat())]
 
 
 def test_excess_unproven_peers_are_dropped_oldest_first_and_workers_kept(
@@ -145,9 +186,9 @@ def test_excess_unproven_peers_are_dropped_oldest_first_and_workers_kept(
 ) -> None:
     monkeypatch.setattr(worker_sessions, "MAX_UNPROVEN", 2)
     sessions: WorkerSessions[str] = WorkerSessions(lambda key: True)
-    sessions.opened("worker")
+    sessions.opened("worker", 0.0)
     sessions.received("worker", HELLO)
-    assert sessions.opened("a") == sessions.opened("b") == []
-    refused, hang_up = sessions.opened("c")
+    assert sessions.opened("a", 0.0) == sessions.opened("b", 0.0) == []
+    refused, hang_up = sessions.opened("c", 0.0)
     assert isinstance(refused, Refused) and hang_up == HangUp("a")
     assert sessions.num_unproven == 2

@@ -20,6 +20,7 @@ from pdserve.decode_worker.scheduler import DecodeScheduler, Emission
 from pdserve.decode_worker.worker import DecodeWorker
 from pdserve.engine import sequence
 from pdserve.engine.batch import Batch
+from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.kv_manager import KVManager
 from pdserve.engine.sequence import Sequence
 from pdserve.kv_transfer.events import Arrived, ReceiverCommand, ReceiverEvent
@@ -44,8 +45,11 @@ from pdserve.router.health import Health
 from pdserve.router.hosts import HostChecked, Hosts, SeenHost
 from pdserve.router.links import Links
 from pdserve.router.places import Places
+from pdserve.router.registry import RegisteredWorker
+from pdserve.router.reports import WorkerReports
 from pdserve.router.request_life import RequestLife
 from pdserve.router.reservation import Reservation
+from pdserve.router.reunion import Reunion
 from pdserve.router.room import RoomMaker
 from pdserve.router.stream import ChoiceStream
 from pdserve.router.supervisor import ProcessEnded, Supervisor
@@ -55,6 +59,7 @@ from pdserve.simulator.kv_model import ChainStore
 from pdserve.simulator.run import simulate
 from pdserve.worker.held_legs import HeldLegs
 from pdserve.worker.router_session import RouterSession
+from pdserve.worker.step_watch import StepWatch
 
 MAX_SEEDS = 1000
 Planted = AbstractContextManager[Any]
@@ -234,11 +239,12 @@ def forget_tokens_computed_before_the_router_died() -> Planted:
 def forget_to_abort_the_broken_dispatches_that_a_new_router_finds() -> Planted:
     original = TakeOver._resume
 
-    def resume(self: TakeOver, live: LiveRequest, held: HeldDispatch, now_s: float) -> list[RouterCommand]:
+    def resume(self: TakeOver, live: LiveRequest, held: HeldDispatch) -> Iterator[int]:
         if not held.is_broken:
-            return original(self, live, held, now_s)
+            yield from original(self, live, held)
+            return
         with patch.object(RequestLife, "_abort", lambda self, dispatch, legs: []):
-            return original(self, live, held, now_s)
+            yield from original(self, live, held)
 
     return patch.object(TakeOver, "_resume", resume)
 
@@ -388,10 +394,9 @@ def forget_a_process_that_ends_by_itself() -> Planted:
 def hide_a_broken_connection_from_the_supervisor() -> Planted:
     original = WorkerSessions.closed
 
-    def closed(self: WorkerSessions[Any], connection: Any, error: str | None) -> list[Any]:
-        return [
-            command for command in original(self, connection, error) if not isinstance(command, ToSupervisor)
-        ]
+    def closed(self: WorkerSessions[Any], connection: Any, error: str | None, now_s: float) -> list[Any]:
+        commands = original(self, connection, error, now_s)
+        return [command for command in commands if not isinstance(command, ToSupervisor)]
 
     return patch.object(WorkerSessions, "closed", closed)
 
@@ -410,11 +415,61 @@ def greet_only_the_first_router() -> Planted:
     original = RouterSession.greeting
 
     def greeting(
-        self: RouterSession, connection: object, info: WorkerInfo, held: Iterable[HeldLeg]
+        self: RouterSession, connection: object, info: WorkerInfo, held: Iterable[HeldLeg], num_cached: int
     ) -> list[Any]:
-        return original(self, connection, info, held) if self._greeted is None else []
+        return original(self, connection, info, held, num_cached) if self._greeted is None else []
 
     return patch.object(RouterSession, "greeting", greeting)
+
+
+def lose_the_workers_that_hang_up_while_the_router_stands_still() -> Planted:
+    return patch.object(WorkerSessions, "_is_our_doing", lambda self, session, now_s: False)
+
+
+def forget_what_workers_computed_while_they_were_away() -> Planted:
+    original = Reunion.carry_out
+
+    def carry_out(
+        self: Reunion, worker: RegisteredWorker, held: Iterable[HeldLeg], now_s: float
+    ) -> list[RouterCommand]:
+        with patch.object(WorkerReports, "on_tokens", lambda self, worker, outputs, now_s: []):
+            return original(self, worker, held, now_s)
+
+    return patch.object(Reunion, "carry_out", carry_out)
+
+
+def believe_that_aborts_reach_workers_that_are_away() -> Planted:
+    return patch.object(Reunion, "_is_wanted", lambda self, worker, leg: True)
+
+
+def count_our_own_delay_towards_a_workers_start() -> Planted:
+    original = Fleet._late
+
+    def late(self: Fleet, member: Member, now_s: float) -> None:
+        member.num_beats_left = 0
+        original(self, member, now_s)
+
+    return patch.object(Fleet, "_late", late)
+
+
+def report_what_is_cached_to_the_first_router_alone() -> Planted:
+    return patch.object(BlockPool, "report_anew", lambda self: None)
+
+
+def take_everything_over_in_one_turn() -> Planted:
+    original = TakeOver.advance
+
+    def advance(self: TakeOver, now_s: float) -> list[RouterCommand]:
+        commands = original(self, now_s)
+        while not self.is_complete:
+            commands += original(self, now_s)
+        return commands
+
+    return patch.object(TakeOver, "advance", advance)
+
+
+def believe_that_every_step_ends() -> Planted:
+    return patch.object(StepWatch, "beat", lambda self: None)
 
 
 def end_workers_with_the_router() -> Planted:
@@ -437,7 +492,7 @@ def leave_all_places_to_the_client_that_has_them() -> Planted:
 
 
 FIRST_FOUND: dict[Mutation, int] = {
-    forget_which_links_between_hosts_are_broken: 69,
+    forget_which_links_between_hosts_are_broken: 28,
     leave_links_untried_until_a_request_needs_them: 2,
     place_workers_on_a_host_that_has_died: 7,
     forget_that_a_lost_host_is_asked_for: 72,
@@ -447,8 +502,8 @@ FIRST_FOUND: dict[Mutation, int] = {
     keep_serving_on_a_host_that_is_taken_out_of_the_file: 19,
     time_out_a_worker_that_waits_for_a_host: 1,
     never_check_a_refused_host_again: 122,
-    free_on_abort_before_the_transfer_has_drained: 339,
-    forget_the_epoch_check: 419,
+    free_on_abort_before_the_transfer_has_drained: 55,
+    forget_the_epoch_check: 660,
     repeat_a_token_after_a_resume: 1,
     leak_on_cancel: 0,
     free_twice_on_preemption: 1,
@@ -460,18 +515,18 @@ FIRST_FOUND: dict[Mutation, int] = {
     announce_layers_before_they_are_computed: 0,
     share_kv_between_salts: 1,
     leave_workers_working_for_an_ended_request: 0,
-    decode_an_aborted_sequence: 36,
+    decode_an_aborted_sequence: 0,
     miss_a_deadline: 0,
     stop_a_worker_without_draining_it: 7,
     commit_a_chunk_that_never_left: 42,
-    forget_tokens_computed_before_the_router_died: 82,
+    forget_tokens_computed_before_the_router_died: 78,
     forget_to_abort_the_broken_dispatches_that_a_new_router_finds: 550,
     count_attempts_from_0_in_a_new_router: 159,
     compute_only_part_of_a_prompt_with_requested_logprobs: 1,
     release_an_ended_sequence_while_a_step_has_a_row_of_it: 0,
     report_the_token_of_a_wasted_row: 0,
-    run_ahead_of_a_token_that_decides: 0,
-    leave_all_places_to_the_client_that_has_them: 12,
+    run_ahead_of_a_token_that_decides: 5,
+    leave_all_places_to_the_client_that_has_them: 54,
     give_a_gray_worker_as_much_as_others: 83,
     let_nobody_pass_a_large_request: 147,
     reassign_the_cores_of_a_process_before_it_is_gone: 17,
@@ -479,7 +534,14 @@ FIRST_FOUND: dict[Mutation, int] = {
     hide_a_broken_connection_from_the_supervisor: 10,
     keep_only_the_last_frame_of_held_legs: 589,
     greet_only_the_first_router: 82,
+    report_what_is_cached_to_the_first_router_alone: 9,
+    take_everything_over_in_one_turn: 36,
+    believe_that_every_step_ends: 40,
     end_workers_with_the_router: 82,
+    lose_the_workers_that_hang_up_while_the_router_stands_still: 78,
+    forget_what_workers_computed_while_they_were_away: 78,
+    believe_that_aborts_reach_workers_that_are_away: 449,
+    count_our_own_delay_towards_a_workers_start: 78,
 }
 
 

@@ -45,6 +45,7 @@ class Watched(Cluster):
             hosts={HostState.JOINED: 2, HostState.LOST: 1},
             num_takeovers=1,
             num_spans=0,
+            stall_s=0.25,
             version="1.2.3",
             model="tiny",
         )

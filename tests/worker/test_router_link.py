@@ -2,6 +2,8 @@
 
 import socket
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -9,7 +11,7 @@ from pdserve.core.codec import FrameDecoder
 from pdserve.core.config import ClusterConfig
 from pdserve.core.errors import CheckpointError
 from pdserve.core.handshake import OPENING_BYTES
-from pdserve.core.messages import Hello, LoadProgress, Role, WorkerMessage
+from pdserve.core.messages import Failing, Hello, LoadProgress, Role, WorkerMessage
 from pdserve.engine.engine import Engine
 from pdserve.worker import process as worker_process, router_link as worker_link, router_session
 from pdserve.worker.process import WorkerProcess
@@ -17,6 +19,7 @@ from pdserve.worker.router_link import RouterLink
 from pdserve.worker.spec import WorkerSpec
 
 from ..handshakes import greeted, read
+from ..router.cluster import worker_info
 
 WAIT_S = 60.0  # far more than anything here takes
 
@@ -114,6 +117,50 @@ def test_a_worker_that_lost_its_router_early_reports_loading_to_the_next(
         thread.join(WAIT_S)
     decoder: FrameDecoder[WorkerMessage] = FrameDecoder(WorkerMessage)
     assert [type(message) for message in decoder.feed(data)] == [Hello, LoadProgress]
+
+
+class Crashing(Unloadable):
+    """A worker whose engine fails once it serves."""
+
+    def _load_engine(self) -> Engine:
+        cache: Any = SimpleNamespace(torch_device=SimpleNamespace(type="cpu"))
+        engine: Any = SimpleNamespace(cache=cache)
+        return engine  # type: ignore[no-any-return]
+
+    def _serve(self, *parts: Any) -> None:
+        self._info = worker_info("decode-0", Role.DECODE)
+        raise MemoryError("no block is left")
+
+
+def test_the_router_hears_of_a_crash_before_the_worker_cleans_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_process, "bind_to_cores", lambda positions: ())
+    is_read = threading.Event()
+    endpoint = SimpleNamespace(close=lambda: is_read.wait(WAIT_S))
+    monkeypatch.setattr(worker_process, "TransferEndpoint", lambda *args, **options: endpoint)
+    failed: list[BaseException] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        worker = Crashing(server.getsockname())
+
+        def run() -> None:
+            try:
+                worker.run()
+            except MemoryError as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=run, daemon=True)
+        with greeted(server, "secret") as accepted:
+            thread.start()
+        with accepted.get() as connection:
+            connection.settimeout(WAIT_S / 2)
+            data = b""
+            while more := connection.recv(1 << 16):
+                data += more
+        is_read.set()
+        thread.join(WAIT_S)
+    decoder: FrameDecoder[WorkerMessage] = FrameDecoder(WorkerMessage)
+    *_, last = decoder.feed(data)
+    assert isinstance(last, Failing) and last.reason == "MemoryError: no block is left"
+    assert failed
 
 
 def test_a_router_that_does_not_know_the_token_learns_nothing() -> None:

@@ -67,12 +67,14 @@ def test_a_router_reached_while_weights_load_receives_the_progress() -> None:
 def test_each_router_is_greeted_once_with_all_that_the_worker_holds() -> None:
     worker = session()
     legs = [held("a"), held("b")]
-    assert worker.greeting("first", INFO, legs) == [Ready(info=INFO, held=tuple(legs))]
-    assert worker.greeting("first", INFO, legs) == []
-    assert worker.greeting("second", INFO, []) == [Ready(info=INFO)]
+    assert worker.greeting("first", INFO, legs, 7) == [
+        Ready(info=INFO, held=tuple(legs), num_cached_blocks=7)
+    ]
+    assert worker.greeting("first", INFO, legs, 7) == []
+    assert worker.greeting("second", INFO, [], 0) == [Ready(info=INFO)]
 
 
 def test_legs_that_exceed_a_frame_are_reported_before_ready() -> None:
     a, b, c = held("a"), held("b"), held("c")
-    greeting = session(max_frame_tokens=8).greeting("router", INFO, [a, b, c])
+    greeting = session(max_frame_tokens=8).greeting("router", INFO, [a, b, c], 0)
     assert greeting == [Holds(held=(a, b)), Ready(info=INFO, held=(c,))]

@@ -15,6 +15,7 @@ class FinishReason(enum.Enum):
     DEADLINE = "deadline"
     INVALID = "invalid"  # no worker could carry it out, which showed only on the way
     ERROR = "error"
+    FATAL = "fatal"  # workers' processes died of it: it is not to be sent again
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

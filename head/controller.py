@@ -143,7 +143,7 @@ class Controller:
         outcome = await self._keeper.ended(key)
         level = logging.WARNING if self._supervisor.expects(key) else logging.INFO
         log.log(level, "%s/%d ended: %s", *key, outcome.reason, extra={"worker": key[0]})
-        self.handle(ProcessEnded(*key, outcome.reason, outcome.is_reported))
+        self.handle(ProcessEnded(*key, outcome.reason, outcome.is_reported, outcome.has_died))
 
     def _schedule_tick(self) -> None:
         if self._tick is not None:

@@ -29,13 +29,14 @@ class JobQueue:
         self._returning: list[Job] = []  # in front at the next `wake`, in this order
         self._backing_off: list[tuple[float, int, Job]] = []
         self._stranded: list[Job] = []
+        self._suspects: list[Job] = []  # run alone, apart from all others
         self._sequence = count()
         self._last_dispatch_s: float | None = None
         self._interval_s: float | None = None  # mean time between dispatches while jobs wait
 
     def __len__(self) -> int:
         in_front = len(self._stranded) + len(self._returning) + len(self._passed) + len(self._front)
-        return in_front + len(self._fair) + len(self._backing_off)
+        return in_front + len(self._fair) + len(self._backing_off) + len(self._suspects)
 
     def __iter__(self) -> Iterator[Job]:
         yield from self._stranded
@@ -43,6 +44,7 @@ class JobQueue:
         yield from self._passed
         yield from self._front
         yield from self._fair
+        yield from self._suspects
         yield from (job for _, _, job in self._backing_off)
 
     def check_room(self, client: str, limit: int, now_s: float, job_s: float) -> None:
@@ -67,13 +69,23 @@ class JobQueue:
             return pace_s
         return max(pace_s, pace_s + SMOOTHING * (now_s - self._last_dispatch_s - pace_s))
 
+    @property
+    def suspects(self) -> Sequence[Job]:
+        """Jobs that have to run alone, the oldest first."""
+        return self._suspects
+
     def push(self, job: Job) -> None:
-        self._fair.push(job.client, job, job.num_tokens)
+        if job.is_suspect:
+            self._suspects.append(job)
+        else:
+            self._fair.push(job.client, job, job.num_tokens)
 
     def push_front(self, jobs: Sequence[Job], now_s: float) -> None:
         """Queues retries ahead of all other jobs, in order within one event. They back off until
         `ready_s`."""
-        self._returning += [job for job in jobs if job.ready_s <= now_s]
+        for job in jobs:
+            if job.ready_s <= now_s:
+                (self._suspects if job.is_suspect else self._returning).append(job)
         for job in reversed(jobs):
             if job.ready_s > now_s:
                 heappush(self._backing_off, (job.ready_s, next(self._sequence), job))
@@ -83,6 +95,12 @@ class JobQueue:
         of its other jobs."""
         for job in reversed(jobs):
             self._fair.push(job.client, job, job.num_tokens, is_first=True)
+
+    def pop_suspect(self, job: Job, now_s: float) -> Job:
+        """Takes a job that is to run alone out for dispatch."""
+        self._suspects.remove(job)
+        self._note_dispatch(job, now_s)
+        return job
 
     def favour(self, job: Job) -> None:
         """Moves a waiting job ahead of all others."""
@@ -147,7 +165,7 @@ class JobQueue:
         """Takes a job out, wherever it waits."""
         if self._fair.remove(job.client, job):
             return
-        for place in (self._front, self._passed, self._stranded, self._returning):
+        for place in (self._front, self._passed, self._stranded, self._returning, self._suspects):
             if job in place:
                 place.remove(job)
                 return
@@ -173,7 +191,10 @@ class JobQueue:
         due: list[Job] = []
         while self._backing_off and self._backing_off[0][0] <= now_s:
             due.append(heappop(self._backing_off)[2])
-            self._front.appendleft(due[-1])
+            if due[-1].is_suspect:
+                self._suspects.append(due[-1])
+            else:
+                self._front.appendleft(due[-1])
         return due
 
     def next_wake_s(self) -> float | None:

@@ -22,6 +22,7 @@ from .events import (
     Adopted,
     Cancel,
     Closing,
+    LossCause,
     RouterCommand,
     RouterEvent,
     SendCommand,
@@ -38,6 +39,7 @@ from .events import (
     WorkersExpected,
 )
 from .health import Health
+from .isolation import Isolation
 from .ledger import Ledger
 from .links import Links
 from .live_requests import LiveRequests, is_same
@@ -81,6 +83,7 @@ class Router:
         self._placer = Placer(self._registry, self._index, self.model, self._links, config)
         self._room = RoomMaker(self._registry, self._ledger)
         self._reservation = Reservation(self._registry)
+        self._isolation = Isolation(self._registry, self._ledger)
         self._queue = JobQueue()
         self._requests = LiveRequests(self._queue, self._ledger, config)
         self._reports = WorkerReports(
@@ -104,8 +107,8 @@ class Router:
         return self._requests.counters
 
     def handle(self, event: RouterEvent, now_s: float) -> list[RouterCommand]:
-        """Returns the commands that `event` leads to. Raises QueueFull, DuplicateRequest or NoWorkerAvailable
-        for a Submit; nothing has changed then."""
+        """Returns the commands that `event` leads to. For a Submit it raises QueueFull, DuplicateRequest,
+        NoWorkerAvailable or KillsWorkers; nothing has changed then."""
         if self._adoption is None:
             commands = self._react(event, now_s)
         elif isinstance(event, Adopted):
@@ -192,6 +195,7 @@ class Router:
             return self._requests.claim(adopted, request, now_s)
         if self._is_closing:
             raise NoWorkerAvailable(CLOSING)
+        self._requests.deaths.num_under(request, now_s)
         num_tokens = len(request.prompt_token_ids) + request.sampling.max_tokens
         if not (self._num_expected or self._registry.can_hold(num_tokens)):
             raise NoWorkerAvailable(
@@ -219,7 +223,8 @@ class Router:
 
     def _dispatch(self, now_s: float) -> list[RouterCommand]:
         """Places jobs in order until the first that has to wait, and that others may not pass."""
-        commands = self._dispatch_passed(now_s)
+        commands = self._dispatch_alone(now_s)
+        commands += self._dispatch_passed(now_s)
         while (job := self._queue.head()) is not None:
             placement = self._placer.place(job)
             if placement is not None and self._comes_too_late(job, placement, now_s):
@@ -240,8 +245,33 @@ class Router:
             elif self._num_expected:
                 self._queue.strand_head()
             else:
-                error = CLOSING if self._is_closing else "no worker is left that can serve the request"
-                commands += self._requests.handle(job.live, End(FinishReason.ERROR, error), now_s)
+                commands += self._strand(job, now_s)
+        return commands
+
+    def _strand(self, job: Job, now_s: float) -> list[RouterCommand]:
+        error = CLOSING if self._is_closing else "no worker is left that can serve the request"
+        return self._requests.handle(job.live, End(FinishReason.ERROR, error), now_s)
+
+    def _dispatch_alone(self, now_s: float) -> list[RouterCommand]:
+        """Places jobs under which a worker died, each at a worker that has no other; one of a request at a
+        time."""
+        commands: list[RouterCommand] = []
+        if not self._queue.suspects and not self._registry.apart():
+            return commands
+        self._isolation.begin()
+        for job in list(self._queue.suspects):
+            if job not in self._queue.suspects or any(one.is_alone for one in job.live.running()):
+                continue
+            if not self._registry.can_hold(job.num_total_tokens):
+                commands += [] if self._num_expected else self._strand(job, now_s)
+                continue
+            worker = self._isolation.worker_for(job, self._num_expected, now_s)
+            if worker is not None:
+                placement = self._placer.alone(job, worker)
+                commands += self._start(self._queue.pop_suspect(job, now_s), placement, now_s)
+            elif self._isolation.is_exhausted:
+                break
+        self._isolation.end()
         return commands
 
     def _dispatch_passed(self, now_s: float) -> list[RouterCommand]:
@@ -313,7 +343,7 @@ class Router:
             self.counters.stale += 1
             return []
         replaced = self._registry.get(event.info.worker_id)
-        commands = [] if replaced is None else self._lose(replaced, "replaced", now_s)
+        commands = [] if replaced is None else self._lose(replaced, "replaced", LossCause.GONE, now_s)
         self._registry.add(event.info)
         self._links.workers_changed()
         self._num_expected = max(0, self._num_expected - 1)
@@ -323,17 +353,19 @@ class Router:
     def _on_worker_lost(self, event: WorkerLost, now_s: float) -> list[RouterCommand]:
         worker = self._registry.current(event.worker_id, event.incarnation)
         if worker is None:
-            return []
-        if worker.state in (RoutingState.READY, RoutingState.EJECTED):
+            return self._requests.explain_loss(event, now_s)
+        if worker.state is not RoutingState.DRAINING:
             self._num_expected += 1  # until the shell reports otherwise
-        return self._lose(worker, event.reason, now_s)
+        return self._lose(worker, event.reason, event.cause, now_s)
 
-    def _lose(self, worker: RegisteredWorker, reason: str, now_s: float) -> list[RouterCommand]:
+    def _lose(
+        self, worker: RegisteredWorker, reason: str, cause: LossCause, now_s: float
+    ) -> list[RouterCommand]:
         self._registry.lose(worker)
         self._links.lost(worker)
         self._health.lost(worker)
         self._index.remove_worker(worker.worker_id)
-        return self._requests.lose_worker(worker, reason, now_s)
+        return self._requests.lose_worker(worker, reason, cause, now_s)
 
     def _adopt(self, adoption: Adoption, now_s: float) -> list[RouterCommand]:
         commands: list[RouterCommand] = []

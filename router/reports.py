@@ -15,7 +15,7 @@ from .links import Links
 from .live_requests import LiveRequests
 from .prefix_index import PrefixIndex
 from .registry import RegisteredWorker, Registry
-from .request_events import LastToken
+from .request_events import LastToken, Survived
 from .request_states import RequestState
 
 
@@ -90,7 +90,16 @@ class WorkerReports:
                 commands.append(emitted)
             if stream.finish_reason is not None:
                 commands += self._requests.handle(live, LastToken(dispatch, stream), now_s)
+            if dispatch.is_alone and dispatch.state is DispatchState.RUNNING and dispatch.has_survived:
+                commands += self._requests.handle(live, Survived(dispatch, self._moves_on(worker)), now_s)
         return commands
+
+    def _moves_on(self, worker: RegisteredWorker) -> bool:
+        """Whether a suspect that has run alone at the worker decodes elsewhere: another one waits for the
+        worker, or others decode."""
+        return self._requests.has_suspects or (
+            not worker.role.decodes and self._registry.num_ready(prefills=False) > 0
+        )
 
     def _note_first_token(self, dispatch: Dispatch, now_s: float) -> None:
         dispatch.first_token_s = now_s
@@ -120,7 +129,7 @@ class WorkerReports:
         if event.leg is not leg and event.error is None:
             return []  # the prefill of a worker that serves both phases: its leg continues
         error = None if event.error is None else f"{worker.worker_id}: {event.error}"
-        return self._requests.end_leg(dispatch, leg, error, event.is_invalid, now_s)
+        return self._requests.end_leg(dispatch, leg, error, event.kind, now_s)
 
     def _note_health(
         self, dispatch: Dispatch, worker: RegisteredWorker, event: LegEnded, now_s: float

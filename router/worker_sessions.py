@@ -28,7 +28,7 @@ from ..core.messages import (
     WorkerMessage,
 )
 from .cores import Key
-from .events import WorkerLost, WorkerReady
+from .events import LossCause, WorkerLost, WorkerReady
 from .supervisor import ConnectionLost, WorkerProgress
 
 CLOSED = "connection closed"  # by the peer
@@ -182,7 +182,8 @@ class WorkerSessions(Generic[C]):
         del self._workers[session.key]
         reason = error or session.reason
         lost = ConnectionLost(*session.key, reason, session.is_silent)
-        return [ToRouter(WorkerLost(*session.key, reason)), ToSupervisor(lost)]
+        cause = LossCause.GONE if session.state is SessionState.CLOSING else LossCause.UNKNOWN
+        return [ToRouter(WorkerLost(*session.key, reason, cause)), ToSupervisor(lost)]
 
     def _refuse(self, connection: C, refused: Refused) -> list[SessionCommand[C]]:
         """Refuses a peer, once, and only one that was not admitted."""

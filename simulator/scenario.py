@@ -42,6 +42,14 @@ class PlannedAccident:
 
 
 @dataclass(frozen=True)
+class Deadly:
+    """A request that ends the process of any worker that computes token `index` of its choice 0."""
+
+    request_id: str
+    index: int
+
+
+@dataclass(frozen=True)
 class Scenario:
     seed: int
     pools: dict[Role, int]
@@ -60,6 +68,7 @@ class Scenario:
     requests: tuple[PlannedRequest, ...]
     accidents: tuple[PlannedAccident, ...]
     gray_worker: str | None = None  # fails to read or write any block, at once
+    deadly: Deadly | None = None
 
     @property
     def is_computed_once(self) -> bool:
@@ -71,6 +80,7 @@ class Scenario:
             and not rates.lose + rates.duplicate + rates.overtake + rates.corrupt + rates.fail_store
             and all(plan.unread_after_tokens is None for plan in self.requests)
             and self.gray_worker is None
+            and self.deadly is None
         )
 
 
@@ -119,8 +129,10 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
     if num_requests is None and rng.random() < 0.03:
         return _with_greedy_client(rng, scenario)
     special = Random(f"special of {seed}")
-    if num_requests is None and special.random() < 0.04:
-        return special.choice((_with_gray_worker, _with_large_request))(special, scenario)
+    if num_requests is None and special.random() < 0.06:
+        return special.choice((_with_gray_worker, _with_large_request, _with_deadly_request))(
+            special, scenario
+        )
     return scenario
 
 
@@ -172,6 +184,39 @@ def _with_gray_worker(rng: Random, scenario: Scenario) -> Scenario:
             for number in range(60)
         ),
         gray_worker=f"worker-{rng.randrange(6)}",
+    )
+
+
+def _with_deadly_request(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without other faults in which a request ends the process of each worker that
+    computes it, and its client sends it again and again, beside the streams of others."""
+    start_s = 2.0
+    n = rng.choice((1, 1, 2))
+    deadly = _plain_request(rng, "deadly", "key:deadly", 0.0, 30, n)
+    return replace(
+        scenario,
+        shapes=_roomy(scenario, num_blocks=10 * MAX_MODEL_LEN),
+        hosts=(PlannedHost(64, 0.0),),
+        start_s=0.3,
+        rates=FaultRates(),
+        accidents=(),
+        max_queued_requests=1024,
+        max_attempts=50,
+        requests=(
+            *(
+                _plain_request(
+                    rng,
+                    f"r{number}",
+                    f"c{number % 4}",
+                    start_s + rng.uniform(0.0, 3.0),
+                    rng.choice((5, 40)),
+                    1,
+                )
+                for number in range(20)
+            ),
+            *(replace(deadly, at_s=start_s + at_s) for at_s in (1.0, 1.1, 3.0)),
+        ),
+        deadly=Deadly("deadly", rng.choice((0, 0, 1, 2, 9, 20))),
     )
 
 

@@ -349,8 +349,8 @@ class SimulatedHead:
             case LaunchProcess(spec, placement):
                 self._watch(spec.key, self._world.start_worker(spec, placement))
             case EndProcess(key):  # a frozen or unreachable process keeps running
-                process = self._started[key].process
-                process.call_later(END_S, process.kill)
+                worker = self._started[key]
+                worker.process.call_later(END_S, worker.end)
             case KillProcess(key):
                 self._started[key].process.kill()
             case SuspectHost(node_id):
@@ -387,8 +387,8 @@ class SimulatedHead:
         worker.process.when_it_dies(lambda: self.process.call_later(HEARD_S, lambda: self._ended(key)))
 
     def _ended(self, key: Key) -> None:
-        del self._started[key]
-        self.manage(ProcessEnded(*key, "the process ended"))
+        worker = self._started.pop(key)
+        self.manage(ProcessEnded(*key, "the process ended", has_died=not worker.has_ended_in_order))
 
 
 def describe(command: WorkerCommand) -> str:

@@ -131,7 +131,7 @@ class WorkerWorld(Protocol):
         ...
 
     def violation(self, text: str) -> None: ...
-    def on_sample(self, seq: Sequence, choice: int, index: int) -> None: ...
+    def on_sample(self, worker: "SimulatedWorker", seq: Sequence, choice: int, index: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +201,7 @@ class SimulatedWorker:
             lambda sequences: None,  # so every mask is late
             self.clock,
         )
+        self.has_ended_in_order = False
         self._time = time
         self._world = world
         self._session = RouterSession(*spec.key, time.now_s, FRAME_TOKENS)
@@ -218,6 +219,11 @@ class SimulatedWorker:
         self._dial()
         self.process.call_later(load_s, self._serve)
 
+    def end(self) -> None:
+        """Ends the process in order."""
+        self.has_ended_in_order = True
+        self.process.kill()
+
     def _serve(self) -> None:
         """Begins to serve, once the worker is loaded."""
         self.process.every(self.local.config.heartbeat_s / 2, self.hub.tick)
@@ -231,7 +237,7 @@ class SimulatedWorker:
         """Connects repeatedly; without a router the worker continues for a while, then ends."""
         now_s = self._time.now_s
         if not self._session.may_dial(now_s):
-            self.process.kill()
+            self.end()
             return
         connection = self._world.connect(self)
         if connection is None:
@@ -304,7 +310,7 @@ class SimulatedWorker:
     def _on_sample(self, seq: Sequence, choice: int, index: int) -> None:
         if seq.transfer in self._aborted:
             self._world.violation(f"{self.process.name}: computes {seq.transfer} after its abort")
-        self._world.on_sample(seq, choice, index)
+        self._world.on_sample(self, seq, choice, index)
 
     def info(self) -> WorkerInfo:
         shape = self.shape

@@ -19,8 +19,8 @@ from ..router.fleet_member import MemberState
 from .faults import ORDERLY, Accident, Faults
 from .leftovers import leftovers
 from .network import End, Network
-from .scenario import CALM_S, MAX_GRAY_FAILURES, PlannedAccident, Scenario
-from .simulated_client import SimulatedClient
+from .scenario import CALM_S, MAX_GRAY_FAILURES, Deadly, PlannedAccident, Scenario
+from .simulated_client import CONVICTED, SimulatedClient
 from .simulated_head import SimulatedHead
 from .simulated_hosts import SimulatedHost, SimulatedHosts
 from .simulated_link import SimulatedDial
@@ -68,6 +68,8 @@ class Simulation:
         self._pools = scenario.pools  # the desired sizes
         self._computed: set[tuple[str, int, int, int]] = set()  # (request id, seed, choice, index) of tokens
         self._num_started: Counter[str] = Counter()  # processes, by worker
+        self._num_died = 0  # processes that did not end in order
+        self._num_deadly = 0  # of those, of the deadly request
         self._generation = 0
         self._num_displaced_before = 0  # dispatches, by earlier heads
         self.head = self._make_head()
@@ -135,6 +137,12 @@ class Simulation:
         counters = self.head.router.counters
         if self._scenario.gray_worker and (counters.failed or counters.retried > MAX_GRAY_FAILURES):
             self.violation(f"a gray worker cost {counters.retried} dispatches and {counters.failed} streams")
+        num_convicted = self._client_counts[CONVICTED]
+        # each takes a death of its own, after another one
+        if num_convicted and num_convicted >= self._num_died:
+            self.violation(f"{num_convicted} requests are to blame for {self._num_died} deaths")
+        if self._scenario.deadly and not num_convicted:
+            self.violation("the deadly request is not to blame")
         for member in self.head.fleet.status():
             if member.num_restarts > self._num_started[member.worker_id]:
                 self.violation(
@@ -213,9 +221,13 @@ class Simulation:
         self.workers[spec.key] = worker
         self._num_started[spec.worker_id] += 1
         self.hosts.started(worker, placement, self.head.waits_for_a_place)
-        worker.process.when_it_dies(lambda: self.note(f"{spec} died"))
+        worker.process.when_it_dies(lambda: self._note_death(worker))
         worker.start(scenario.start_s)
         return worker
+
+    def _note_death(self, worker: SimulatedWorker) -> None:
+        self.note(f"{worker.spec} died")
+        self._num_died += not worker.has_ended_in_order
 
     def fails_store(self, worker_id: str) -> bool:
         if worker_id == self._scenario.gray_worker:
@@ -244,11 +256,31 @@ class Simulation:
             return CONNECT_TIMEOUT_S, "no answer"
         return after_s + self.faults.latency_s(), ""
 
-    def on_sample(self, seq: Sequence, choice: int, index: int) -> None:
+    def on_sample(self, worker: SimulatedWorker, seq: Sequence, choice: int, index: int) -> None:
+        deadly = self._scenario.deadly
+        if deadly is not None and (seq.transfer.request_id, index, choice) == (
+            deadly.request_id,
+            deadly.index,
+            0,
+        ):
+            self._die_of(deadly, worker)
         token = seq.transfer.request_id, seq.spec.sampling.seed, choice, index
         if token in self._computed and self._scenario.is_computed_once and not self._num_displaced:
             self.violation(f"{token[0]}/{choice}: token {index} is computed a second time")
         self._computed.add(token)
+
+    def _die_of(self, deadly: Deadly, worker: SimulatedWorker) -> None:
+        """Ends a worker's process amid its step, of which nothing is reported."""
+        if not worker.process.is_alive:
+            return
+        self._num_deadly += 1
+        self.faults.count("worker died of a request")
+        held = {leg.spec.transfer.request_id for leg in worker.worker.held_legs() if leg.ended is None}
+        if self._num_deadly > 1 and held != {deadly.request_id}:
+            self.violation(f"{worker.spec} dies of {deadly.request_id} with {sorted(held)}")
+        if self._num_deadly > 2:
+            self.violation(f"{self._num_deadly} workers died of {deadly.request_id}")
+        worker.process.kill()
 
     # accidents
 

@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 
 LEVELS: Mapping[FinishReason, int] = {
     FinishReason.ERROR: logging.WARNING,
+    FinishReason.FATAL: logging.ERROR,
     FinishReason.DEADLINE: logging.INFO,
     FinishReason.INVALID: logging.INFO,
 }

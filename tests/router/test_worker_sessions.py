@@ -16,7 +16,7 @@ from pdserve.core.messages import (
     WorkerLoad,
 )
 from pdserve.router import worker_sessions
-from pdserve.router.events import WorkerLost, WorkerReady
+from pdserve.router.events import LossCause, WorkerLost, WorkerReady
 from pdserve.router.supervisor import ConnectionLost, WorkerProgress
 from pdserve.router.worker_sessions import (
     MAX_SILENT_BEATS,
@@ -117,6 +117,12 @@ def test_a_ready_worker_that_falls_silent_is_disconnected_and_lost(sessions: Wor
     lost = [ToRouter(WorkerLost(*KEY, SILENT)), ToSupervisor(ConnectionLost(*KEY, SILENT, is_silent=True))]
     assert sessions.closed("a", None) == lost
     assert sessions.connection(KEY) is None
+
+
+def test_a_connection_that_the_worker_ends_leaves_the_cause_open(sessions: WorkerSessions[str]) -> None:
+    sessions.received("a", HELLO)
+    sessions.received("a", READY)
+    assert ToRouter(WorkerLost(*KEY, "reset", LossCause.UNKNOWN)) in sessions.closed("a", "reset")
 
 
 def test_any_input_breaks_a_workers_silence_but_not_an_unproven_peers(

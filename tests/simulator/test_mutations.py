@@ -36,8 +36,9 @@ from pdserve.router.adoption import HeldDispatch
 from pdserve.router.config import RouterConfig
 from pdserve.router.core import Router
 from pdserve.router.cores import Capacity, CoreAllocator
+from pdserve.router.deaths import Deaths
 from pdserve.router.dispatch import Dispatch, Job, LiveRequest
-from pdserve.router.events import RouterCommand
+from pdserve.router.events import LossCause, RouterCommand
 from pdserve.router.fleet import Fleet
 from pdserve.router.fleet_member import Member, MemberState
 from pdserve.router.health import Health
@@ -436,6 +437,23 @@ def leave_all_places_to_the_client_that_has_them() -> Planted:
     return patch.object(RoomMaker, "newcomer", lambda self, head, jobs: None)
 
 
+def run_suspects_beside_others() -> Planted:
+    return patch.object(Job, "is_suspect", False)
+
+
+def forget_which_requests_have_killed() -> Planted:
+    return patch.object(Deaths, "num_under", lambda self, request, now_s: 0)
+
+
+def take_each_lost_connection_for_a_death() -> Planted:
+    original = Supervisor._forget
+
+    def forget(self: Supervisor[Any], key: tuple[str, int], reason: str, cause: object = None) -> None:
+        original(self, key, reason, LossCause.DIED)
+
+    return patch.object(Supervisor, "_forget", forget)
+
+
 FIRST_FOUND: dict[Mutation, int] = {
     forget_which_links_between_hosts_are_broken: 69,
     leave_links_untried_until_a_request_needs_them: 2,
@@ -455,7 +473,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     lose_a_wake_up: 0,
     forget_to_renew_a_lease: 192,
     lose_a_credit: 0,
-    believe_every_checksum: 65,
+    believe_every_checksum: 69,
     accept_tokens_out_of_order: 0,
     announce_layers_before_they_are_computed: 0,
     share_kv_between_salts: 1,
@@ -467,13 +485,16 @@ FIRST_FOUND: dict[Mutation, int] = {
     forget_tokens_computed_before_the_router_died: 82,
     forget_to_abort_the_broken_dispatches_that_a_new_router_finds: 550,
     count_attempts_from_0_in_a_new_router: 159,
-    compute_only_part_of_a_prompt_with_requested_logprobs: 1,
+    compute_only_part_of_a_prompt_with_requested_logprobs: 2,
     release_an_ended_sequence_while_a_step_has_a_row_of_it: 0,
     report_the_token_of_a_wasted_row: 0,
     run_ahead_of_a_token_that_decides: 0,
     leave_all_places_to_the_client_that_has_them: 12,
     give_a_gray_worker_as_much_as_others: 83,
     let_nobody_pass_a_large_request: 147,
+    run_suspects_beside_others: 90,
+    forget_which_requests_have_killed: 90,
+    take_each_lost_connection_for_a_death: 13,
     reassign_the_cores_of_a_process_before_it_is_gone: 17,
     forget_a_process_that_ends_by_itself: 48,
     hide_a_broken_connection_from_the_supervisor: 10,

@@ -182,6 +182,23 @@ class DecodeScheduler:
         self._waiting = deque(seq for seq in self._waiting if seq.transfer != transfer)
         self._running = [seq for seq in self._running if seq.transfer != transfer]
 
+    def remove_choice(self, transfer: TransferId, choice: int) -> Sequence | None:
+        """Drops one choice of a dispatch, between two steps, and frees its blocks. Returns its sequence; None
+        if it has none of its own: it has yet to be forked, or is not here."""
+        for seq in (*self._waiting, *self._running):
+            if seq.transfer != transfer:
+                continue
+            if seq.is_fresh and len(seq.spec.choices) > 1:
+                if choice in seq.spec.choices:
+                    seq.drop_choice(choice)
+                return None
+            if seq.choice == choice:
+                self._kv.release(seq)
+                (self._running if seq in self._running else self._waiting).remove(seq)
+                self._reservations.discard(transfer)
+                return seq
+        return None
+
     def ended_in(self, batch: Batch) -> list[Sequence]:
         """Returns the sequences that have ended, but for a wasted row in this batch, which is under way."""
         ended = self._ended_ahead

@@ -127,6 +127,12 @@ class Sequence:
             self._block_hashes += block_hashes(tail, block_size, self.spec.cache_salt, parent)
         return self._block_hashes
 
+    def drop_choice(self, choice: int) -> None:
+        """Forgets a choice that it has yet to fork; another one stays."""
+        choices = tuple(other for other in self.spec.choices if other != choice)
+        self.spec = msgspec.structs.replace(self.spec, choices=choices)
+        self.choice = choices[0]
+
     def fork(self, choice: int) -> "Sequence":
         """Returns another choice with the same tokens; the pool's owner shares its blocks."""
         sibling = Sequence(

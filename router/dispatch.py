@@ -292,6 +292,7 @@ class Dispatch(Automaton[DispatchState]):
         "is_prefilling",
         "job",
         "live",
+        "num_booked",
         "num_grown_tokens",
         "num_new_tokens",
         "num_reserved_blocks",
@@ -331,6 +332,7 @@ class Dispatch(Automaton[DispatchState]):
         self.decode_started = False  # the decode worker has sent a token, so it has all the KV
         self.is_prefilling = True
         self.is_alone = job.is_suspect
+        self.num_booked = len(spec.choices)  # choices on its workers' accounts
         self.num_grown_tokens = 0
         self.num_reserved_blocks = 0
         self.num_new_tokens = 0

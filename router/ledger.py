@@ -18,7 +18,7 @@ class Ledger:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._dispatches: dict[TransferId, Dispatch] = {}
-        # by client: choices of dispatches with an open leg; absent means 0
+        # by client: choices of dispatches with an open leg that have not ended; absent means 0
         self.num_running: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Dispatch]:
@@ -98,6 +98,16 @@ class Ledger:
         dispatch.prefill.end_prefill(dispatch.num_new_tokens, dispatch.prefill_s)
         self._registry.rank(dispatch.prefill)
 
+    def end_choice(self, dispatch: Dispatch) -> None:
+        """Takes a choice that has ended off the accounts: its worker has freed its place, or is about to."""
+        if not dispatch.open_legs:
+            return
+        dispatch.num_booked -= 1
+        self._close_running(dispatch, 1)
+        if dispatch.decode is not None and Leg.DECODE in dispatch.open_legs:
+            dispatch.decode.num_sequences -= 1
+            self._registry.rank(dispatch.decode)
+
     def close(self, dispatch: Dispatch, leg: Leg) -> RegisteredWorker:
         """Takes a leg for which the worker holds nothing any more off its account."""
         worker = dispatch.worker_of(leg)
@@ -111,12 +121,12 @@ class Ledger:
             self._close_decode(dispatch, worker)
         if not dispatch.open_legs:
             del self._dispatches[dispatch.transfer]
-            self._close_running(dispatch)
+            self._close_running(dispatch, dispatch.num_booked)
         return worker
 
-    def _close_running(self, dispatch: Dispatch) -> None:
+    def _close_running(self, dispatch: Dispatch, num_choices: int) -> None:
         client = dispatch.spec.client
-        self.num_running[client] -= len(dispatch.spec.choices)
+        self.num_running[client] -= num_choices
         if not self.num_running[client]:
             del self.num_running[client]
 
@@ -124,7 +134,7 @@ class Ledger:
         spec = dispatch.spec
         if not dispatch.decode_started:
             worker.num_pending_blocks -= dispatch.num_reserved_blocks
-        worker.num_sequences -= len(spec.choices)
+        worker.num_sequences -= dispatch.num_booked
         worker.num_context_tokens -= len(spec.choices) * spec.num_tokens + dispatch.num_grown_tokens
         worker.num_reserved_blocks -= dispatch.num_reserved_blocks
         worker.num_grown_tokens -= dispatch.num_grown_tokens
@@ -135,17 +145,15 @@ class Ledger:
         idle."""
         num_running: Counter[str] = Counter()
         for dispatch in self:
-            num_running[dispatch.spec.client] += len(dispatch.spec.choices)
-        assert dict(num_running) == dict(self.num_running), (
-            f"{self.num_running}, the open dispatches say {num_running}"
-        )
+            num_running[dispatch.spec.client] += dispatch.num_booked
+        assert +num_running == self.num_running, f"{self.num_running}, the open dispatches say {num_running}"
         for worker in self._registry:
             decoding = [d for d in self.at(worker) if d.decode is worker and Leg.DECODE in d.open_legs]
             prefilling = [d for d in self._dispatches.values() if d.prefill is worker and d.is_prefilling]
             expected = {
                 "num_prefilling": len(prefilling),
                 "num_queued_tokens": sum(d.num_new_tokens for d in prefilling),
-                "num_sequences": sum(len(d.spec.choices) for d in decoding),
+                "num_sequences": sum(d.num_booked for d in decoding),
                 "num_context_tokens": sum(
                     len(d.spec.choices) * d.spec.num_tokens + d.num_grown_tokens for d in decoding
                 ),

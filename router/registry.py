@@ -80,7 +80,7 @@ class RegisteredWorker(Automaton[RoutingState]):
         self.num_queued_tokens = 0  # uncached prompt tokens of those
         self.queued_prefill_s = 0.0  # predicted compute of those
         self._progress_s = 0.0  # the part of that which is already computed
-        self.num_sequences = 0  # choices of open decode legs
+        self.num_sequences = 0  # choices of open decode legs that have not ended
         self.num_context_tokens = 0  # of those, prompt and output
         self.num_reserved_blocks = 0  # that those took at dispatch
         self.num_grown_tokens = 0  # that they have produced since

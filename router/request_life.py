@@ -286,7 +286,11 @@ class RequestLife:
         dispatches = [dispatch for dispatch in live.running() if stream.choice in dispatch.streams]
         for dispatch in dispatches:
             dispatch.cancelled = True
-        return self._choice_ended(live, stream, dispatches[0] if dispatches else None, now_s)
+        commands = self._choice_ended(live, stream, dispatches[0] if dispatches else None, now_s)
+        for dispatch in dispatches:
+            if dispatch.state is DispatchState.RUNNING:  # others of its choices continue
+                commands += self._abort(dispatch, dispatch.open_legs & {Leg.DECODE}, stream.choice)
+        return commands
 
     def end(self, live: LiveRequest, event: End, now_s: float) -> Commands:
         """Emits the request's only ending. Its legs are aborted; they stay accounted until their workers end
@@ -325,6 +329,7 @@ class RequestLife:
         live.suspects.discard(stream.choice)
         if dispatch is not None:
             dispatch.num_unfinished -= 1
+            self._ledger.end_choice(dispatch)
             if not dispatch.num_unfinished:
                 commands += self._finish(dispatch, now_s)
         if not live.num_open_choices:
@@ -428,12 +433,12 @@ class RequestLife:
             job.failed_workers = dispatch.job.failed_workers
         return jobs, commands
 
-    def _abort(self, dispatch: Dispatch, legs: set[Leg]) -> Commands:
+    def _abort(self, dispatch: Dispatch, legs: set[Leg], choice: int | None = None) -> Commands:
         commands: Commands = []
         for leg in Leg:
             worker = dispatch.worker_of(leg) if leg in legs else None
             if worker is not None:
-                commands += _send(worker, Abort(transfer=dispatch.transfer))
+                commands += _send(worker, Abort(transfer=dispatch.transfer, choice=choice))
         return commands
 
     def _num_failures(self, dispatch: Dispatch) -> int:

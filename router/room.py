@@ -69,7 +69,7 @@ class RoomMaker:
             if dispatch.state is DispatchState.FAILED:  # its place is not free yet
                 return None
             if dispatch.state is DispatchState.RUNNING:
-                num_left = self._ledger.num_running[giver] - len(dispatch.spec.choices)
+                num_left = self._ledger.num_running[giver] - dispatch.num_booked
                 if num_left >= num_then:
                     worker = dispatch.decode
                     candidates.append(

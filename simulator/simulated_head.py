@@ -397,7 +397,7 @@ def describe(command: WorkerCommand) -> str:
     if isinstance(command, Heartbeat):
         return name
     if isinstance(command, Abort):
-        return f"{name} {command.transfer}"
+        return f"{name} {command.transfer}" + ("" if command.choice is None else f"/{command.choice}")
     if isinstance(command, Probe):
         return f"{name} {command.target.worker_id}/{command.target.incarnation}"
     spec = command.spec

@@ -210,7 +210,7 @@ class SimulatedWorker:
         self._router: End | None = None  # the same connection, once greeted
         self._inbox: deque[Callable[[], None]] = deque()
         self._is_awake = False
-        self._aborted: set[TransferId] = set()
+        self._aborted: set[tuple[TransferId, int | None]] = set()  # of one choice, or of all
         self._over: set[tuple[TransferId, int]] = set()  # choices whose last token was reported
 
     def start(self, load_s: float) -> None:
@@ -302,14 +302,14 @@ class SimulatedWorker:
     def _handle(self, command: WorkerCommand) -> None:
         self.worker.handle(command)
         if isinstance(command, Abort):
-            self._aborted.add(command.transfer)
+            self._aborted.add((command.transfer, command.choice))
 
     def _on_mask(self, key: int, num_tokens: int) -> None:
         self.post(lambda: self.worker.masked(key, num_tokens, NO_TOKEN_IS_RULED_OUT))
 
     def _on_sample(self, seq: Sequence, choice: int, index: int) -> None:
-        if seq.transfer in self._aborted:
-            self._world.violation(f"{self.process.name}: computes {seq.transfer} after its abort")
+        if not self._aborted.isdisjoint(((seq.transfer, None), (seq.transfer, choice))):
+            self._world.violation(f"{self.process.name}: computes {seq.transfer}/{choice} after its abort")
         self._world.on_sample(self, seq, choice, index)
 
     def info(self) -> WorkerInfo:

@@ -454,6 +454,10 @@ def take_each_lost_connection_for_a_death() -> Planted:
     return patch.object(Supervisor, "_forget", forget)
 
 
+def compute_an_aborted_choice() -> Planted:
+    return patch.object(DecodeScheduler, "remove_choice", lambda self, transfer, choice: None)
+
+
 FIRST_FOUND: dict[Mutation, int] = {
     forget_which_links_between_hosts_are_broken: 69,
     leave_links_untried_until_a_request_needs_them: 2,
@@ -483,7 +487,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     stop_a_worker_without_draining_it: 7,
     commit_a_chunk_that_never_left: 42,
     forget_tokens_computed_before_the_router_died: 82,
-    forget_to_abort_the_broken_dispatches_that_a_new_router_finds: 550,
+    forget_to_abort_the_broken_dispatches_that_a_new_router_finds: 712,
     count_attempts_from_0_in_a_new_router: 159,
     compute_only_part_of_a_prompt_with_requested_logprobs: 2,
     release_an_ended_sequence_while_a_step_has_a_row_of_it: 0,
@@ -492,6 +496,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     leave_all_places_to_the_client_that_has_them: 12,
     give_a_gray_worker_as_much_as_others: 83,
     let_nobody_pass_a_large_request: 147,
+    compute_an_aborted_choice: 9,
     run_suspects_beside_others: 90,
     forget_which_requests_have_killed: 90,
     take_each_lost_connection_for_a_death: 13,

@@ -236,8 +236,60 @@ def test_an_abort_at_any_point_frees_everything_on_both_workers(steps: int) -> N
     assert len(pair.p_box.ended) == len(pair.d_box.ended) == 1
 
 
+@pytest.mark.parametrize("engine", [ChainEngine, AheadEngine])
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("choice", range(3))
+@pytest.mark.parametrize("steps", range(14))
+def test_an_aborted_choice_gets_no_more_tokens_and_its_siblings_all_of_theirs(
+    steps: int, choice: int, both: bool, engine: type[ChainEngine]
+) -> None:
+    pair, request = Pair(seed=steps, budget=4, engine=engine), spec("a", range(14), 9, n=3)
+    pair.decode.serve(Serve(spec=request)) if both else pair.submit(request)
+    for _ in range(steps):
+        pair.tick()
+    pair.decode.abort_choice(request.transfer, choice)
+    num_before = len(pair.tokens(request, choice))
+    pair.run()
+    for other in range(3):
+        tokens, expected = pair.tokens(request, other), expected_tokens(range(14), other, 9)
+        if other == choice:
+            assert tokens == expected[: len(tokens)]
+            assert len(tokens) <= max(num_before, 1), "its first token comes with the prompt"
+        else:
+            assert tokens == expected
+    pair.check_at_rest()
+
+
+def test_an_aborted_choice_frees_its_own_blocks_at_once() -> None:
+    pair, request = Pair(), spec("a", range(8), 30, n=2)
+    pair.decode.serve(Serve(spec=request))
+    for _ in range(12):
+        pair.decode.step()
+    num_free = pair.d.pool.num_free_blocks
+    pair.decode.abort_choice(request.transfer, 0)
+    assert pair.d.pool.num_free_blocks == num_free + 3, "12 of its 20 tokens are its own"
+    pair.decode.abort_choice(request.transfer, 1)
+    assert pair.d.pool.num_free_blocks == pair.d.num_blocks
+    assert [ended.error for ended in pair.d_box.ended] == [None]
+    pair.check_at_rest()
+
+
+def test_a_preempted_choice_can_be_aborted() -> None:
+    pair, request = Pair(decode_blocks=8), spec("a", range(8), 16, n=3)
+    pair.decode.serve(Serve(spec=request))
+    scheduler = pair.decode.scheduler
+    while not scheduler.num_preemptions:
+        pair.decode.step()
+    (preempted,) = scheduler._waiting
+    pair.decode.abort_choice(request.transfer, preempted.choice)
+    assert not scheduler._waiting
+    pair.run()
+    pair.check_at_rest()
+
+
 def test_aborting_an_unknown_dispatch_is_ignored() -> None:
     pair = Pair()
+    pair.decode.abort_choice(TransferId("nobody", 0), 0)
     pair.prefill.abort(TransferId("nobody", 0))
     pair.decode.abort(TransferId("nobody", 0))
     assert not pair.tick()

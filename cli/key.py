@@ -31,6 +31,9 @@ def new(
     group: Annotated[
         str | None, typer.Option(help="Whose cached prefixes it may use (kv.cache_sharing: group).")
     ] = None,
+    weight: Annotated[
+        int | None, typer.Option(help="Under load it gets this many times the tokens of others.")
+    ] = None,
     requests_per_minute: Limit = None,
     tokens_per_minute: Limit = None,
 ) -> None:
@@ -38,7 +41,11 @@ def new(
     from .client import CommandFailed
 
     drawn = new_key()
-    limits = {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
+    limits = {
+        "weight": weight,
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+    }
     try:
         line = make_key(name, drawn, admin, metrics, group, **limits).line
     except ValueError as error:

@@ -98,6 +98,7 @@ class Intake:
             cache_salt=message.cache_salt,
             deadline_s=deadline_s,
             client=_client(message, peer, caller),
+            weight=1.0 if caller is None else caller.weight,
             user=message.client_id,
             traceparent=checked_traceparent(traceparent),
             has_tools=offer is not None,

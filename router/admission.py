@@ -2,13 +2,13 @@
 requests."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count
 
 from ..core.errors import QueueFull
 from .dispatch import Job, LiveRequest
-from .fair_queue import FairQueue
+from .fair_queue import PriorityQueue, TokenCounters
 
 MIN_RETRY_AFTER_S = 0.1
 MAX_RETRY_AFTER_S = 60.0
@@ -18,14 +18,16 @@ NEWCOMERS = 8  # one in this many places is kept for clients that have nothing q
 
 
 class JobQueue:
-    """Jobs in order of dispatch: those dispatched before come first, then clients in turns. Retries that back
-    off are held separately, as are stranded jobs, which no present worker could ever serve and which wait for
-    another to join, and large jobs without room, which others pass."""
+    """Jobs in order of dispatch: by priority, those dispatched before first, then clients in turns. Retries
+    that back off are held separately, as are stranded jobs, which no present worker could ever serve and
+    which wait for another to join, and large jobs without room, which others pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, may_run: Callable[[Job], bool] = lambda job: True) -> None:
+        """`may_run`: whether a job's client may have it running now."""
+        self.counters = TokenCounters()
         self._passed: deque[Job] = deque()
         self._front: deque[Job] = deque()
-        self._fair: FairQueue[Job] = FairQueue()
+        self._fair: PriorityQueue[Job] = PriorityQueue(self.counters, may_run)
         self._returning: list[Job] = []  # in front at the next `wake`, in this order
         self._backing_off: list[tuple[float, int, Job]] = []
         self._stranded: list[Job] = []
@@ -78,7 +80,7 @@ class JobQueue:
         if job.is_suspect:
             self._suspects.append(job)
         else:
-            self._fair.push(job.client, job, job.num_tokens)
+            self._fair.push(job.priority, job.client, job)
 
     def push_front(self, jobs: Sequence[Job], now_s: float) -> None:
         """Queues retries ahead of all other jobs, in order within one event. They back off until
@@ -91,10 +93,10 @@ class JobQueue:
                 heappush(self._backing_off, (job.ready_s, next(self._sequence), job))
 
     def push_back(self, jobs: Sequence[Job]) -> None:
-        """Queues jobs that gave up their places to another client: they wait for their client's turn, ahead
-        of its other jobs."""
+        """Queues jobs that gave up their places, or had none yet: they wait for their client's turn, ahead of
+        its other jobs."""
         for job in reversed(jobs):
-            self._fair.push(job.client, job, job.num_tokens, is_first=True)
+            self._fair.push(job.priority, job.client, job, is_first=True)
 
     def pop_suspect(self, job: Job, now_s: float) -> Job:
         """Takes a job that is to run alone out for dispatch."""
@@ -105,7 +107,7 @@ class JobQueue:
     def favour(self, job: Job) -> None:
         """Moves a waiting job ahead of all others."""
         self.remove(job)
-        self._front.appendleft(job)
+        self._put_in_front([job])
 
     def candidates(self) -> Iterator[Job]:
         """Yields at least the first job of each client that could be dispatched now."""
@@ -113,22 +115,28 @@ class JobQueue:
         yield from self._fair.firsts()
 
     def head(self) -> Job | None:
-        return self._front[0] if self._front else self._fair.head()
+        head = self._fair.head()
+        if not self._front or head is None:
+            return self._front[0] if self._front else head
+        is_first = self._front[0].priority <= head.priority or self._fair.is_floor_due
+        return self._front[0] if is_first else head
 
-    def pop(self, now_s: float, cost: int) -> Job:
-        """Takes the head out for dispatch. Its client is charged `cost` tokens, except for a retry."""
-        job = self._pop_head(cost)
+    def reconsider(self) -> None:
+        """Some clients may run more than before."""
+        self._fair.reconsider()
+
+    def pop(self, now_s: float) -> Job:
+        """Takes the head out for dispatch."""
+        job = self._pop_head()
         self._note_dispatch(job, now_s)
         return job
 
     def pass_head(self) -> bool:
-        """Lets other jobs pass the head, which is large, until there is room for it; its client is charged.
-        Returns False when too many have been passed already."""
+        """Lets other jobs pass the head, which is large, until there is room for it. Returns False when too
+        many have been passed already."""
         if len(self._passed) == MAX_PASSED:
             return False
-        job = self.head()
-        assert job is not None
-        self._passed.append(self._pop_head(job.num_tokens))
+        self._passed.append(self._pop_head())
         return True
 
     def first_passed(self) -> Job | None:
@@ -140,18 +148,29 @@ class JobQueue:
         self._note_dispatch(job, now_s)
         return job
 
+    def defer_passed(self) -> None:
+        """Lets the first job that others have passed wait for its client's turn."""
+        self.push_back([self._passed.popleft()])
+
     def return_passed(self) -> None:
         """Makes the jobs that others have passed the first ones again."""
-        self._front.extendleft(reversed(self._passed))
+        self._put_in_front(self._passed)
         self._passed.clear()
 
-    def _pop_head(self, cost: int) -> Job:
+    def _put_in_front(self, jobs: Sequence[Job]) -> None:
+        self._front.extendleft(reversed(jobs))
+        if any(job.priority != self._front[0].priority for job in self._front):
+            self._front = deque(sorted(self._front, key=lambda job: job.priority))
+
+    def _pop_head(self) -> Job:
         job = self.head()
         assert job is not None
-        if self._front:
+        if self._front and self._front[0] is job:
             self._front.popleft()
+            self._fair.served_elsewhere(job.priority)
         else:
-            self._fair.pop(job.client, job, cost)
+            passes = bool(self._front) and self._front[0].priority > job.priority
+            self._fair.pop(job.priority, job.client, job, passes=passes)
         return job
 
     def _note_dispatch(self, job: Job, now_s: float) -> None:
@@ -163,7 +182,7 @@ class JobQueue:
 
     def remove(self, job: Job) -> None:
         """Takes a job out, wherever it waits."""
-        if self._fair.remove(job.client, job):
+        if self._fair.remove(job.priority, job.client, job):
             return
         for place in (self._front, self._passed, self._stranded, self._returning, self._suspects):
             if job in place:
@@ -180,13 +199,14 @@ class JobQueue:
 
     def unstrand(self) -> None:
         """Re-examines stranded jobs, in their order, after workers have changed."""
-        self._returning[:0] = self._stranded
-        self._stranded.clear()
+        stranded, self._stranded = self._stranded, []
+        self._returning[:0] = [job for job in stranded if job.live.dispatches]
+        self.push_back([job for job in stranded if not job.live.dispatches])
 
     def wake(self, now_s: float) -> list[Job]:
         """Puts returning jobs, and those whose backoff has elapsed, in front; returns the latter."""
         if self._returning:
-            self._front.extendleft(reversed(self._returning))
+            self._put_in_front(self._returning)
             self._returning.clear()
         due: list[Job] = []
         while self._backing_off and self._backing_off[0][0] <= now_s:
@@ -194,7 +214,7 @@ class JobQueue:
             if due[-1].is_suspect:
                 self._suspects.append(due[-1])
             else:
-                self._front.appendleft(due[-1])
+                self._put_in_front(due[-1:])
         return due
 
     def next_wake_s(self) -> float | None:

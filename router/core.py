@@ -81,13 +81,20 @@ class Router:
         self._links = Links()
         self._health = Health(self._registry)
         self._placer = Placer(self._registry, self._index, self.model, self._links, config)
-        self._room = RoomMaker(self._registry, self._ledger)
         self._reservation = Reservation(self._registry)
         self._isolation = Isolation(self._registry, self._ledger)
-        self._queue = JobQueue()
+        self._queue = JobQueue(self._may_run)
+        self._room = RoomMaker(self._registry, self._ledger, self._queue.counters)
         self._requests = LiveRequests(self._queue, self._ledger, config)
         self._reports = WorkerReports(
-            self._registry, self._ledger, self._requests, self._index, self.model, self._links, self._health
+            self._registry,
+            self._ledger,
+            self._requests,
+            self._index,
+            self.model,
+            self._links,
+            self._health,
+            self._queue.counters,
         )
         self._next_attempt = first_attempt
         self._adoption = Adoption() if adopts else None
@@ -223,6 +230,7 @@ class Router:
 
     def _dispatch(self, now_s: float) -> list[RouterCommand]:
         """Places jobs in order until the first that has to wait, and that others may not pass."""
+        self._queue.reconsider()
         commands = self._dispatch_alone(now_s)
         commands += self._dispatch_passed(now_s)
         while (job := self._queue.head()) is not None:
@@ -230,7 +238,7 @@ class Router:
             if placement is not None and self._comes_too_late(job, placement, now_s):
                 commands += self._give_up(job, now_s)
             elif placement is not None:
-                commands += self._start(self._queue.pop(now_s, placement.num_new_tokens), placement, now_s)
+                commands += self._start(self._queue.pop(now_s), placement, now_s)
             elif self._registry.can_hold(job.num_total_tokens):
                 if not self._room.waits_for_decode(job):
                     break
@@ -278,6 +286,9 @@ class Router:
         """Places large jobs that others have passed; holds room for the first that has to wait still."""
         commands: list[RouterCommand] = []
         while (job := self._queue.first_passed()) is not None:
+            if not self._may_run(job):
+                self._queue.defer_passed()
+                continue
             self._reservation.lift()
             placement = self._placer.place(job)
             if placement is None:
@@ -328,9 +339,18 @@ class Router:
     def _start(self, job: Job, placement: RoutingDecision, now_s: float) -> list[RouterCommand]:
         attempt = self._next_attempt
         self._next_attempt += 1
+        request = job.live.request
+        if not job.live.dispatches:  # whatever comes back has been charged
+            self._queue.counters.charge(request.client, placement.num_new_tokens / request.weight)
         if placement.decode is not None and placement.decode is not placement.prefill:
             self._links.started(placement.prefill, placement.decode, now_s)
         return self._requests.handle(job.live, Placed(job, placement, attempt), now_s)
+
+    def _may_run(self, job: Job) -> bool:
+        """Whether the job keeps to the bound on what its client may have running. One request may exceed it
+        alone."""
+        limit, num_running = self.config.max_running_per_client, self._ledger.num_running[job.client]
+        return limit is None or not num_running or num_running + len(job.choices) <= limit
 
     def _probe_links(self, now_s: float) -> list[RouterCommand]:
         return [

@@ -232,6 +232,10 @@ class Job:
         return self.live.request.client
 
     @property
+    def priority(self) -> int:
+        return self.live.request.priority
+
+    @property
     def num_tokens(self) -> int:
         return len(self.live.request.prompt_token_ids) + len(self.output_token_ids)
 
@@ -273,6 +277,7 @@ class Job:
             eos_token_ids=request.eos_token_ids,
             cache_salt=request.cache_salt,
             client=request.client,
+            priority=request.priority,
         )
 
 

@@ -230,6 +230,7 @@ class LiveRequests:
 
 
 def is_same(adopted: Request, request: Request) -> bool:
-    """Whether two requests are equal but for deadline, client, user and trace, which a take-over does not
-    restore."""
-    return msgspec.structs.replace(request, deadline_s=None, client="", user="", traceparent="") == adopted
+    """Whether two requests are equal but for deadline, client, weight, user and trace, which a take-over does
+    not restore."""
+    like = msgspec.structs.replace(request, deadline_s=None, client="", weight=1.0, user="", traceparent="")
+    return like == adopted

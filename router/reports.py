@@ -9,6 +9,7 @@ from ..core.latency import LatencyModel
 from ..core.messages import Leg, LegEnded, StepReport, TokenOutput
 from .dispatch import Dispatch, DispatchState
 from .events import EmitTokens, RouterCommand
+from .fair_queue import OUTPUT_TOKEN, TokenCounters
 from .health import Health
 from .ledger import Ledger
 from .links import Links
@@ -31,6 +32,7 @@ class WorkerReports:
         model: LatencyModel,
         links: Links,
         health: Health,
+        turns: TokenCounters,
     ) -> None:
         self._registry = registry
         self._ledger = ledger
@@ -39,6 +41,7 @@ class WorkerReports:
         self._model = model
         self._links = links
         self._health = health
+        self._turns = turns
         self.gaps = TokenGaps()
         self._tokens_before = self.gaps.before  # saves one look-up per token
 
@@ -77,6 +80,8 @@ class WorkerReports:
             if not tokens:
                 continue
             live = dispatch.live
+            request = live.request
+            self._turns.charge(request.client, len(tokens) * OUTPUT_TOKEN / request.weight)
             if dispatch.first_token_s is None:
                 self._note_first_token(dispatch, now_s)
             self._tokens_before.append(stream.last_token_s)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from ..core.messages import Leg
 from .dispatch import Dispatch, DispatchState, Job
+from .fair_queue import TokenCounters
 from .ledger import Ledger
 from .registry import Registry, decode_load
 
@@ -16,13 +17,14 @@ LITTLE = 8  # a client that runs something takes only what leaves the other this
 
 
 class RoomMaker:
-    """Consulted when the head of the queue has to wait. The client that gives up room still runs at least as
-    much as the one that takes it, so that no two clients take it from each other in turn, and none is left
-    with nothing."""
+    """Consulted when the head of the queue has to wait. A client takes room only if it has had fewer tokens.
+    The client that gives up room still runs at least as much as the one that takes it, so that no two clients
+    take it from each other in turn, and none is left with nothing."""
 
-    def __init__(self, registry: Registry, ledger: Ledger) -> None:
+    def __init__(self, registry: Registry, ledger: Ledger, counters: TokenCounters) -> None:
         self._registry = registry
         self._ledger = ledger
+        self._counters = counters
 
     def waits_for_decode(self, job: Job) -> bool:
         """Whether no worker has a place for the job's sequences; otherwise it waits for others' prompts,
@@ -38,12 +40,14 @@ class RoomMaker:
 
     def newcomer(self, head: Job, jobs: Iterable[Job]) -> Job | None:
         """Returns the first waiting job for which room is made and that may pass the head: its client then
-        runs no more than the head's does."""
+        runs no more than the head's does, and its priority is not lower."""
         num_running = self._ledger.num_running
         if not num_running[head.client]:
             return None
         for job in jobs:
             num_then = num_running[job.client] + len(job.choices)
+            if job.priority > head.priority:
+                continue
             if job.client != head.client and num_then <= num_running[head.client] and self.may_take(job):
                 return job
         return None
@@ -85,6 +89,8 @@ class RoomMaker:
         num_running = self._ledger.num_running
         giver = max(num_running, key=lambda client: (num_running[client], client), default=None)
         if giver is None or giver == job.client:
+            return None
+        if self._counters.of(job.client) > self._counters.of(giver):  # it has had more, only not lately
             return None
         num_then = self._num_then(job)
         is_little = not num_running[job.client] or num_then * LITTLE <= num_running[giver]

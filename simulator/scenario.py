@@ -69,6 +69,8 @@ class Scenario:
     accidents: tuple[PlannedAccident, ...]
     gray_worker: str | None = None  # fails to read or write any block, at once
     deadly: Deadly | None = None
+    contest: tuple[str, ...] = ()  # clients that always have something queued, and get shares by weight
+    max_running_per_client: int | None = None
 
     @property
     def is_computed_once(self) -> bool:
@@ -129,11 +131,11 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
     if num_requests is None and rng.random() < 0.03:
         return _with_greedy_client(rng, scenario)
     special = Random(f"special of {seed}")
-    if num_requests is None and special.random() < 0.06:
-        return special.choice((_with_gray_worker, _with_large_request, _with_deadly_request))(
+    if num_requests is None and special.random() < 0.08:
+        return special.choice((_with_gray_worker, _with_large_request, _with_deadly_request, _with_contest))(
             special, scenario
         )
-    return scenario
+    return replace(scenario, max_running_per_client=special.choice((None, None, 1, 3)))
 
 
 def _with_greedy_client(rng: Random, scenario: Scenario) -> Scenario:
@@ -217,6 +219,39 @@ def _with_deadly_request(rng: Random, scenario: Scenario) -> Scenario:
             *(replace(deadly, at_s=start_s + at_s) for at_s in (1.0, 1.1, 3.0)),
         ),
         deadly=Deadly("deadly", rng.choice((0, 0, 1, 2, 9, 20))),
+    )
+
+
+def _with_contest(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without faults in which two clients have more queued than one worker can serve: one
+    with short prompts, long outputs and two choices, one with long prompts and short outputs."""
+    shapes = {
+        role: replace(shape, max_batch_size=4, step_s=0.03)
+        for role, shape in _roomy(scenario, num_blocks=10 * MAX_MODEL_LEN).items()
+    }
+    long = [_plain_request(rng, f"long{number}", "long", 2.0, 60, 2) for number in range(40)]
+    short = [_plain_request(rng, f"short{number}", "short", 2.0, 5, 1, num_tokens=60) for number in range(80)]
+    weight = rng.choice((1.0, 1.0, 2.0))
+    return replace(
+        scenario,
+        pools={Role.PREFILL: 1, Role.DECODE: 1},
+        shapes=shapes,
+        hosts=(PlannedHost(64, 0.0),),
+        start_s=0.1,
+        rates=FaultRates(),
+        accidents=(),
+        max_queued_requests=1024,
+        prefill_on_decode=False,
+        requests=tuple(
+            replace(
+                plan,
+                request=msgspec.structs.replace(
+                    plan.request, weight=weight if plan.request.client == "long" else 1.0
+                ),
+            )
+            for plan in (*long, *short)
+        ),
+        contest=("long", "short"),
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from ..core.errors import KillsWorkers, QueueFull
 from ..core.request import FinishReason
 from ..router.events import EmitChoiceEnd, EmitEnd, EmitTokens, StreamRead, StreamUnread
+from ..router.fair_queue import OUTPUT_TOKEN
 from .kv_model import expected_tokens, prompt_logprob
 from .scenario import PlannedRequest
 from .simulated_head import SimulatedHead
@@ -73,6 +74,16 @@ class SimulatedClient:
     @property
     def _may_give_up(self) -> bool:
         return self._head.router.config.max_attempts < FEW_ATTEMPTS
+
+    @property
+    def client(self) -> str:
+        return self._plan.request.client
+
+    @property
+    def service(self) -> float:
+        """Returns what the request has had, by the measure of turns."""
+        request = self._plan.request
+        return (len(request.prompt_token_ids) + OUTPUT_TOKEN * self.num_tokens) / request.weight
 
     @property
     def num_tokens(self) -> int:

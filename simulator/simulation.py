@@ -28,6 +28,7 @@ from .simulated_worker import InstanceSpec, SimulatedWorker
 from .virtual_time import VirtualProcess, VirtualTime
 
 PATIENCE_S = 60.0  # from the last fault to the last ending, and until everything is free
+MAX_ADVANTAGE = 1200  # of one client over another, in tokens; what one worker holds at once counts for less
 MAX_EVENTS = 5_000_000
 
 
@@ -101,6 +102,23 @@ class Simulation:
         outcome.num_events, outcome.virtual_s = self.time.num_events, self.time.now_s
         return outcome
 
+    def _check_shares(self) -> None:
+        """Checks, while each of them has a request that has not begun, that clients get tokens by their
+        weights."""
+        contest = self._scenario.contest
+        had = dict.fromkeys(contest, 0.0)
+        waits = set()
+        for client in self.clients:
+            if client.num_tokens:
+                had[client.client] += client.service
+            else:
+                waits.add(client.client)
+        if waits != set(contest):
+            return
+        if max(had.values()) - min(had.values()) > MAX_ADVANTAGE:
+            self.violation(f"clients with something queued have had {had}")
+        self.time.call_later(0.5, self._check_shares)
+
     def violation(self, text: str) -> None:
         self.note(f"VIOLATION {text}")
         self.outcome.violations.append(f"{self.time.now_s:.6f}: {text}")
@@ -116,6 +134,8 @@ class Simulation:
 
     def _run(self) -> None:
         self.head.start(self._pools, ())
+        if self._scenario.contest:
+            self.time.call_at(2.5, self._check_shares)
         for accident in self._scenario.accidents:
             self.time.call_at(accident.at_s, lambda accident=accident: self._strike(accident))  # type: ignore[misc]
         while self.time.step(CALM_S):
@@ -161,6 +181,7 @@ class Simulation:
                 max_queued_requests=scenario.max_queued_requests,
                 prefill_on_decode_factor=2.0 if scenario.prefill_on_decode else None,
                 max_attempts=scenario.max_attempts,
+                max_running_per_client=scenario.max_running_per_client,
                 claim_timeout_s=10.0,  # longer than the router freezes
             ),
             FleetConfig(drain_timeout_s=10.0, start_timeout_s=5.0, backoff_s=0.2, max_backoff_s=2.0),

@@ -53,6 +53,7 @@ from pdserve.router.request_events import (
     Displaced,
     Due,
     End,
+    Judged,
     RequestEvent,
     Survived,
 )
@@ -380,6 +381,7 @@ def test_random_lives_reach_every_reaction_of_the_table(monkeypatch: pytest.Monk
     }
     rare = {  # covered by test_adoption.py and test_query_of_death.py
         (Displaced, RequestState.UNCLAIMED),
+        (Judged, RequestState.RUNNING),
         (Survived, RequestState.RUNNING),
     }
     assert possible - reached <= rare

@@ -30,7 +30,7 @@ from pdserve.kv_transfer.protocol import Ack, Commit
 from pdserve.kv_transfer.receiver import TransferReceiver
 from pdserve.kv_transfer.sender import TransferSender
 from pdserve.prefill_worker.worker import PrefillWorker
-from pdserve.router import hosts
+from pdserve.router import hosts, reports
 from pdserve.router.admission import Deadlines, JobQueue
 from pdserve.router.adoption import HeldDispatch
 from pdserve.router.config import RouterConfig
@@ -458,6 +458,14 @@ def compute_an_aborted_choice() -> Planted:
     return patch.object(DecodeScheduler, "remove_choice", lambda self, transfer, choice: None)
 
 
+def charge_prompts_alone() -> Planted:
+    return patch.object(reports, "OUTPUT_TOKEN", 0.0)
+
+
+def forget_the_bound_on_one_client() -> Planted:
+    return patch.object(Router, "_may_run", lambda self, job: True)
+
+
 FIRST_FOUND: dict[Mutation, int] = {
     forget_which_links_between_hosts_are_broken: 69,
     leave_links_untried_until_a_request_needs_them: 2,
@@ -498,6 +506,8 @@ FIRST_FOUND: dict[Mutation, int] = {
     let_nobody_pass_a_large_request: 147,
     compute_an_aborted_choice: 9,
     run_suspects_beside_others: 90,
+    charge_prompts_alone: 0,
+    forget_the_bound_on_one_client: 0,
     forget_which_requests_have_killed: 90,
     take_each_lost_connection_for_a_death: 13,
     reassign_the_cores_of_a_process_before_it_is_gone: 17,

@@ -31,6 +31,9 @@ def new(
     group: Annotated[
         str | None, typer.Option(help="Whose cached prefixes it may use (kv.cache_sharing: group).")
     ] = None,
+    min_priority: Annotated[
+        int | None, typer.Option(help="The lowest `priority`, served first, that its requests may ask for.")
+    ] = None,
     weight: Annotated[
         int | None, typer.Option(help="Under load it gets this many times the tokens of others.")
     ] = None,
@@ -42,6 +45,7 @@ def new(
 
     drawn = new_key()
     limits = {
+        "min_priority": min_priority,
         "weight": weight,
         "requests_per_minute": requests_per_minute,
         "tokens_per_minute": tokens_per_minute,

@@ -16,6 +16,8 @@ from ..engine.batch import Batch, SampledToken, ScheduledChunk
 from ..engine.kv_manager import MAX_BLOCKS_A_TOKEN, KVManager
 from ..engine.sequence import Sequence
 
+FLOOR = 8
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -36,10 +38,12 @@ class Emission(msgspec.Struct, frozen=True):
 
 
 class DecodeScheduler:
-    """Admits and retires sequences at every step. A running sequence that finds no block preempts the
-    youngest sequence of the client that has most; the preempted one recomputes later.
+    """Admits and retires sequences at every step. A running sequence that finds no block preempts one of the
+    lowest priority: the youngest sequence of the client that has most; the preempted one recomputes later.
 
-    Waiting sequences are admitted in order, preempted ones first, while the batch has room and a block per
+    Waiting sequences are admitted by priority, preempted ones first, except that one in `FLOOR` is the one of
+    lower priority that has waited longest; that keeps its blocks like those of the highest. They are admitted
+    while the batch has room and a block per
     running sequence stays free, so that admission does not cause the next preemption. Prompt tokens share the
     step with decodes, at most `max_batch_tokens` tokens together."""
 
@@ -53,6 +57,7 @@ class DecodeScheduler:
         self._running: list[Sequence] = []  # oldest first
         # they take part in a step that was launched before their end was known
         self._ended_ahead: set[Sequence] = set()
+        self._num_since_floor = 0  # sequences admitted while one of lower priority waited
         self.num_preemptions = 0
 
     @property
@@ -75,12 +80,28 @@ class DecodeScheduler:
 
     def add(self, seq: Sequence) -> None:
         """Adds a sequence whose prompt is computed here."""
-        self._waiting.append(seq)
+        self._enqueue(seq)
 
     def reserve(self, seq: Sequence) -> None:
         """Adds a sequence whose KV will arrive."""
         self._reservations.add(seq.transfer)
-        self._waiting.append(seq)
+        self._enqueue(seq)
+
+    def _enqueue(self, seq: Sequence) -> None:
+        """Lets the sequence wait behind all of its priority."""
+        waiting = self._waiting
+        if not waiting or waiting[-1].priority <= seq.priority:
+            waiting.append(seq)
+        else:
+            waiting.insert(sum(other.priority <= seq.priority for other in waiting), seq)
+
+    def _enqueue_first(self, seq: Sequence) -> None:
+        """Lets the sequence wait ahead of all of its priority."""
+        waiting = self._waiting
+        if not waiting or waiting[0].priority >= seq.priority:
+            waiting.appendleft(seq)
+        else:
+            waiting.insert(sum(other.priority < seq.priority for other in waiting), seq)
 
     def received(self, transfer: TransferId, first_tokens: tuple[tuple[int, int], ...]) -> list[Sequence]:
         """All KV of a granted reservation is in its blocks: decodes from the given (choice, token) pairs on,
@@ -125,12 +146,15 @@ class DecodeScheduler:
         """Finds blocks for all running sequences, then for those that wait."""
         chunks, budget = self._schedule_running()
         granted: list[Sequence] = []
+        self._raise_one()
         while self._waiting and self._has_room_for(self._waiting[0]):
             seq = self._waiting[0]
             reserved = seq.transfer in self._reservations
             if (not reserved and budget <= 0) or not self._admit(seq):
                 break
             self._waiting.popleft()
+            passes = bool(self._waiting) and self._waiting[-1].priority > seq.priority
+            self._num_since_floor = self._num_since_floor + 1 if passes else 0
             if reserved:
                 self._reservations.remove(seq.transfer)
                 self._receiving[seq.transfer] = seq
@@ -142,6 +166,19 @@ class DecodeScheduler:
                     budget -= num_tokens
         batch = Batch(tuple(chunks), self._kv.take_copies()) if chunks else None
         return StepPlan(batch, tuple(granted))
+
+    def _raise_one(self) -> None:
+        """Gives the first of the lowest priority the highest one, when enough others have been admitted while
+        it waited."""
+        if self._num_since_floor + 1 < FLOOR or len(self._waiting) < 2:
+            return
+        lowest, highest = self._waiting[-1].priority, self._waiting[0].priority
+        if lowest > highest:
+            raised = next(seq for seq in self._waiting if seq.priority == lowest)
+            self._waiting.remove(raised)
+            raised.priority = highest
+            self._waiting.appendleft(raised)
+            self._num_since_floor = 0
 
     def complete(
         self, batch: Batch, sampled: list[list[SampledToken]], ahead: Batch | None = None
@@ -238,12 +275,12 @@ class DecodeScheduler:
         return chunks, spare
 
     def _by_claim(self) -> deque[Sequence]:
-        """Returns the running sequences, beginning with those that keep their blocks longest: of clients with
-        few sequences, and the oldest."""
+        """Returns the running sequences, beginning with those that keep their blocks longest: of high
+        priority, of clients with few sequences, and the oldest."""
         num_running = Counter(seq.spec.client for seq in self._running)
-        if len(num_running) <= 1:
+        if len(num_running) <= 1 and len({seq.priority for seq in self._running}) <= 1:
             return deque(self._running)
-        return deque(sorted(self._running, key=lambda seq: num_running[seq.spec.client]))
+        return deque(sorted(self._running, key=lambda seq: (seq.priority, num_running[seq.spec.client])))
 
     def _grow(self, seq: Sequence, num_tokens: int, order: deque[Sequence]) -> bool:
         """Finds blocks, preempting from the end of `order`, which begins with `seq`; returns False when `seq`
@@ -253,7 +290,7 @@ class DecodeScheduler:
             assert not victim.num_in_flight_tokens, f"{victim} has a step under way"
             self._running.remove(victim)
             self._kv.reset(victim)
-            self._waiting.appendleft(victim)
+            self._enqueue_first(victim)
             self.num_preemptions += 1
             if victim is seq:
                 return False

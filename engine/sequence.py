@@ -18,6 +18,7 @@ class Sequence:
         self.spec = spec
         self.transfer = spec.transfer
         self.choice = choice
+        self.priority = spec.priority  # the lower is served earlier; may be lowered while it waits
         self.num_prompt_tokens = len(spec.prompt_token_ids)
         self.token_ids: list[int] = list(spec.token_ids)
         self.num_computed_tokens = 0
@@ -138,6 +139,7 @@ class Sequence:
         sibling = Sequence(
             msgspec.structs.replace(self.spec, choices=(choice,)), choice, self._max_num_tokens
         )
+        sibling.priority = self.priority
         sibling.token_ids = list(self.token_ids)
         sibling.num_computed_tokens = self.num_computed_tokens
         sibling.num_cached_tokens = self.num_cached_tokens

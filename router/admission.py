@@ -165,6 +165,8 @@ class JobQueue:
     def _pop_head(self) -> Job:
         job = self.head()
         assert job is not None
+        if self._fair.has_before(job.priority):
+            job.live.keeps_place = True
         if self._front and self._front[0] is job:
             self._front.popleft()
             self._fair.served_elsewhere(job.priority)

@@ -50,10 +50,12 @@ class LiveRequest(Automaton[RequestState]):
         "first_token_s",
         "is_adopted",
         "jobs",
+        "keeps_place",
         "kept",
         "num_open_choices",
         "num_open_legs",
         "num_survival_tokens",
+        "num_times_displaced",
         "num_times_unread",
         "request",
         "streams",
@@ -75,6 +77,8 @@ class LiveRequest(Automaton[RequestState]):
         self.dispatches: list[Dispatch] = []
         self.jobs: list[Job] = []  # in the queue; when it is UNREAD, set aside
         self.kept: list[StreamCommand] = []  # for its client, which is not connected
+        self.num_times_displaced = 0
+        self.keeps_place = False  # it has got a place although something of higher priority waited
         self.num_times_unread = 0
         self.is_adopted = is_adopted
         self.num_open_legs = 0
@@ -357,6 +361,10 @@ class Dispatch(Automaton[DispatchState]):
     @property
     def transfer(self) -> TransferId:
         return self.spec.transfer
+
+    @property
+    def priority(self) -> int:
+        return self.spec.priority
 
     @property
     def is_served_by_one(self) -> bool:

@@ -213,9 +213,13 @@ class PriorityQueue(Generic[T]):
         self._counters.served(client)
         self.remove(priority, client, item)
 
+    def has_before(self, priority: int) -> bool:
+        """Whether something of a higher priority waits."""
+        return bool(self._priorities) and self._priorities[0] < priority
+
     def served_elsewhere(self, priority: int) -> None:
         """An item that waited elsewhere is served now."""
-        if self._priorities and priority > self._priorities[0]:
+        if self.has_before(priority):
             self._num_since_floor = 0
 
     def remove(self, priority: int, client: str, item: T) -> bool:

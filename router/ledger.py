@@ -20,6 +20,11 @@ class Ledger:
         self._dispatches: dict[TransferId, Dispatch] = {}
         # by client: choices of dispatches with an open leg that have not ended; absent means 0
         self.num_running: Counter[str] = Counter()
+        self._priorities: Counter[int] = Counter()  # of open dispatches; absent means 0
+
+    def lowest_priority(self) -> int:
+        """Returns the highest number among the open dispatches; 0 when there are none."""
+        return max(self._priorities, default=0)
 
     def __iter__(self) -> Iterator[Dispatch]:
         return iter(self._dispatches.values())
@@ -41,6 +46,7 @@ class Ledger:
         dispatch.placement = placement
         self._dispatches[dispatch.transfer] = dispatch
         self.num_running[dispatch.spec.client] += len(dispatch.spec.choices)
+        self._priorities[dispatch.priority] += 1
         dispatch.live.num_open_legs += len(dispatch.open_legs)
         dispatch.prefill.start_prefill(dispatch.num_new_tokens, dispatch.prefill_s)
         dispatch.prefill.open_legs[dispatch.transfer] = None
@@ -122,6 +128,9 @@ class Ledger:
         if not dispatch.open_legs:
             del self._dispatches[dispatch.transfer]
             self._close_running(dispatch, dispatch.num_booked)
+            self._priorities[dispatch.priority] -= 1
+            if not self._priorities[dispatch.priority]:
+                del self._priorities[dispatch.priority]
         return worker
 
     def _close_running(self, dispatch: Dispatch, num_choices: int) -> None:

@@ -189,6 +189,7 @@ class RequestLife:
     def displace(self, live: LiveRequest, event: Displaced, now_s: float) -> Commands:
         """Lets the dispatch's work wait for its client's next turn."""
         self.counters.displaced += 1
+        live.num_times_displaced += 1
         jobs, commands = self._take_back(
             event.dispatch, event.dispatch.open_legs, "made room for another client", now_s
         )

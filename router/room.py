@@ -13,6 +13,7 @@ from .fair_queue import TokenCounters
 from .ledger import Ledger
 from .registry import Registry, decode_load
 
+MAX_DISPLACED = 3  # times that a request gives up its place for one of higher priority
 LITTLE = 8  # a client that runs something takes only what leaves the other this many times as much
 
 
@@ -35,8 +36,37 @@ class RoomMaker:
         )
 
     def may_take(self, job: Job) -> bool:
-        """Whether the job's client runs so little that the client that runs most makes room for it."""
-        return self._giver(job) is not None
+        """Whether the job's client runs so little that the client that runs most makes room for it, or
+        something of lower priority does."""
+        return self._giver(job) is not None or self._lower(job) is not None
+
+    def _lower(self, job: Job) -> Dispatch | None:
+        """Returns the dispatch of the lowest priority, below the job's, that is to make room or does already:
+        the youngest of the client that runs most."""
+        if self._ledger.lowest_priority() <= job.priority:
+            return None
+        workers = set(self._registry.able_to_decode(job.num_total_tokens))
+        candidates = [
+            dispatch
+            for dispatch in self._ledger
+            if dispatch.priority > job.priority
+            and dispatch.decode in workers
+            and Leg.DECODE in dispatch.open_legs
+            and dispatch.state is not DispatchState.FINISHED
+            and dispatch.live.num_times_displaced < MAX_DISPLACED
+            and not dispatch.live.keeps_place
+        ]
+        num_running = self._ledger.num_running
+        return max(
+            candidates,
+            key=lambda dispatch: (
+                dispatch.state is DispatchState.FAILED,  # its place is about to be free
+                dispatch.priority,
+                num_running[dispatch.spec.client],
+                dispatch.transfer.attempt,
+            ),
+            default=None,
+        )
 
     def newcomer(self, head: Job, jobs: Iterable[Job]) -> Job | None:
         """Returns the first waiting job for which room is made and that may pass the head: its client then
@@ -56,8 +86,12 @@ class RoomMaker:
         """Returns the dispatch whose place the job takes; None when no client can give one up, or one is
         already doing so.
 
-        It is the youngest on the least loaded worker, which has the least to recompute.
+        It is one of lower priority, or the youngest on the least loaded worker, which has the least to
+        recompute.
         """
+        lower = self._lower(job)
+        if lower is not None:
+            return None if lower.state is DispatchState.FAILED else lower
         giver = self._giver(job)
         if giver is None:
             return None

@@ -131,10 +131,10 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
     if num_requests is None and rng.random() < 0.03:
         return _with_greedy_client(rng, scenario)
     special = Random(f"special of {seed}")
-    if num_requests is None and special.random() < 0.08:
-        return special.choice((_with_gray_worker, _with_large_request, _with_deadly_request, _with_contest))(
-            special, scenario
-        )
+    if num_requests is None and special.random() < 0.04:
+        return special.choice((_with_gray_worker, _with_large_request))(special, scenario)
+    if num_requests is None and special.random() < 0.06:
+        return special.choice((_with_deadly_request, _with_contest, _with_priorities))(special, scenario)
     return replace(scenario, max_running_per_client=special.choice((None, None, 1, 3)))
 
 
@@ -253,6 +253,46 @@ def _with_contest(rng: Random, scenario: Scenario) -> Scenario:
         ),
         contest=("long", "short"),
     )
+
+
+def _with_priorities(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without faults in which streams of low priority have all places when others of high
+    priority come, which must not wait for them; one of low priority that comes amid those is not starved."""
+    start_s, is_flood = 2.0, rng.random() < 0.5
+    num_low, num_high = (1, 60) if is_flood else (12, 6)
+    low = [
+        _plain_request(rng, f"low{number}", "low", start_s + is_flood, 5 if is_flood else 110, 1)
+        for number in range(num_low)
+    ]
+    high = [
+        _plain_request(
+            rng, f"high{number}", f"c{number % 3}", start_s + (not is_flood), 20 if is_flood else 5, 1
+        )
+        for number in range(num_high)
+    ]
+    within_s = 3.0 * SOON_S if is_flood else SOON_S
+    return replace(
+        scenario,
+        pools={Role.PREFILL: 1, Role.DECODE: 1},
+        shapes={
+            role: replace(shape, max_batch_size=4)
+            for role, shape in _roomy(scenario, num_blocks=10 * MAX_MODEL_LEN).items()
+        },
+        hosts=(PlannedHost(64, 0.0),),
+        start_s=0.1,
+        rates=FaultRates(),
+        accidents=(),
+        max_queued_requests=1024,
+        requests=(
+            *(_prioritised(plan, 7, within_s if is_flood else None) for plan in low),
+            *(_prioritised(plan, -7, None if is_flood else within_s) for plan in high),
+        ),
+    )
+
+
+def _prioritised(plan: PlannedRequest, priority: int, within_s: float | None) -> PlannedRequest:
+    request = msgspec.structs.replace(plan.request, priority=priority)
+    return replace(plan, request=request, first_token_within_s=within_s)
 
 
 def _with_large_request(rng: Random, scenario: Scenario) -> Scenario:
@@ -384,6 +424,7 @@ def _draw_request(
         cache_salt=salt,
         deadline_s=at_s + rng.uniform(0.01, 3.0) if rng.random() < 0.15 else None,
         client=f"c{number % rng.choice((1, 2, 5))}",
+        priority=(0, 0, 0, -1, 5)[sampling.seed // 35 % 5],
     )
     return PlannedRequest(
         at_s=at_s,

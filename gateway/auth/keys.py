@@ -20,12 +20,13 @@ MAX_KEYS = 10_000
 MAX_LIMIT = 10**12
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 MAX_WEIGHT = 1000
+PRIORITIES = range(-1000, 1001)
 _LIMITS = ("requests_per_minute", "tokens_per_minute")
-_NUMBERS = ("weight", *_LIMITS)  # each from 1 on
+_NUMBERS = ("min_priority", "weight", *_LIMITS)
 _FLAGS = ("admin", "metrics")
 _EXPECTED = (
-    "a name, sha256:HASH, then any of admin, metrics, group=NAME, weight=N, requests_per_minute=N and"
-    " tokens_per_minute=N"
+    "a name, sha256:HASH, then any of admin, metrics, group=NAME, min_priority=N, weight=N,"
+    " requests_per_minute=N and tokens_per_minute=N"
 )
 _EXPECTED_NAME = "at most 64 letters, digits, dots, dashes and underscores"
 
@@ -41,6 +42,7 @@ class ApiKey:
     group: str | None = None  # keys of one group may share cached prefixes
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+    min_priority: int | None = None  # the lowest number, served first, that its requests may ask for; None: 0
     weight: int | None = None  # under load its client gets this many times the tokens of one without
 
     @property
@@ -138,12 +140,15 @@ def _key_of(words: list[str]) -> ApiKey:
     group = given.get("group")
     if group is not None and NAME.fullmatch(group) is None:
         raise ValueError(f"group: not valid, expected {_EXPECTED_NAME}")
-    numbers = {label: _positive(label, given[label]) for label in _NUMBERS if label in given}
+    numbers = {label: _number(label, given[label]) for label in _NUMBERS if label in given}
     return ApiKey(name, bytes.fromhex(digest[1]), "admin" in given, "metrics" in given, group, **numbers)
 
 
-def _positive(label: str, value: str) -> int:
-    most = MAX_WEIGHT if label == "weight" else MAX_LIMIT
-    if not (value.isascii() and value.isdigit() and len(value) <= 13 and 1 <= int(value) <= most):
-        raise ValueError(f"{label}: not valid, expected 1 to {most}")
+def _number(label: str, value: str) -> int:
+    allowed = {"min_priority": PRIORITIES, "weight": range(1, MAX_WEIGHT + 1)}.get(
+        label, range(1, MAX_LIMIT + 1)
+    )
+    digits = value.removeprefix("-") if label == "min_priority" else value
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 13 and int(value) in allowed):
+        raise ValueError(f"{label}: not valid, expected {allowed[0]} to {allowed[-1]}")
     return int(value)

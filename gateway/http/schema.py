@@ -216,6 +216,9 @@ class GenerationBody(Body):
     user: str = ""
     """The user that this request is for, at most 128 characters. Without keys it counts for this user when
     clients take turns under load, by default for its host; with keys, for its key."""
+    priority: int | None = None
+    """Under load, requests of a lower number are served before those of a higher one; not below the key's
+    `min_priority`, which is 0 by default."""
     logit_bias: dict[str, float] | None = None
     """Added to the logits of these tokens: token id -> -100 to 100."""
     response_format: ResponseFormat | None = None

@@ -90,7 +90,15 @@ def _message(
         request_id=request_id,
         cache_salt=body.cache_salt,
         client_id=body.user,
+        priority=None if body.priority is None else _int32("priority", body.priority),
     )
+
+
+def _int32(field: str, value: int) -> int:
+    """Raises InvalidRequest for a number that the message cannot hold."""
+    if not -(2**31) <= value < 2**31:
+        raise InvalidRequest(field, value, "a number of 32 bits")
+    return value
 
 
 def _prompt(prompt: str | list[int], add_special_tokens: bool) -> pb.Prompt:

@@ -195,6 +195,49 @@ def test_one_request_may_exceed_its_clients_bound_alone() -> None:
     assert cluster.spec("both-0").transfer.request_id == "many"
 
 
+def with_priority(request: Request, priority: int) -> Request:
+    return msgspec.structs.replace(request, priority=priority)
+
+
+def test_a_lower_number_is_dispatched_first_and_takes_the_place_of_a_higher_one() -> None:
+    cluster = Cluster(worker_info("both-0", max_batch_size=1))
+    cluster.submit(with_priority(request_of("a", "low", max_tokens=40), 5))
+    cluster.submit(request_of("b", "middle"))
+    assert cluster.aborts("both-0") == [TransferId("low", 0)]
+    cluster.submit(with_priority(request_of("c", "high"), -5))
+    cluster.leg_ended("both-0", Leg.DECODE, "aborted", transfer=TransferId("low", 0))
+    assert cluster.spec("both-0").transfer.request_id == "high"
+    cluster.token("both-0", 0, FinishReason.STOP)
+    cluster.leg_ended("both-0", Leg.DECODE)
+    assert cluster.spec("both-0").transfer.request_id == "middle"
+
+
+def test_a_request_gives_up_its_place_three_times_at_most() -> None:
+    cluster = Cluster(worker_info("both-0", max_batch_size=1))
+    cluster.submit(with_priority(request_of("a", "low", max_tokens=40), 5))
+    for number in range(3):
+        low = cluster.spec("both-0").transfer
+        assert low.request_id == "low"
+        cluster.submit(request_of("b", f"high{number}"))
+        assert low in cluster.aborts("both-0")
+        cluster.leg_ended("both-0", Leg.DECODE, "aborted", transfer=low)
+        high = cluster.spec("both-0").transfer
+        cluster.output("both-0", high, 0, FinishReason.STOP)
+        cluster.leg_ended("both-0", Leg.DECODE, transfer=high)
+    low = cluster.spec("both-0").transfer
+    cluster.submit(request_of("b", "high3"))
+    assert low not in cluster.aborts("both-0")
+
+
+def test_a_large_backlog_of_high_priority_leaves_one_place_in_eight() -> None:
+    cluster = one_at_a_time()
+    cluster.submit(with_priority(request_of("a", "low", max_tokens=1), 5))
+    for number in range(20):
+        cluster.submit(with_priority(request_of("b", f"high{number}", max_tokens=1), -5))
+    served = [finish(cluster) for _ in range(10)]
+    assert served.index("low") == 7
+
+
 # the retry delay
 
 

@@ -30,7 +30,7 @@ from pdserve.kv_transfer.protocol import Ack, Commit
 from pdserve.kv_transfer.receiver import TransferReceiver
 from pdserve.kv_transfer.sender import TransferSender
 from pdserve.prefill_worker.worker import PrefillWorker
-from pdserve.router import hosts, reports
+from pdserve.router import fair_queue, hosts, reports
 from pdserve.router.admission import Deadlines, JobQueue
 from pdserve.router.adoption import HeldDispatch
 from pdserve.router.config import RouterConfig
@@ -466,6 +466,14 @@ def forget_the_bound_on_one_client() -> Planted:
     return patch.object(Router, "_may_run", lambda self, job: True)
 
 
+def keep_the_places_of_low_priority() -> Planted:
+    return patch.object(RoomMaker, "_lower", lambda self, job: None)
+
+
+def starve_low_priority() -> Planted:
+    return patch.object(fair_queue, "FLOOR", 10**9)
+
+
 FIRST_FOUND: dict[Mutation, int] = {
     forget_which_links_between_hosts_are_broken: 69,
     leave_links_untried_until_a_request_needs_them: 2,
@@ -507,6 +515,8 @@ FIRST_FOUND: dict[Mutation, int] = {
     compute_an_aborted_choice: 9,
     run_suspects_beside_others: 90,
     charge_prompts_alone: 0,
+    keep_the_places_of_low_priority: 0,
+    starve_low_priority: 0,
     forget_the_bound_on_one_client: 0,
     forget_which_requests_have_killed: 90,
     take_each_lost_connection_for_a_death: 13,

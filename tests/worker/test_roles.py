@@ -4,6 +4,7 @@ implies."""
 import random
 from collections.abc import Callable, Sequence as Seq
 
+import msgspec
 import pytest
 from hypothesis import given, settings, strategies as st
 
@@ -221,6 +222,33 @@ def test_a_client_with_one_sequence_is_not_preempted_for_one_with_many() -> None
         has_run |= is_running
         assert is_running or not any(seq.spec.client == "one" for seq in scheduler._waiting) or not has_run
     assert has_run and scheduler.num_preemptions > 0
+
+
+def test_sequences_of_lower_priority_are_preempted_first_and_finish_all_the_same() -> None:
+    pair = Pair(decode_blocks=24)
+    low = [msgspec.structs.replace(spec(f"low{n}", range(n, n + 8), 30), priority=3) for n in range(3)]
+    high = [spec(f"high{n}", range(50 + n, 58 + n), 30) for n in range(2)]
+    for request in (*low, *high):
+        pair.decode.serve(Serve(spec=request))
+    scheduler = pair.decode.scheduler
+    while pair.decode.step():
+        preempted = [seq for seq in scheduler._waiting if not seq.is_fresh]
+        assert all(seq.spec.priority == 3 for seq in preempted)
+    assert scheduler.num_preemptions
+    for request in (*low, *high):
+        assert pair.tokens(request) == expected_tokens(request.prompt_token_ids, 0, 30)
+    pair.check_at_rest()
+
+
+def test_waiting_sequences_are_admitted_by_priority_and_one_in_eight_of_the_lowest() -> None:
+    pair = Pair(decode_blocks=200)
+    low = [msgspec.structs.replace(spec(f"low{n}", range(4), 2), priority=3) for n in range(2)]
+    for request in (*low, *(spec(f"high{n}", range(n, n + 4), 2) for n in range(40))):
+        pair.decode.serve(Serve(spec=request))
+    while pair.decode.step():
+        pass
+    ended = [leg.transfer.request_id for leg in pair.d_box.ended]
+    assert 0 < ended.index("low0") < ended.index("low1") < 24
 
 
 @pytest.mark.parametrize("steps", range(12))

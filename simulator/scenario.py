@@ -264,10 +264,9 @@ def _with_priorities(rng: Random, scenario: Scenario) -> Scenario:
         _plain_request(rng, f"low{number}", "low", start_s + is_flood, 5 if is_flood else 110, 1)
         for number in range(num_low)
     ]
+    # of one client: turns among clients would make room
     high = [
-        _plain_request(
-            rng, f"high{number}", f"c{number % 3}", start_s + (not is_flood), 20 if is_flood else 5, 1
-        )
+        _plain_request(rng, f"high{number}", "low", start_s + (not is_flood), 20 if is_flood else 5, 1)
         for number in range(num_high)
     ]
     within_s = 3.0 * SOON_S if is_flood else SOON_S

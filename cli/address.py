@@ -2,6 +2,8 @@
 ./cluster.yaml, or the default."""
 
 import http.client
+import os
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -33,12 +35,13 @@ def _look_up(context: typer.Context, value: str | None) -> str:
         address, source = _from_file()
     else:
         is_option = str(context.get_parameter_source("address")).endswith("COMMANDLINE")
-        address, source = _checked(value), "--address" if is_option else VARIABLE
+        address, source = checked(value), "--address" if is_option else VARIABLE
     _sources[address] = source
     return address
 
 
-def _checked(value: str) -> str:
+def checked(value: str) -> str:
+    """Returns an address in one spelling. Raises BadParameter."""
     host_port = parse_host_port(value)
     if host_port is not None:
         return format_host_port(*host_port)
@@ -52,17 +55,33 @@ def _checked(value: str) -> str:
 
 def _from_file() -> tuple[str, str]:
     """Returns the gRPC address that ./cluster.yaml names, or else the default. Mistakes elsewhere in the file
-    do not concern a client."""
+    do not concern a client. Raises BadParameter where another user may have written it: whoever chooses the
+    address gets the key and the prompts."""
     if not DEFAULT_FILE.is_file():
         return DEFAULT_ADDRESS, "the default, as there is no ./cluster.yaml"
     with suppress(ConfigError, OSError, UnicodeDecodeError):
-        values: Any = parse_yaml(DEFAULT_FILE.read_text("utf-8"), str(DEFAULT_FILE)).values
+        with DEFAULT_FILE.open(encoding="utf-8") as file:
+            for name, entry in (("./cluster.yaml", os.fstat(file.fileno())), ("its folder", os.stat("."))):
+                if not _is_ours(entry):
+                    raise typer.BadParameter(
+                        f"{name} can be written by another user than this one and root, so it does not name"
+                        f" the server: name it by --address or {VARIABLE}"
+                    )
+            text = file.read()
+        values: Any = parse_yaml(text, str(DEFAULT_FILE)).values
         for key in (*ROOT, "listen", "grpc"):
             values = values.get(key) if isinstance(values, Mapping) else None
         host, port = parse_host_port(values) or ("", 0)
         if port:
             return format_host_port(_ANY_HOST.get(host, host), port), "listen.grpc in ./cluster.yaml"
     return DEFAULT_ADDRESS, "the default, as ./cluster.yaml names no other"
+
+
+def _is_ours(entry: os.stat_result) -> bool:
+    """Whether only this user, their own group and root can write it, or replace what is in it."""
+    shared = stat.S_IWOTH | (0 if entry.st_gid in (os.getegid(), 0) else stat.S_IWGRP)
+    is_sticky = stat.S_ISDIR(entry.st_mode) and entry.st_mode & stat.S_ISVTX
+    return entry.st_uid in (os.geteuid(), 0) and (bool(is_sticky) or not entry.st_mode & shared)
 
 
 def answers_http(address: str) -> bool:

@@ -68,7 +68,7 @@ def _wait_until_settled(client: Client) -> None:
     with interruptible(client.cluster.WatchStatus(pb.WatchStatusRequest())) as states:
         for status in states:
             for line in lines.changes(status):
-                print(line)
+                print(line, flush=True)
             if is_ready(status) and len(status.workers) == sum(pool.instances for pool in status.pools):
                 return
             check_starts(status, MAX_RESTARTS)

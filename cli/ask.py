@@ -10,21 +10,24 @@ from .address import NO_ADDRESS, Address
 
 Temperature = Annotated[float | None, typer.Option(help="0 takes the most probable token each time.")]
 TopP = Annotated[float | None, typer.Option(help="Draw among the tokens that make up this probability.")]
-TopK = Annotated[int | None, typer.Option(help="Draw among this many most probable tokens.")]
-Seed = Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same output.")]
+TopK = Annotated[int | None, typer.Option(help="Draw among this many of the most probable tokens.")]
+Seed = Annotated[
+    int | None, typer.Option(min=0, max=2**64 - 1, metavar="N", help="The same seed gives the same output.")
+]
 MaxTokens = Annotated[int, typer.Option(help="Output tokens, at most.")]
 System = Annotated[str | None, typer.Option(help="The system message of a conversation.")]
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to continue; - reads it from stdin.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from stdin.")],
     max_tokens: MaxTokens = 128,
     min_tokens: Annotated[int | None, typer.Option(help="Minimum number of tokens before the end.")] = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
     min_p: Annotated[
-        float | None, typer.Option(help="Draw among tokens at least this fraction as probable as the best.")
+        float | None,
+        typer.Option(help="Draw among tokens at least this fraction as probable as the best one."),
     ] = None,
     repetition_penalty: Annotated[
         float | None, typer.Option(help="Above 1: avoid tokens of prompt and output.")
@@ -33,10 +36,10 @@ def generate(
         float | None, typer.Option(help="Above 0: avoid tokens of the output.")
     ] = None,
     frequency_penalty: Annotated[
-        float | None, typer.Option(help="Above 0: avoid tokens, more so frequent ones.")
+        float | None, typer.Option(help="Above 0: avoid tokens, frequent ones more.")
     ] = None,
     seed: Seed = None,
-    n: Annotated[int | None, typer.Option("-n", "--n", help="How many choices.")] = None,
+    n: Annotated[int | None, typer.Option("-n", "--n", help="Number of choices.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="End where the text would contain this; may be repeated.")
     ] = None,
@@ -44,25 +47,25 @@ def generate(
         list[int] | None, typer.Option(min=0, help="End with this token; may be repeated.")
     ] = None,
     ignore_eos: Annotated[
-        bool | None, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")
+        bool | None, typer.Option("--ignore-eos", help="Continue after an end-of-text token.")
     ] = None,
     logprobs: Annotated[
         int | None, typer.Option(help="Number of alternatives to report per token; shown with --json.")
     ] = None,
     prompt_logprobs: Annotated[
-        int | None, typer.Option(help="The same for the prompt's tokens; seen with --json.")
+        int | None, typer.Option(help="The same for the prompt's tokens; shown with --json.")
     ] = None,
     logit_bias: Annotated[
         list[str] | None,
         typer.Option(help="TOKEN=BIAS: favour a token, up to 100, or avoid it; may be repeated."),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message to answer.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message, to be answered.")] = False,
     system: System = None,
     token_ids: Annotated[bool, typer.Option("--token-ids", help="PROMPT is a list of token ids.")] = False,
     model: Annotated[
         str, typer.Option(help="The name of the model; by default the one that is served.")
     ] = "",
-    request_id: Annotated[str, typer.Option(help="A name for the request.")] = "",
+    request_id: Annotated[str, typer.Option(help="The request's id, for explain; random by default.")] = "",
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds after which to give up.")] = None,
     timeline: Annotated[bool, typer.Option("--timeline", help="Show on stderr where the time went.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")] = False,
@@ -71,7 +74,7 @@ def generate(
     ] = False,
     address: Address = NO_ADDRESS,
 ) -> None:
-    """Continue a prompt; the text comes as it is made."""
+    """Continue a prompt; the text is shown as it is generated."""
     from ..proto import pdserve_pb2 as pb
     from . import generate as command, last_request
     from .client import connect
@@ -119,11 +122,11 @@ def chat(
     seed: Seed = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Serve this model for the talk: a path, or smollm2, which is downloaded."),
+        typer.Option(help="Serve this model for the chat: a path, or smollm2, which is downloaded."),
     ] = None,
     address: Address = NO_ADDRESS,
 ) -> None:
-    """Talk with the model; an empty line or Ctrl-D ends."""
+    """Chat with the model; an empty line or Ctrl-D ends it."""
     from ..proto import pdserve_pb2 as pb
     from . import generate as command
     from .client import connect
@@ -136,8 +139,9 @@ def chat(
             command.check_chat(client)
             command.chat(client, command.typed_lines("> "), system, sampling, command.write_out)
         return
-    from .serve import serving
+    from .serve import private_config
+    from .up import serving
 
-    with serving(model) as client:
+    with serving(private_config(model)) as client:
         command.check_chat(client)
         command.chat(client, command.typed_lines("> "), system, sampling, command.write_out)

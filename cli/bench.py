@@ -27,54 +27,80 @@ def bench(
             )
         ),
     ] = None,
-    rate: Annotated[float | None, typer.Option(help="Open load: requests per second.")] = None,
-    arrivals: Annotated[ArrivalKind, typer.Option(help="How they are spread.")] = ArrivalKind.POISSON,
-    burstiness: Annotated[float, typer.Option(help="For gamma: 1 is poisson, below 1 is burstier.")] = 1.0,
+    rate: Annotated[float | None, typer.Option(metavar="R", help="Open load: requests per second.")] = None,
+    arrivals: Annotated[
+        ArrivalKind, typer.Option(metavar="KIND", help="Open load: poisson, gamma or constant gaps.")
+    ] = ArrivalKind.POISSON,
+    burstiness: Annotated[
+        float, typer.Option(metavar="B", help="For gamma: 1 is poisson, below 1 is burstier.")
+    ] = 1.0,
     trace: Annotated[
-        Path | None, typer.Option(help="Open load: a CSV of TIMESTAMP,ContextTokens,GeneratedTokens.")
+        Path | None,
+        typer.Option(metavar="CSV", help="Open load: columns TIMESTAMP, ContextTokens, GeneratedTokens."),
     ] = None,
-    speed: Annotated[float, typer.Option(help="Speed-up factor of the replay.")] = 1.0,
+    speed: Annotated[float, typer.Option(metavar="X", help="Speed-up factor of the replay.")] = 1.0,
     concurrency: Annotated[
-        int | None, typer.Option(min=1, help="Closed load: number of clients, one request each.")
+        int | None, typer.Option(min=1, metavar="N", help="Closed load: number of clients, one request each.")
     ] = None,
     requests: Annotated[
-        int | None, typer.Option(min=1, help="Requests of one round; 100 if there is no --duration.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Requests of one round; 100 if there is no --duration."),
     ] = None,
     duration: Annotated[
-        float | None, typer.Option(min=0.0, help="Seconds after which a round sends no more.")
+        float | None, typer.Option(min=0.0, metavar="S", help="Seconds after which a round sends no more.")
     ] = None,
     prompt_tokens: Annotated[
-        str, typer.Option(help="512, uniform:min=A,max=B, lognormal:mean=M,cv=C,min=A,max=B or file:PATH.")
+        str,
+        typer.Option(
+            metavar="D",
+            help="A number, uniform:min=A,max=B, file:PATH, or lognormal: with mean=, cv=, min=, max=.",
+        ),
     ] = "512",
-    output_tokens: Annotated[str, typer.Option(help="The same for outputs.")] = "64",
+    output_tokens: Annotated[
+        str, typer.Option(metavar="D", help="Lengths of outputs, in the same forms.")
+    ] = "64",
     max_prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Cut longer prompts of a trace.")
+        int | None, typer.Option(min=1, metavar="N", help="Cut longer prompts of a trace.")
     ] = None,
     max_output_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Cut longer outputs of a trace.")
+        int | None, typer.Option(min=1, metavar="N", help="Cut longer outputs of a trace.")
     ] = None,
-    prefix_groups: Annotated[int, typer.Option(min=1, help="So many shared prefixes ...")] = 1,
+    prefix_groups: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Number of prefixes that prompts share.")
+    ] = 1,
     prefix_tokens: Annotated[
-        int, typer.Option(min=0, help="... of so many tokens, before the prompt's own.")
+        int, typer.Option(min=0, metavar="N", help="Their length in tokens, before the prompt's own.")
     ] = 0,
     slo: Annotated[
-        str, typer.Option(help="Milliseconds of ttft, tpot (mean gap), itl (each gap), e2e.")
+        str, typer.Option(metavar="SLO", help="Targets in ms: ttft, tpot (mean gap), itl (each gap), e2e.")
     ] = "ttft=200,tpot=50",
-    warm_up: Annotated[int, typer.Option(min=0, help="Requests before each turn that do not count.")] = 4,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds; two targets take turns in each.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same load.")] = 0,
-    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
-    ignore_eos: Annotated[bool, typer.Option(help="Outputs are as long as was drawn.")] = True,
+    warm_up: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Requests before each turn that do not count.")
+    ] = 4,
+    rounds: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Rounds; two targets take turns in each.")
+    ] = 1,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="The same seed gives the same load.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, metavar="T", help="0 takes the most probable token each time.")
+    ] = 0.0,
+    ignore_eos: Annotated[bool, typer.Option(help="Let outputs reach the length that was drawn.")] = True,
     timeout: Annotated[
-        float, typer.Option(min=0.0, help="Seconds after which a request has failed.")
+        float, typer.Option(min=0.0, metavar="S", help="Seconds after which a request has failed.")
     ] = 600.0,
     model: Annotated[
-        str, typer.Option(help="The name of the model; by default the one that is served.")
+        str, typer.Option(metavar="NAME", help="The name of the model; by default the one that is served.")
     ] = "",
-    vocab_size: Annotated[int | None, typer.Option(min=2, help="Token ids of prompts are below it.")] = None,
-    extra: Annotated[str, typer.Option(help="A JSON object, added to the body of each HTTP request.")] = "",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
-    plots: Annotated[Path | None, typer.Option(help="Draw PNGs into this folder.")] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Token ids of prompts are below it.")
+    ] = None,
+    extra: Annotated[
+        str, typer.Option(metavar="JSON", help="An object, added to the body of each HTTP request.")
+    ] = "",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all figures to this file.")
+    ] = None,
+    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw PNGs into this folder.")] = None,
     address: Address = NO_ADDRESS,
 ) -> None:
     """Put a server under load and measure it, or compare two.

@@ -3,10 +3,10 @@ picture of its legs."""
 
 from ..core.config import ClusterConfig
 from ..proto import pdserve_pb2 as pb
-from .client import Client, connect_locally
+from .client import Client
 from .generate import stream_text, text_prompt, write_out
 from .timeline import timeline_lines
-from .up import follow, launched, say
+from .up import say, serving
 
 QUESTION = 'The "with" statement is used to wrap the execution of a block'
 MAX_PROMPT_CHARS = 4000
@@ -15,8 +15,7 @@ MAX_PROMPT_CHARS = 4000
 def demo() -> None:
     """Start, ask, show, stop."""
     say("starting the embedded model: one prefill and one decode worker")
-    with launched(demo_config()) as cluster, connect_locally(cluster) as client:
-        follow(client, until_ready=True)
+    with serving(demo_config()) as client:
         end = _ask(client, demo_prompt())
         print("", *timeline_lines(end), "", sep="\n")
     say("stopped")

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 INTERRUPTED = b"interrupted\n"
+CLEAR = b"\r\x1b[K\x1b[?25h"  # the line of a terminal that shows progress; the cursor is back
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -20,20 +21,20 @@ def end_at_once(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def ending_at_once() -> Iterator[list[Callable[[], None]]]:
+def ending_at_once(known: list[Callable[[], None]] | None = None) -> Iterator[list[Callable[[], None]]]:
     """Within the block a signal ends the process, after the functions that the block has put into the list,
-    the last one first. A signal that is ignored stays so."""
-    clean_ups: list[Callable[[], None]] = []
+    or that are `known`, the last one first. A signal that is ignored stays so."""
+    clean_ups = [] if known is None else known
 
     def end(number: int, frame: FrameType | None) -> None:
         for one in _SIGNALS:
             signal.signal(one, signal.SIG_IGN)
-        _report()
         try:
             for clean_up in reversed(clean_ups):
                 with suppress(Exception):  # the others are to run all the same
                     clean_up()
         finally:
+            _report()
             os._exit(128 + number)
 
     handlers = {one: signal.getsignal(one) for one in _SIGNALS}
@@ -49,4 +50,4 @@ def ending_at_once() -> Iterator[list[Callable[[], None]]]:
 
 def _report() -> None:
     with suppress(OSError):  # nobody may read it any more
-        os.write(2, INTERRUPTED)
+        os.write(2, CLEAR + INTERRUPTED if os.isatty(2) else INTERRUPTED)

@@ -14,12 +14,12 @@ def explain(client: Client, request_id: str) -> None:
 
 def explanation_lines(explanation: pb.Explanation) -> Iterator[str]:
     first = (
-        f", first token after {_ms(explanation.first_token_s)}"
+        f", first token after {milliseconds(explanation.first_token_s)}"
         if explanation.HasField("first_token_s")
         else ""
     )
     tokens = f"{explanation.prompt_tokens} + {explanation.completion_tokens} tokens"
-    duration = _ms(explanation.duration_s)
+    duration = milliseconds(explanation.duration_s)
     yield f"{explanation.request_id!r}: {explanation.outcome} after {duration}, {tokens}{first}"
     if explanation.error:
         yield explanation.error
@@ -46,8 +46,8 @@ def _attempt_lines(attempt: pb.ExplainedAttempt) -> Iterator[str]:
     )
     yield f"  {'LEG':<13} {'PREDICTED':>10} {'ACTUAL':>10}"
     for leg in attempt.legs:
-        predicted = _ms(leg.predicted_s) if leg.HasField("predicted_s") else "-"
-        actual = _ms(leg.actual_s) if leg.HasField("actual_s") else "-"
+        predicted = milliseconds(leg.predicted_s) if leg.HasField("predicted_s") else "-"
+        actual = milliseconds(leg.actual_s) if leg.HasField("actual_s") else "-"
         yield f"  {leg.leg:<13} {predicted:>10} {actual:>10}"
     if attempt.failure:
         yield f"  failed: {attempt.failure}"
@@ -67,12 +67,12 @@ def _why(places: list[pb.ConsideredPlace]) -> str:
     if chosen.itl_excess_s != following.itl_excess_s:
         return (
             f"placed there because gaps between tokens at {there} would exceed the SLO by"
-            f" {_ms(following.itl_excess_s)}"
+            f" {milliseconds(following.itl_excess_s)}"
         )
     if chosen.cost_s != following.cost_s:
         return (
-            f"placed there for the least predicted cost: {_ms(chosen.cost_s)}, against"
-            f" {_ms(following.cost_s)} at {there}"
+            f"placed there for the least predicted cost: {milliseconds(chosen.cost_s)}, against"
+            f" {milliseconds(following.cost_s)} at {there}"
         )
     if chosen.load != following.load:
         return f"placed there for the lower load: {chosen.load:.0%}, against {following.load:.0%} at {there}"
@@ -83,8 +83,9 @@ def _others(places: list[pb.ConsideredPlace]) -> Iterator[str]:
     yield f"  {'CONSIDERED':<26} {'TTFT':>10} {'COST':>10} {'OVER SLO':>10} {'LOAD':>6}"
     for place in places:
         name = _place(place.prefill_worker, place.decode_worker) + (" (failed)" if place.has_failed else "")
-        excess = _ms(place.itl_excess_s) if place.itl_excess_s else "-"
-        yield f"  {name:<26} {_ms(place.ttft_s):>10} {_ms(place.cost_s):>10} {excess:>10} {place.load:>6.0%}"
+        excess = milliseconds(place.itl_excess_s) if place.itl_excess_s else "-"
+        ttft, cost = milliseconds(place.ttft_s), milliseconds(place.cost_s)
+        yield f"  {name:<26} {ttft:>10} {cost:>10} {excess:>10} {place.load:>6.0%}"
 
 
 def _place(prefill_worker: str, decode_worker: str) -> str:
@@ -97,6 +98,6 @@ def _place(prefill_worker: str, decode_worker: str) -> str:
     )
 
 
-def _ms(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
     milliseconds = seconds * 1e3
     return f"{milliseconds:.0f} ms" if milliseconds >= 100 else f"{milliseconds:.3g} ms"

@@ -61,15 +61,18 @@ def logit_bias(texts: Iterable[str]) -> dict[int, float]:
 def stream_text(events: Iterable[pb.GenerateEvent], write: Write) -> tuple[str, pb.RequestEnd]:
     """Write the text of a stream of one choice as it comes; returns it with the end of the stream."""
     pieces, end = [], pb.RequestEnd()
+    has_begun = False
     try:
         for event in events:
+            has_begun = True
             if event.HasField("tokens"):
                 pieces.append(event.tokens.text)
                 write(event.tokens.text)
             elif event.HasField("end"):
                 end = event.end
     finally:
-        write("\n")
+        if has_begun:  # else an error is all that there is to show
+            write("\n")
     return "".join(pieces), end
 
 

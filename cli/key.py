@@ -9,8 +9,7 @@ import typer
 
 from ..gateway.auth.keys import make_key, new_key
 
-key_app = typer.Typer(no_args_is_help=True, help="Keys that clients show to the server (listen.api_keys).")
-Limit = Annotated[int | None, typer.Option(min=1, help="The limit per minute.")]
+key_app = typer.Typer(no_args_is_help=True, help="API keys of clients (listen.api_keys).")
 
 
 @key_app.callback()
@@ -20,16 +19,23 @@ def key() -> None:
 
 @key_app.command()
 def new(
-    name: Annotated[str, typer.Argument(help="Whose key it is; its requests take turns under this name.")],
+    name: Annotated[str, typer.Argument(help="The key's name; its requests take turns under it.")],
     file: Annotated[
         Path | None, typer.Option(help="Add the line to this file, and print the key alone.")
     ] = None,
-    admin: Annotated[bool, typer.Option("--admin", help="It may also see and change the cluster.")] = False,
+    admin: Annotated[bool, typer.Option("--admin", help="Let it also see and change the cluster.")] = False,
     metrics: Annotated[
-        bool, typer.Option("--metrics", help="It may also read the metrics of the whole cluster.")
+        bool, typer.Option("--metrics", help="Let it also read the metrics of the whole cluster.")
     ] = False,
     group: Annotated[
-        str | None, typer.Option(help="Whose cached prefixes it may use (kv.cache_sharing: group).")
+        str | None,
+        typer.Option(help="Share cached prefixes with keys of this group (kv.cache_sharing: group)."),
+    ] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Requests a minute, at most.")
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Tokens a minute, at most.")
     ] = None,
     min_priority: Annotated[
         int | None, typer.Option(help="The lowest `priority`, served first, that its requests may ask for.")
@@ -37,10 +43,8 @@ def new(
     weight: Annotated[
         int | None, typer.Option(help="Under load it gets this many times the tokens of others.")
     ] = None,
-    requests_per_minute: Limit = None,
-    tokens_per_minute: Limit = None,
 ) -> None:
-    """Draw a key. It is shown once: the server's file has only its hash."""
+    """Generate a key. It is shown once: the server's file has only its hash."""
     from .client import CommandFailed
 
     drawn = new_key()

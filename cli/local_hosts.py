@@ -36,7 +36,7 @@ def follow(file: Path, copy: Path) -> None:
             ["ray", "get-worker-ips", str(file)], stdin=subprocess.DEVNULL, capture_output=True, text=True
         )
         if noted.returncode:  # it has read the file, and brought the notes up to date
-            raise CommandFailed(f"Ray does not take the hosts of {file}: {noted.stderr.strip()}")
+            raise CommandFailed(f"Ray refuses the hosts in {file}: {noted.stderr.strip()}")
     write_copy(file, copy)
     for host in added(before, wanted):
         print(f"{host}: leaves", flush=True)

@@ -79,7 +79,7 @@ app = typer.Typer(
 
 
 class Output(StrEnum):
-    """The output formats of `status`."""
+    """The output formats of `status` and `requests`."""
 
     TABLE = "table"
     WIDE = "wide"
@@ -121,13 +121,15 @@ def pdserve(
         str | None,
         typer.Option(
             envvar="PDSERVE_TLS_CA",
-            help="Use TLS; the server's certificate comes from these (PEM), or: public.",
+            help="Use TLS, and trust these authorities: a PEM file, or: public.",
         ),
     ] = None,
     cert: Annotated[
-        str | None, typer.Option(envvar="PDSERVE_TLS_CERT", help="Our certificate (PEM).")
+        str | None, typer.Option(envvar="PDSERVE_TLS_CERT", help="The client's certificate (PEM).")
     ] = None,
-    key: Annotated[str | None, typer.Option(envvar="PDSERVE_TLS_KEY", help="Its private key (PEM).")] = None,
+    key: Annotated[
+        str | None, typer.Option(envvar="PDSERVE_TLS_KEY", help="The certificate's private key (PEM).")
+    ] = None,
 ) -> None:
     """Holds the options of all commands."""
     from .trust import Trust, use
@@ -189,7 +191,9 @@ app.command(rich_help_panel=ASKING)(chat)
 
 @app.command(rich_help_panel=OPERATING)
 def status(
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow the state until interrupted.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Show the state as it changes, until interrupted.")
+    ] = False,
     output: Annotated[Output, typer.Option("--output", "-o", help="How to print.")] = Output.TABLE,
     address: Address = NO_ADDRESS,
 ) -> None:
@@ -215,9 +219,43 @@ def explain(
     from .last_request import read
 
     if (request_id is None) == (not last):
-        raise typer.BadParameter("name a request, or give --last")
+        raise typer.BadParameter("name a request (`pdserve requests` lists them), or give --last")
     with connect_to_administer(address) as client:
         explain(client, request_id or read())
+
+
+@app.command(rich_help_panel=MEASURING)
+def requests(
+    number: Annotated[int, typer.Option("-n", "--number", min=1, max=200, help="How many at most.")] = 20,
+    output: Annotated[Output, typer.Option("--output", "-o", help="How to print.")] = Output.TABLE,
+    address: Address = NO_ADDRESS,
+) -> None:
+    """List the requests that are being served, and those that ended last."""
+    from .client import connect_to_administer
+    from .requests import show_requests
+
+    with connect_to_administer(address) as client:
+        show_requests(client, number, output.value)
+
+
+@app.command(rich_help_panel=OPERATING)
+def logs(
+    processes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[WORKER]...", help="Only these workers, or: up, keeper, head."),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Print further lines too, until the cluster ends.")
+    ] = False,
+    address: Annotated[
+        str | None, typer.Option(help="HOST:PORT of the cluster; by default your latest.")
+    ] = None,
+) -> None:
+    """Print the logs of your running or last cluster on this machine."""
+    from .address import checked
+    from .logs import show_logs
+
+    show_logs(None if address is None else checked(address), processes or [], follow)
 
 
 @app.command(rich_help_panel=OPERATING)
@@ -245,7 +283,7 @@ def drain(
     all_: Annotated[bool, typer.Option("--all", help="All workers.")] = False,
     address: Address = NO_ADDRESS,
 ) -> None:
-    """Give no more work to workers and wait until they are idle."""
+    """Take workers out of service, and wait until they are idle."""
     from .admin import drain
     from .client import connect_to_administer
 
@@ -292,7 +330,7 @@ def simulate(
         int | None, typer.Option(min=0, help="Run this seed alone and print its timeline.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds to run.")] = 100,
-    first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Number of processes; by default one per core.")
     ] = None,

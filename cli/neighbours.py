@@ -23,7 +23,7 @@ def neighbours(planned: Plan) -> Iterator[str]:
         if status is not None and num_taken > num_left:
             yield (
                 f"the cluster that serves {status.model} takes {num_taken:g} of this machine's {num_cores}"
-                " cores; both share them, and each is slower"
+                " cores; the two clusters share them and slow each other down"
             )
 
 

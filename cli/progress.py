@@ -6,18 +6,21 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
+from ..core.config_types import format_size
 from ..proto import pdserve_pb2 as pb
 from .client import CommandFailed
 from .status import STATES
 
 MAX_RESTARTS = 2  # restarts of a worker before the wait for its start gives up
+LOADING = "loading weights"  # a worker's phase
 STEP = 0.25  # share of a start; smaller progress makes no line
 
 
 class StatusLines:
     """Turns the states of a cluster into lines for a terminal or a log."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights_bytes: int | None = None) -> None:
+        self.weights_bytes = weights_bytes  # of each instance, for how much of them is loaded
         self._shown: dict[str, tuple[object, ...]] = {}
         self._degraded = ""
 
@@ -28,7 +31,7 @@ class StatusLines:
             shown = (worker.state, worker.phase, int(worker.fraction / STEP), worker.message)
             if self._shown.get(worker.worker_id) != shown:
                 self._shown[worker.worker_id] = shown
-                yield _line(worker)
+                yield _line(worker, self.weights_bytes)
         for name in [name for name in self._shown if name not in names]:
             del self._shown[name]
             yield f"{name}: gone"
@@ -41,7 +44,8 @@ class StartBars:
     """A bar for each starting worker, as long as it is used as a context; nothing at all where there is no
     terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights_bytes: int | None = None) -> None:
+        self._weights_bytes = weights_bytes
         columns = (
             TextColumn("{task.description:<12}"),
             BarColumn(),
@@ -58,6 +62,10 @@ class StartBars:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Takes the bars away; idempotent."""
         self._progress.stop()
 
     def update(self, status: pb.ClusterStatus) -> None:
@@ -68,7 +76,8 @@ class StartBars:
                     worker.worker_id, total=1.0, phase=""
                 )
             done = 1.0 if worker.state == pb.WORKER_STATE_READY else worker.fraction
-            self._progress.update(task, completed=done, phase=worker.message or worker.phase)
+            phase = worker.message or _phase(worker, self._weights_bytes)
+            self._progress.update(task, completed=done, phase=phase)
 
 
 def check_starts(status: pb.ClusterStatus, max_restarts: int) -> None:
@@ -89,11 +98,19 @@ def ready_line(status: pb.ClusterStatus, address: str, http_address: str | None 
     return f"ready: {status.model} at {where}, {pools} instances"
 
 
-def _line(worker: pb.WorkerStatus) -> str:
+def _phase(worker: pb.WorkerStatus, weights_bytes: int | None) -> str:
+    if worker.phase != LOADING:
+        return worker.phase
+    if weights_bytes is None:
+        return f"{LOADING} ({worker.fraction:.0%})"
+    return f"{LOADING}, {format_size(round(worker.fraction * weights_bytes))} of {format_size(weights_bytes)}"
+
+
+def _line(worker: pb.WorkerStatus, weights_bytes: int | None) -> str:
     state = STATES.get(worker.state, "Unknown").lower()
     parts = [f"{worker.worker_id}: {state}"]
     if worker.state == pb.WORKER_STATE_STARTING and worker.phase:
-        parts.append(f"{worker.phase} {worker.fraction:.0%}")
+        parts.append(_phase(worker, weights_bytes))
     if worker.message:
         parts.append(worker.message)
     return ", ".join(parts)

@@ -1,16 +1,14 @@
 """`pdserve serve`: a cluster from a model's path and a few options, without a file."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from ..core.config import ClusterConfig
 from ..core.config_file import ConfigSource, Override
 from ..core.config_types import LOOPBACK, format_host_port
 from ..engine.gpu import probe_node
-from .client import Client, connect_locally
 from .models import model_path
 from .plan import located
-from .up import follow, launched, say, up
+from .up import say, up
 
 
 def serve(model: str, prefill: int, decode: int, port: int | None, sets: list[str]) -> None:
@@ -43,14 +41,6 @@ def core_share(num_instances: int) -> float | None:
         return None
     say(f"{num_instances} instances share {num_cores} core{'s' * (num_cores != 1)}")
     return int(100 * num_cores / num_instances) / 100
-
-
-@contextmanager
-def serving(model: str) -> Iterator[Client]:
-    """Serves a model through one prefill and one decode worker for the time of the block. Yields a client."""
-    with launched(private_config(model)) as cluster, connect_locally(cluster) as client:
-        follow(client, until_ready=True)
-        yield client
 
 
 def private_config(model: str) -> ClusterConfig:

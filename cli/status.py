@@ -51,9 +51,9 @@ def as_table(status: pb.ClusterStatus, wide: bool = False, gap: int = GAP) -> st
         has_restarts = any(worker.num_restarts for worker in status.workers)
         left_out = COLUMNS.index("AGE" if has_restarts else "RESTARTS")
         rows = [(*row[:left_out], *row[left_out + 1 :]) for row in rows]
-    lines = [summary(status), "", *_aligned(rows, gap)]
+    lines = [summary(status), "", *aligned(rows, gap)]
     if len(status.hosts) > 1 or wide:
-        lines += ["", *_aligned([HOST_COLUMNS, *map(_host_row, status.hosts)])]
+        lines += ["", *aligned([HOST_COLUMNS, *map(_host_row, status.hosts)])]
     if status.degraded:
         lines += ["", status.degraded]
     messages = [
@@ -126,7 +126,7 @@ def _host_row(host: pb.HostStatus) -> Sequence[str]:
     )
 
 
-def _aligned(rows: Iterable[Sequence[str]], gap: int = GAP) -> list[str]:
+def aligned(rows: Iterable[Sequence[str]], gap: int = GAP) -> list[str]:
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

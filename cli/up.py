@@ -6,10 +6,10 @@ The first signal drains, the second stops at once.
 import logging
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from ..core.config import ClusterConfig
 from ..core.log_settings import LogFormat, LogSettings
 from ..proto import pdserve_pb2 as pb
 from ..telemetry import logs
+from ..telemetry.log_file import LogFile
 from ..telemetry.relay import LogRelay
 from .admin import follow_drain
 from .client import Client, CommandFailed, connect_locally, is_gone
@@ -26,6 +27,7 @@ from .ending import ending_at_once
 from .interruptible import interruptible
 from .neighbours import neighbours
 from .progress import MAX_RESTARTS, StartBars, StatusLines, check_starts, is_ready, ready_line
+from .screen import Screen
 
 if TYPE_CHECKING:
     from ..cluster.launch import LaunchedCluster
@@ -33,64 +35,64 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RESTART_TIMEOUT_S = 60.0  # for another head to take the place of one that died
-EXIT_INTERRUPTED = 128 + signal.SIGINT
 END_TIMEOUT_S = 10.0  # from the last status to the end of the head
 
 
 def up(config: ClusterConfig) -> None:
     """Serves until it is asked to end. An interrupt before it serves ends it at once, with status 130."""
     with ExitStack() as stack:
-        with ending_at_once() as clean_ups:
-            from .plan import check
+        starting = stack.enter_context(ExitStack())
+        clean_ups = starting.enter_context(ending_at_once())
 
-            planned = check(config)
-            settings = stack.enter_context(logging_here(config, clean_ups))
-            for line in neighbours(planned):
-                say(line)
-            cluster = stack.enter_context(_launched(config, settings, clean_ups))
-        stack.enter_context(sigterm_as_interrupt())
+        def serve() -> None:
+            starting.close()
+            stack.enter_context(sigterm_as_interrupt())
+
+        from .plan import check
+
+        planned = check(config)
+        kept = stack.enter_context(closing(LogFile()))
+        clean_ups.append(kept.remove)
+        screen = stack.enter_context(Screen(say))
+        clean_ups.append(screen.abandon)
+        settings = stack.enter_context(logging_here(config, clean_ups, kept, screen))
+        for line in neighbours(planned):
+            say(line)
+        cluster = stack.enter_context(_launched(config, settings, clean_ups, screen))
+        starting.enter_context(ending_at_once(clean_ups))  # Ray has put a handler of its own for SIGTERM
+        kept.publish(cluster.grpc_address)
         client = stack.enter_context(connect_locally(cluster))
-        serving = threading.Event()
+        shown = Shown(cluster.http_address, planned.weights_bytes, clean_ups)
         try:
-            follow(client, http_address=cluster.http_address, on_ready=serving.set)
+            follow(client, shown, on_ready=serve)
             while _is_back(cluster, client):
                 say("the head process died; another one has taken over its workers")
-                follow(client, http_address=cluster.http_address, on_ready=serving.set)
+                follow(client, shown, on_ready=serve)
         except KeyboardInterrupt:
-            if not serving.is_set():
-                say("interrupted")
-                _stop_at_once(cluster)
-                sys.exit(EXIT_INTERRUPTED)
             _drain_and_stop(client)
             return
         _check_end(cluster)
 
 
 def _launched(
-    config: ClusterConfig, settings: LogSettings | None, clean_ups: list[Callable[[], None]]
+    config: ClusterConfig, settings: LogSettings | None, clean_ups: list[Callable[[], None]], screen: Screen
 ) -> "LaunchedCluster":
     from ..cluster import launch  # takes a second: it imports Ray
 
     clean_ups.append(launch.abandon)
-    return launch.launch(config, settings)
-
-
-def _stop_at_once(cluster: "LaunchedCluster") -> None:
-    """Stops without draining; an interrupt meanwhile leaves the rest to the operating system."""
-    from ..cluster.launch import abandon
-
-    with ending_at_once() as clean_ups:
-        clean_ups.append(abandon)
-        cluster.stop()
+    with screen:
+        return launch.launch(config, settings, screen.begin)
 
 
 @contextmanager
-def logging_here(config: ClusterConfig, clean_ups: list[Callable[[], None]]) -> Iterator[LogSettings]:
-    """Routes the logs of all the cluster's processes to this one's stderr within the block; `clean_ups` ends
-    that in a process that ends at once."""
+def logging_here(
+    config: ClusterConfig, clean_ups: list[Callable[[], None]], kept: LogFile, screen: Screen
+) -> Iterator[LogSettings]:
+    """Routes the logs of all the cluster's processes to `screen` and `kept` within the block; `clean_ups`
+    ends that in a process that ends at once."""
     asked = config.observability.log_format
     kind: LogFormat = asked if asked != "auto" else "console" if sys.stderr.isatty() else "json"
-    with closing(LogRelay(sys.stderr)) as relay:
+    with closing(LogRelay(screen, kept.write)) as relay:
         clean_ups.append(relay.close)
         settings = LogSettings(kind, config.observability.log_level, relay.path)
         with logs.configured(settings, "up"):
@@ -98,21 +100,32 @@ def logging_here(config: ClusterConfig, clean_ups: list[Callable[[], None]]) -> 
             yield settings
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What a start shows beside the workers' states. `clean_ups` ends that in a process that ends at once."""
+
+    http_address: str | None = None
+    weights_bytes: int | None = None  # what each instance loads
+    clean_ups: list[Callable[[], None]] = field(default_factory=list)
+
+
 def follow(
     client: Client,
+    shown: Shown,
     until_ready: bool = False,
-    http_address: str | None = None,
     on_ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Say what changes, until the cluster ends or, with `until_ready`, until it serves: there, and over
-    HTTP. `on_ready` is called when it does."""
-    lines = StatusLines()
+    """Say what changes, until the cluster ends or, with `until_ready`, until it serves. `on_ready` is called
+    when it does."""
+    lines = StatusLines(shown.weights_bytes)
     try:
         with interruptible(client.cluster.WatchStatus(pb.WatchStatusRequest())) as states:
-            has_started = _until_ready(
-                client, states, lines, MAX_RESTARTS if until_ready else None, http_address, on_ready
-            )
-            if has_started and not until_ready:
+            ready = _until_ready(states, lines, shown, MAX_RESTARTS if until_ready else None)
+            if ready is None:
+                return
+            on_ready()
+            say(ready_line(ready, client.address, shown.http_address))
+            if not until_ready:
                 for status in states:
                     _say_changes(lines, status)
     except grpc.RpcError as error:
@@ -121,30 +134,22 @@ def follow(
 
 
 def _until_ready(
-    client: Client,
-    states: Iterable[pb.ClusterStatus],
-    lines: StatusLines,
-    max_restarts: int | None,
-    http_address: str | None,
-    on_ready: Callable[[], None],
-) -> bool:
-    """Show how the start goes; whether it came to its end, where `on_ready` is called. Raises CommandFailed
-    after `max_restarts` of a worker."""
-    with StartBars() as bars:
+    states: Iterable[pb.ClusterStatus], lines: StatusLines, shown: Shown, max_restarts: int | None
+) -> pb.ClusterStatus | None:
+    """Show how the start goes; returns the state in which all instances are ready, None if it ends before.
+    Raises CommandFailed after `max_restarts` of a worker."""
+    with StartBars(shown.weights_bytes) as bars:
+        shown.clean_ups.append(bars.stop)
         for status in states:
             if bars.are_shown:
                 bars.update(status)
             else:
                 _say_changes(lines, status)
             if is_ready(status):
-                break
+                return status
             if max_restarts is not None:
                 check_starts(status, max_restarts)
-        else:
-            return False
-    on_ready()
-    say(ready_line(status, client.address, http_address))
-    return True
+    return None
 
 
 def _say_changes(lines: StatusLines, status: pb.ClusterStatus) -> None:
@@ -187,12 +192,26 @@ def _drain_and_stop(client: Client) -> None:
 
 
 @contextmanager
-def launched(config: ClusterConfig) -> Iterator["LaunchedCluster"]:
-    """A cluster for the time of the block. An interrupt while it starts ends this process."""
-    with ending_at_once() as clean_ups:
-        cluster = _launched(config, None, clean_ups)
-    with cluster, sigterm_as_interrupt():
-        yield cluster
+def serving(config: ClusterConfig) -> Iterator[Client]:
+    """A client of a cluster that serves for the time of the block. An interrupt before it serves ends this
+    process at once. Raises CheckpointError, ConfigError, CapacityError or LaunchError."""
+    with ExitStack() as stack:
+        starting = stack.enter_context(ExitStack())
+        clean_ups = starting.enter_context(ending_at_once())
+
+        from .plan import check
+
+        planned = check(config)
+        screen = stack.enter_context(Screen(say))
+        clean_ups.append(screen.abandon)
+        cluster = stack.enter_context(_launched(config, None, clean_ups, screen))
+        starting.enter_context(ending_at_once(clean_ups))  # as in `up`
+        client = stack.enter_context(connect_locally(cluster))
+        shown = Shown(weights_bytes=planned.weights_bytes, clean_ups=clean_ups)
+        follow(client, shown, until_ready=True)
+        starting.close()
+        stack.enter_context(sigterm_as_interrupt())
+        yield client
 
 
 @contextmanager

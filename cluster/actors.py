@@ -3,6 +3,7 @@ own process."""
 
 import asyncio
 import logging
+import os
 from collections import deque
 from collections.abc import Awaitable
 from contextlib import suppress
@@ -46,17 +47,20 @@ def reason_of(error: RayError) -> str:
 
 def options_of(spec: WorkerSpec, placement: Placement) -> dict[str, Any]:
     """Returns the Ray options of a worker's actor. Ray chooses which of the node's GPUs it gets, and hides
-    the others from the process."""
-    variables = {"OMP_NUM_THREADS": str(spec.pool.num_threads)}
-    if spec.device == "cuda":
-        # indices mean the same to CUDA, NVML and Ray
-        variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    the others from the process. Without a `runtime_env`, the actor may take a process that runs already."""
     return {
         "num_cpus": spec.pool.num_cpus,
         "num_gpus": spec.need.gpu_share,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(placement.node_id, soft=False),
-        "runtime_env": {"env_vars": variables},
     }
+
+
+def variables_of(spec: WorkerSpec) -> dict[str, str]:
+    """Returns a worker's environment; torch reads it when it is imported."""
+    variables = {"OMP_NUM_THREADS": str(spec.pool.num_threads)}
+    if spec.device == "cuda":
+        variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # indices mean the same to CUDA, NVML and Ray
+    return variables
 
 
 @ray.remote(max_restarts=0, max_concurrency=2)
@@ -65,9 +69,8 @@ class WorkerActor:
     the other."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        from ..worker.process import (
-            WorkerProcess,
-        )  # imports torch, which other actors do not need
+        os.environ.update(variables_of(spec))
+        from ..worker.process import WorkerProcess  # imports torch, which other actors do not need
 
         if spec.log is not None:
             configure(spec.log, f"{spec.worker_id}/{spec.incarnation}")

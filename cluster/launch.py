@@ -14,6 +14,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +36,7 @@ from .actors import KEEPER_NAME, NAMESPACE, HeadActor, KeeperActor, reason_of
 from .descendants import descendants
 from .errors import LaunchError
 from .ray_address import RayAddress
+from .ray_start import without_unused_processes
 from .ray_token import RayToken
 
 log = logging.getLogger(__name__)
@@ -106,18 +108,19 @@ class _Ray:
         ):  # by name: Ray counts from 0, and some of the machine's GPUs may be hidden from us
             os.environ[VISIBLE] = ",".join(gpu.uuid for gpu in node.usable_devices)
         try:
-            ray.init(
-                address="local",
-                num_cpus=len(node.cores),
-                num_gpus=len(node.usable_devices),
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=str(run_folder / "ray"),  # Ray makes it world-writable: other users cannot reach it
-                _system_config={
-                    "worker_niceness": 0
-                },  # Ray would lower our processes' priority below any other on the machine
-                **options,
-            )
+            with without_unused_processes():
+                ray.init(
+                    address="local",
+                    num_cpus=len(node.cores),
+                    num_gpus=len(node.usable_devices),
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    # Ray makes it world-writable: other users cannot reach it
+                    _temp_dir=str(run_folder / "ray"),
+                    # Ray would lower our processes' priority below any other on the machine
+                    _system_config={"worker_niceness": 0},
+                    **options,
+                )
         except BaseException:  # Ctrl-C as well
             started.disconnect()
             raise
@@ -134,12 +137,16 @@ class LaunchedCluster:
     """A running head, replaced when it dies: workers and their streams outlive it. `stop` ends everything,
     including Ray when we started it."""
 
-    def __init__(self, config: ClusterConfig, log_settings: LogSettings | None) -> None:
+    def __init__(
+        self, config: ClusterConfig, log_settings: LogSettings | None, on_step: Callable[[str], None]
+    ) -> None:
         self._folder = Path(
             tempfile.mkdtemp(prefix="pdserve-", dir="/tmp")
         )  # for this user alone; sockets need short paths
         self._endpoints: Endpoints | None = None
+        self._is_launched = False
         _running.append(self)
+        on_step("starting Ray" if ray_address.VARIABLE not in os.environ else "connecting to Ray")
         try:
             self._ray = _Ray.connect(self._folder)
         except BaseException:
@@ -152,6 +159,7 @@ class LaunchedCluster:
         self._error: str | None = None
         self._over = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="head-supervisor", daemon=True)
+        on_step("starting the head")
         try:
             self._keeper = self._create_keeper(config, log_settings)
             host = None if self._ray.token is None else "127.0.0.1"
@@ -169,6 +177,7 @@ class LaunchedCluster:
             self.stop()
             raise
         self._supervisor.start()
+        self._is_launched = True
 
     @property
     def grpc_address(self) -> str:
@@ -286,7 +295,12 @@ class LaunchedCluster:
         self._remove_folder()
 
     def abandon(self) -> None:
-        """Removes its traces, when its processes have been killed."""
+        """Removes its traces, when its processes have been killed: those in a Ray of our own. In another Ray,
+        it kills them; if it has not launched them all, Ray ends them when this process has ended."""
+        if self._is_launched and self._ray.token is None:
+            self._stopped = True  # whoever has the lock may be what this interrupts
+            ray.kill(self._head)
+            ray.kill(self._keeper)
         if self._endpoints is not None:
             admin_socket.withdraw(self.grpc_address, self._socket)
         self._remove_folder()
@@ -304,9 +318,13 @@ class LaunchedCluster:
         self.stop()
 
 
-def launch(config: ClusterConfig, log_settings: LogSettings | None = None) -> LaunchedCluster:
-    """Starts a cluster and returns while its workers load. Without `log_settings`, its processes' warnings go
-    to Ray's logs.
+def launch(
+    config: ClusterConfig,
+    log_settings: LogSettings | None = None,
+    on_step: Callable[[str], None] = lambda step: None,
+) -> LaunchedCluster:
+    """Starts a cluster and returns while its workers load. `on_step` is called with what begins. Without
+    `log_settings`, its processes' warnings go to Ray's logs.
 
     Raises ConfigError when the address to listen on is taken, UnsafeFolder when this user's runtime folder is
     not private, LaunchError when Ray or the head does not start, or when the model cannot be read or does not
@@ -315,7 +333,7 @@ def launch(config: ClusterConfig, log_settings: LogSettings | None = None) -> La
     _check_port_is_free("grpc", *config.listen.grpc_host_port)
     if config.listen.http_host_port is not None:
         _check_port_is_free("http", *config.listen.http_host_port)
-    return LaunchedCluster(config, log_settings)
+    return LaunchedCluster(config, log_settings, on_step)
 
 
 def abandon() -> None:

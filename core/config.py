@@ -219,7 +219,10 @@ class ObservabilitySection(ConfigSection):
     log_format: Literal["auto", "json", "console"] = "auto"
     """auto: text where `pdserve up` writes to a terminal, else one JSON object a line."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least that is logged; debug has a line for each request."""
+    """The least that is logged."""
+    request_lines_per_s: float = Field(default=10.0, ge=0.0, le=10_000.0)
+    """At most so many lines a second, at level info, each about one request at its end; a line states how
+    many requests before it got none. 0: only those that went wrong. Prompts and outputs are never logged."""
     otlp_endpoint: str | None = Field(default=None, min_length=1)
     """Where traces go, over OTLP/gRPC, such as http://127.0.0.1:4317; by default the environment's
     OTEL_EXPORTER_OTLP_ENDPOINT. Without either there are no traces."""

@@ -3,7 +3,8 @@
 Text is split as llama.cpp splits it (src/llama-vocab.cpp there); a splitting of another name is refused,
 because a text would become other tokens than the model was trained with."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -11,6 +12,11 @@ import msgspec
 from .checkpoint_files import shown
 from .errors import CheckpointError
 
+MAX_TOKEN_CHARS = 1024
+MAX_VOCABULARY_CHARS = (
+    1 << 22
+)  # each of a SentencePiece vocabulary is a place to cut; 262,144 tokens have 1.9 million
+MAX_MERGES = 1 << 20  # of a SentencePiece vocabulary; 262,144 tokens have 580,000
 _CONTROL, _USER_DEFINED = 3, 4  # types of tokens
 _SPACE = "▁"  # SentencePiece's spelling of a space
 
@@ -105,6 +111,17 @@ class _Fields:
             raise self.refuse(key, "a list of texts")
         return value
 
+    def tokens(self) -> list[str]:
+        key = "tokenizer.ggml.tokens"
+        tokens = self.texts(key)
+        longest, total = max(map(len, tokens), default=0), sum(map(len, tokens))
+        if longest > MAX_TOKEN_CHARS or total > MAX_VOCABULARY_CHARS:
+            raise CheckpointError(
+                f"{self.source}: {key}: the longest has {longest} characters, all together {total},"
+                f" expected at most {MAX_TOKEN_CHARS} and {MAX_VOCABULARY_CHARS}"
+            )
+        return tokens
+
     def numbers(self, key: str, length: int) -> list[float]:
         value = self.metadata.get(key)
         is_list = isinstance(value, list) and all(isinstance(item, int | float) for item in value)
@@ -163,7 +180,7 @@ def _sentencepiece(fields: _Fields) -> dict[str, Any]:
     ]
     if has_prefix:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    tokens = fields.texts("tokenizer.ggml.tokens")
+    tokens = fields.tokens()
     scores = fields.numbers("tokenizer.ggml.scores", len(tokens))
     unknown = special_tokens({"tokenizer.ggml.unknown_token_id": 0} | dict(fields.metadata), fields.source)
     return {
@@ -171,13 +188,13 @@ def _sentencepiece(fields: _Fields) -> dict[str, Any]:
         "pre_tokenizer": None,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": _bpe(fields, _merges(tokens, scores), byte_fallback=True, fuse_unk=True)
+        "model": _bpe(fields, _merges(fields, tokens, scores), byte_fallback=True, fuse_unk=True)
         | {"unk_token": unknown.get("unk_token")},
     }
 
 
 def _bpe(fields: _Fields, merges: list[list[str]], **options: bool) -> dict[str, Any]:
-    tokens = fields.texts("tokenizer.ggml.tokens")
+    tokens = fields.tokens()
     vocab = {token: token_id for token_id, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise CheckpointError(f"{fields.source}: tokenizer.ggml.tokens: a token occurs twice")
@@ -198,21 +215,22 @@ def _bpe(fields: _Fields, merges: list[list[str]], **options: bool) -> dict[str,
     } | options
 
 
-def _merges(tokens: list[str], scores: list[float]) -> list[list[str]]:
+def _merges(fields: _Fields, tokens: list[str], scores: list[float]) -> list[list[str]]:
     """Returns the pairs of tokens that make another one, in the order of its score: SentencePiece merges the
     pair whose token has the highest score."""
     vocab = {token: token_id for token_id, token in enumerate(tokens)}
-    ranked = [
+    found = (
         (-scores[token_id], vocab[left], vocab[right], left, right)
         for token_id, token in enumerate(tokens)
-        for left, right in _halves(token)
-        if left in vocab and right in vocab
-    ]
+        for index in range(1, len(token))
+        if (left := token[:index]) in vocab and (right := token[index:]) in vocab
+    )
+    ranked = list(islice(found, MAX_MERGES + 1))
+    if len(ranked) > MAX_MERGES:
+        raise CheckpointError(
+            f"{fields.source}: tokenizer.ggml.tokens: more than {MAX_MERGES} pairs of them make another one"
+        )
     return [[left, right] for *_, left, right in sorted(ranked)]
-
-
-def _halves(token: str) -> Iterator[tuple[str, str]]:
-    return ((token[:index], token[index:]) for index in range(1, len(token)))
 
 
 def _added(fields: _Fields) -> list[dict[str, Any]]:

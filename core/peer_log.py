@@ -19,11 +19,11 @@ THIRD_PARTY_LOGGERS = (
 
 
 class LineBudget:
-    """Decides which lines pass: `BURST_LINES` at once, then `LINES_PER_S`. Pure: the caller brings the
-    time."""
+    """Decides which lines pass: `num_at_once`, then `lines_per_s`. Pure: the caller brings the time."""
 
-    def __init__(self) -> None:
-        self._level = float(BURST_LINES)
+    def __init__(self, num_at_once: float = BURST_LINES, lines_per_s: float = LINES_PER_S) -> None:
+        self._num_at_once, self._lines_per_s = num_at_once, lines_per_s
+        self._level = float(num_at_once)
         self._filled_s: float | None = None
         self._num_suppressed = 0
 
@@ -32,7 +32,7 @@ class LineBudget:
         suppressed too."""
         if self._filled_s is not None:
             self._level = min(
-                float(BURST_LINES), self._level + max(0.0, now_s - self._filled_s) * LINES_PER_S
+                self._num_at_once, self._level + max(0.0, now_s - self._filled_s) * self._lines_per_s
             )
         self._filled_s = now_s
         if self._level < 1.0:

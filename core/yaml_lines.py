@@ -8,6 +8,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
 from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.scalarbool import ScalarBoolean
 
@@ -36,6 +37,7 @@ class Document:
 def parse_yaml(text: str, filename: str) -> Document:
     """Raises ConfigError where `text` is not one YAML document without duplicate keys."""
     try:
+        _check_size(text)
         loaded = YAML(typ="rt", pure=True).load(io.StringIO(text))
         walk = _Walk()
         return Document(filename, walk.plain(loaded, ()), walk.lines)
@@ -56,6 +58,21 @@ def parse_yaml(text: str, filename: str) -> Document:
 
 class _TooLarge(Exception):
     """The document is deeper or larger than a configuration can be."""
+
+
+def _check_size(text: str) -> None:
+    """Raises _TooLarge by the parser's events: thousands of levels take seconds to compose."""
+    depth = num_values = 0
+    for event in YAML(typ="rt", pure=True).parse(io.StringIO(text)):
+        match event:
+            case CollectionStartEvent():
+                depth += 1
+            case CollectionEndEvent():
+                depth -= 1
+            case ScalarEvent() | AliasEvent():
+                num_values += 1
+        if depth > MAX_DEPTH or num_values > 2 * MAX_VALUES:  # keys are scalars, too
+            raise _TooLarge
 
 
 class _Walk:

@@ -39,13 +39,14 @@ class Emission(msgspec.Struct, frozen=True):
 
 class DecodeScheduler:
     """Admits and retires sequences at every step. A running sequence that finds no block preempts one of the
-    lowest priority: the youngest sequence of the client that has most; the preempted one recomputes later.
+    lowest priority: the youngest sequence of the client that has most. So does one of a client that has
+    nothing here, among those whose priority is not higher. The preempted one recomputes later.
 
-    Waiting sequences are admitted by priority, preempted ones first, except that one in `FLOOR` is the one of
-    lower priority that has waited longest; that keeps its blocks like those of the highest. They are admitted
-    while the batch has room and a block per
-    running sequence stays free, so that admission does not cause the next preemption. Prompt tokens share the
-    step with decodes, at most `max_batch_tokens` tokens together."""
+    Of the waiting sequences the highest priority is served first, except for one in `FLOOR` of the lowest,
+    which then keeps its blocks like the highest; within a priority the client that has least, its preempted
+    ones before its others. They are admitted while the batch has room and a block per running sequence stays
+    free, so that admission does not cause the next preemption. Prompt tokens share the step with decodes, at
+    most `max_batch_tokens` tokens together."""
 
     def __init__(self, kv: KVManager, *, max_batch_size: int, max_batch_tokens: int) -> None:
         self._kv = kv
@@ -128,6 +129,8 @@ class DecodeScheduler:
         kv, running = self._kv, self._running
         if len(running) > self._max_batch_size or any(seq.needs_known_tokens for seq in running):
             return False
+        if self._waiting and self._newcomer() is not None:
+            return False
         num_free = kv.pool.num_free_blocks
         if num_free >= MAX_BLOCKS_A_TOKEN * len(running):
             return True
@@ -143,27 +146,21 @@ class DecodeScheduler:
                 seq.num_pending_tokens = 1 if chunk.choices else 0
 
     def schedule(self) -> StepPlan:
-        """Finds blocks for all running sequences, then for those that wait."""
-        chunks, budget = self._schedule_running()
+        """Finds blocks for clients that have none, for all running sequences, then for those that wait."""
         granted: list[Sequence] = []
         self._raise_one()
-        while self._waiting and self._has_room_for(self._waiting[0]):
-            seq = self._waiting[0]
+        self._admit_newcomers(granted)
+        chunks, budget = self._schedule_running()
+        while (seq := self._next_waiting()) is not None and self._has_room_for(seq):
             reserved = seq.transfer in self._reservations
-            if (not reserved and budget <= 0) or not self._admit(seq):
+            if (not reserved and budget <= 0) or not self._admit(seq, num_spare=len(self._running)):
                 break
-            self._waiting.popleft()
+            self._enter(seq, granted)
             passes = bool(self._waiting) and self._waiting[-1].priority > seq.priority
             self._num_since_floor = self._num_since_floor + 1 if passes else 0
-            if reserved:
-                self._reservations.remove(seq.transfer)
-                self._receiving[seq.transfer] = seq
-                granted.append(seq)
-            else:
-                self._running.append(seq)
-                if (num_tokens := min(budget, seq.num_computable_tokens)) > 0:
-                    chunks.append(self._chunk(seq, num_tokens))
-                    budget -= num_tokens
+            if not reserved and (num_tokens := min(budget, seq.num_computable_tokens)) > 0:
+                chunks.append(self._chunk(seq, num_tokens))
+                budget -= num_tokens
         batch = Batch(tuple(chunks), self._kv.take_copies()) if chunks else None
         return StepPlan(batch, tuple(granted))
 
@@ -287,25 +284,88 @@ class DecodeScheduler:
         itself had to be preempted."""
         while not self._kv.grow(seq, num_tokens):
             victim = order.pop()
-            assert not victim.num_in_flight_tokens, f"{victim} has a step under way"
-            self._running.remove(victim)
-            self._kv.reset(victim)
-            self._enqueue_first(victim)
-            self.num_preemptions += 1
+            self._preempt(victim)
             if victim is seq:
                 return False
         return True
+
+    def _preempt(self, victim: Sequence) -> None:
+        assert not victim.num_in_flight_tokens, f"{victim} has a step under way"
+        self._running.remove(victim)
+        self._kv.reset(victim)
+        self._enqueue_first(victim)
+        self.num_preemptions += 1
+
+    def _admit_newcomers(self, granted: list[Sequence]) -> None:
+        """Admits sequences of clients that have nothing here, at the expense of the client that has most:
+        running sequences grow into every block that becomes free."""
+        if any(seq.num_in_flight_tokens for seq in self._running):
+            return
+        while (seq := self._newcomer()) is not None:
+            while not self._admit(seq, num_spare=0):
+                victim = self._victim_for(seq)
+                if victim is None:
+                    return
+                self._preempt(victim)
+            self._enter(seq, granted)
+
+    def _newcomer(self) -> Sequence | None:
+        """Returns the next sequence to admit if its client has nothing here, and another can make room."""
+        seq = self._next_waiting()
+        if seq is None or self._num_held()[seq.spec.client] or not self._has_room_for(seq):
+            return None
+        return None if self._victim_for(seq) is None else seq
+
+    def _victim_for(self, seq: Sequence) -> Sequence | None:
+        """Returns the youngest sequence of the client that has most blocks, if that leaves it more than `seq`
+        takes."""
+        num_blocks = Counter[str]()
+        lower = [other for other in self._running if other.priority >= seq.priority]
+        for other in lower:
+            num_blocks[other.spec.client] += len(other.block_ids)
+        client = max(num_blocks, key=lambda client: (num_blocks[client], client), default=None)
+        if client is None:
+            return None
+        victim = next(other for other in reversed(lower) if other.spec.client == client)
+        num_left = num_blocks[client] - len(victim.block_ids)
+        return victim if num_left > self._kv.num_blocks_to_grow(seq, seq.num_tokens) else None
+
+    def _enter(self, seq: Sequence, granted: list[Sequence]) -> None:
+        """Lets a waiting sequence, which has its blocks now, run or receive."""
+        self._waiting.remove(seq)
+        if seq.transfer in self._reservations:
+            self._reservations.remove(seq.transfer)
+            self._receiving[seq.transfer] = seq
+            granted.append(seq)
+        else:
+            self._running.append(seq)
+
+    def _next_waiting(self) -> Sequence | None:
+        """Returns the first sequence of the highest priority, of the client that has least; None when none
+        waits. The sequences that a
+        client had to give up do not come before those of a client that has none."""
+        if len(self._waiting) < 2:
+            return self._waiting[0] if self._waiting else None
+        num_held = self._num_held()
+        return min(self._waiting, key=lambda seq: (seq.priority, num_held[seq.spec.client]))
+
+    def _num_held(self) -> Counter[str]:
+        """Returns the number of sequences with blocks, by client."""
+        num_held = Counter(seq.spec.client for seq in self._running)
+        for seq in self._receiving.values():
+            num_held[seq.spec.client] += len(seq.spec.choices)
+        return num_held
 
     def _has_room_for(self, seq: Sequence) -> bool:
         num_sequences = sum(len(other.spec.choices) if other.is_fresh else 1 for other in self._running)
         num_sequences += sum(len(other.spec.choices) for other in self._receiving.values())
         return num_sequences == 0 or num_sequences + len(seq.spec.choices) <= self._max_batch_size
 
-    def _admit(self, seq: Sequence) -> bool:
-        """Finds blocks for all tokens of `seq`, leaving one for each running sequence."""
+    def _admit(self, seq: Sequence, num_spare: int) -> bool:
+        """Finds blocks for all tokens of `seq`, leaving `num_spare`."""
         is_computed_elsewhere = seq.transfer in self._reservations
         self._kv.admit(seq, use_cache=is_computed_elsewhere or not seq.wants_prompt_logprobs)
-        if self._kv.grow(seq, seq.num_tokens) and self._kv.pool.num_free_blocks >= len(self._running):
+        if self._kv.grow(seq, seq.num_tokens) and self._kv.pool.num_free_blocks >= num_spare:
             return True
         self._kv.reset(seq)
         return False

@@ -39,6 +39,24 @@ def find_timeline(
     return next(iter(exact or found), None)
 
 
+def summary(timeline: Timeline, scope: str, now_s: float) -> pb.RequestSummary:
+    """`scope` begins the request's internal id, and is not shown."""
+    outcome, first_token_s = timeline.outcome, timeline.first_token_s
+    last = timeline.dispatches[-1] if timeline.dispatches else None
+    return pb.RequestSummary(
+        request_id=timeline.request_id.removeprefix(scope),
+        outcome="running" if outcome is None else outcome.value,
+        client=timeline.client,
+        prompt_tokens=timeline.num_prompt_tokens,
+        completion_tokens=sum(timeline.num_output_tokens),
+        first_token_s=None if first_token_s is None else first_token_s - timeline.submitted_s,
+        duration_s=timeline.ended_s - timeline.submitted_s,
+        age_s=now_s - timeline.submitted_s,
+        prefill_worker="" if last is None else last.prefill_worker,
+        decode_worker="" if last is None else last.decode_worker or "",
+    )
+
+
 def explanation(timeline: Timeline) -> pb.Explanation:
     outcome = timeline.outcome
     first_token_s = timeline.first_token_s

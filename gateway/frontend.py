@@ -48,6 +48,11 @@ class Frontend(Protocol):
         more)."""
         ...
 
+    def latest(self, max_requests: int, scope: str) -> list[Timeline]:
+        """Returns the time accounts of requests whose ids begin with `scope`: of running ones, newest first,
+        then of those that ended last."""
+        ...
+
     async def apply(self, config: ClusterConfig, dry_run: bool) -> object:
         """Starts to reconcile the cluster with `config`; with `dry_run`, only checks that this is possible.
 

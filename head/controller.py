@@ -141,8 +141,10 @@ class Controller:
     async def _follow(self, key: Key) -> None:
         """Follows one process until it ends, for whatever reason."""
         outcome = await self._keeper.ended(key)
-        level = logging.WARNING if self._supervisor.expects(key) else logging.INFO
-        log.log(level, "%s/%d ended: %s", *key, outcome.reason, extra={"worker": key[0]})
+        if self._supervisor.expects(key):
+            log.warning("%s/%d ended: %s", *key, outcome.reason, extra={"worker": key[0]})
+        else:  # how is no news: Ray calls an actor that it has killed one that died unexpectedly
+            log.info("%s/%d ended, as it was to", *key, extra={"worker": key[0]})
         self.handle(ProcessEnded(*key, outcome.reason, outcome.is_reported, outcome.has_died))
 
     def _schedule_tick(self) -> None:

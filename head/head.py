@@ -70,8 +70,8 @@ class Head:
         self._ended = asyncio.Event()
 
     async def start(self) -> Endpoints:
-        """Opens the gateway, then starts the workers; or takes over those of the previous head, then opens
-        the gateway.
+        """Starts the workers, and opens the gateway while they load; or takes over those of the previous
+        head, then opens the gateway.
 
         Raises CheckpointError, ConfigError or CapacityError.
         """
@@ -131,6 +131,8 @@ class Head:
             self._controller.handle(Apply(pool_sizes(config)))
             await self._controller.adopted.wait()
             await self._watch.start(config)  # now that the placement of running workers is known
+        else:
+            self._controller.handle(Apply(pool_sizes(config)))
         addresses = (
             (spec.endpoints.grpc, spec.endpoints.http)
             if spec.endpoints
@@ -138,8 +140,6 @@ class Head:
         )
         self._gateway = await open_gateway(self, config, *addresses, local=spec.local)
         self._on_change()
-        if not spec.generation:
-            self._controller.handle(Apply(pool_sizes(config)))
         return Endpoints(
             self._gateway.grpc_address, self._gateway.http_address, self._control_port, self._device
         )
@@ -194,6 +194,11 @@ class Head:
     def explain(self, request_id: str) -> Timeline | None:
         now_s = asyncio.get_running_loop().time()
         return self._service.router.timeline(request_id, now_s) or self._telemetry.recent(request_id)
+
+    def latest(self, max_requests: int, scope: str) -> list[Timeline]:
+        now_s = asyncio.get_running_loop().time()
+        running = self._service.router.timelines(max_requests, scope, now_s)
+        return running + self._telemetry.latest(max_requests - len(running), scope)
 
     async def watch(self) -> AsyncGenerator[ClusterStatus, None]:
         """Yields the state now, and again whenever it may have changed."""

@@ -9,6 +9,7 @@ from ..router.events import Timeline
 from ..telemetry.exposition import Exposition, Snapshot
 from ..telemetry.recent import RecentRequests
 from ..telemetry.recorder import TelemetryRecorder, Traces
+from ..telemetry.request_log import RequestLog
 from ..telemetry.steps import StepCosts, StepTally
 from ..telemetry.tally import Tally
 
@@ -31,9 +32,9 @@ class HeadTelemetry:
         self._recent = RecentRequests()
         self._traces = None if otlp_endpoint is None else _exporter(otlp_endpoint, config.model.name)
         self._exposition = Exposition(self._tally, steps, costs, model, lambda: snapshot(self._num_spans))
-        self.recorder = TelemetryRecorder(
-            self._tally, steps, self._recent, self._traces, asyncio.get_running_loop().time
-        )
+        clock = asyncio.get_running_loop().time
+        requests = RequestLog(config.observability.request_lines_per_s, clock)
+        self.recorder = TelemetryRecorder(self._tally, steps, self._recent, self._traces, requests, clock)
 
     def configure(self, config: ClusterConfig) -> None:
         """Applies the SLO of a new configuration."""
@@ -44,6 +45,9 @@ class HeadTelemetry:
 
     def recent(self, request_id: str) -> Timeline | None:
         return self._recent.get(request_id)
+
+    def latest(self, max_requests: int, scope: str) -> list[Timeline]:
+        return self._recent.latest(max_requests, scope)
 
     @property
     def _num_spans(self) -> int:

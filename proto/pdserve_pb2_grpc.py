@@ -315,6 +315,11 @@ class ClusterStub:
                 request_serializer=pdserve_dot_proto_dot_pdserve__pb2.ExplainRequest.SerializeToString,
                 response_deserializer=pdserve_dot_proto_dot_pdserve__pb2.Explanation.FromString,
                 _registered_method=True)
+        self.ListRequests = channel.unary_unary(
+                '/pdserve.v1.Cluster/ListRequests',
+                request_serializer=pdserve_dot_proto_dot_pdserve__pb2.ListRequestsRequest.SerializeToString,
+                response_deserializer=pdserve_dot_proto_dot_pdserve__pb2.ListRequestsResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServicer:
@@ -360,6 +365,14 @@ class ClusterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListRequests(self, request, context):
+        """The requests that are being served, the newest first, and after them those that ended last. A key that is not marked
+        `admin` gets its own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -387,6 +400,11 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=pdserve_dot_proto_dot_pdserve__pb2.ExplainRequest.FromString,
                     response_serializer=pdserve_dot_proto_dot_pdserve__pb2.Explanation.SerializeToString,
+            ),
+            'ListRequests': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRequests,
+                    request_deserializer=pdserve_dot_proto_dot_pdserve__pb2.ListRequestsRequest.FromString,
+                    response_serializer=pdserve_dot_proto_dot_pdserve__pb2.ListRequestsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -525,6 +543,33 @@ class Cluster:
             '/pdserve.v1.Cluster/Explain',
             pdserve_dot_proto_dot_pdserve__pb2.ExplainRequest.SerializeToString,
             pdserve_dot_proto_dot_pdserve__pb2.Explanation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRequests(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.Cluster/ListRequests',
+            pdserve_dot_proto_dot_pdserve__pb2.ListRequestsRequest.SerializeToString,
+            pdserve_dot_proto_dot_pdserve__pb2.ListRequestsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -145,6 +145,10 @@ class ClusterStub:
     """Where the time of one request went, against what was predicted when it was placed. For requests that are being served and
     for the few thousand that ended last; others are NOT_FOUND.
     """
+    ListRequests: _grpc.UnaryUnaryMultiCallable[_pdserve_pb2.ListRequestsRequest, _pdserve_pb2.ListRequestsResponse]
+    """The requests that are being served, the newest first, and after them those that ended last. A key that is not marked
+    `admin` gets its own.
+    """
 
 @_typing.type_check_only
 class ClusterAsyncStub(ClusterStub):
@@ -167,6 +171,10 @@ class ClusterAsyncStub(ClusterStub):
     Explain: _aio.UnaryUnaryMultiCallable[_pdserve_pb2.ExplainRequest, _pdserve_pb2.Explanation]  # type: ignore[assignment]
     """Where the time of one request went, against what was predicted when it was placed. For requests that are being served and
     for the few thousand that ended last; others are NOT_FOUND.
+    """
+    ListRequests: _aio.UnaryUnaryMultiCallable[_pdserve_pb2.ListRequestsRequest, _pdserve_pb2.ListRequestsResponse]  # type: ignore[assignment]
+    """The requests that are being served, the newest first, and after them those that ended last. A key that is not marked
+    `admin` gets its own.
     """
 
 class ClusterServicer(metaclass=_abc_1.ABCMeta):
@@ -217,6 +225,16 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_pdserve_pb2.Explanation, _abc.Awaitable[_pdserve_pb2.Explanation]]:
         """Where the time of one request went, against what was predicted when it was placed. For requests that are being served and
         for the few thousand that ended last; others are NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def ListRequests(
+        self,
+        request: _pdserve_pb2.ListRequestsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_pdserve_pb2.ListRequestsResponse, _abc.Awaitable[_pdserve_pb2.ListRequestsResponse]]:
+        """The requests that are being served, the newest first, and after them those that ended last. A key that is not marked
+        `admin` gets its own.
         """
 
 def add_ClusterServicer_to_server(servicer: ClusterServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

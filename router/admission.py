@@ -2,18 +2,18 @@
 requests."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count
 
 from ..core.errors import QueueFull
 from .dispatch import Job, LiveRequest
 from .fair_queue import PriorityQueue, TokenCounters
+from .passed_jobs import PassedJobs
 
 MIN_RETRY_AFTER_S = 0.1
 MAX_RETRY_AFTER_S = 60.0
 SMOOTHING = 0.1  # weight of the newest interval between dispatches
-MAX_PASSED = 64  # large jobs that wait while others pass them
 NEWCOMERS = 8  # one in this many places is kept for clients that have nothing queued
 
 
@@ -25,7 +25,7 @@ class JobQueue:
     def __init__(self, may_run: Callable[[Job], bool] = lambda job: True) -> None:
         """`may_run`: whether a job's client may have it running now."""
         self.counters = TokenCounters()
-        self._passed: deque[Job] = deque()
+        self._passed = PassedJobs()
         self._front: deque[Job] = deque()
         self._fair: PriorityQueue[Job] = PriorityQueue(self.counters, may_run)
         self._returning: list[Job] = []  # in front at the next `wake`, in this order
@@ -131,31 +131,29 @@ class JobQueue:
         self._note_dispatch(job, now_s)
         return job
 
-    def pass_head(self) -> bool:
-        """Lets other jobs pass the head, which is large, until there is room for it. Returns False when too
-        many have been passed already."""
-        if len(self._passed) == MAX_PASSED:
-            return False
+    def pass_head(self) -> None:
+        """Lets other jobs pass the head, which is large, until there is room for it."""
         self._passed.append(self._pop_head())
-        return True
 
-    def first_passed(self) -> Job | None:
-        return self._passed[0] if self._passed else None
+    def first_passed(self, num_running: Mapping[str, int]) -> Job | None:
+        """Returns the job that is to be placed first of those that others have passed; `num_running`: what
+        each client runs."""
+        return self._passed.first(num_running)
 
-    def pop_passed(self, now_s: float) -> Job:
-        """Takes the first job that others have passed out for dispatch."""
-        job = self._passed.popleft()
+    def pop_passed(self, job: Job, now_s: float) -> Job:
+        """Takes a job that others have passed out for dispatch."""
+        self._passed.remove(job)
         self._note_dispatch(job, now_s)
         return job
 
-    def defer_passed(self) -> None:
-        """Lets the first job that others have passed wait for its client's turn."""
-        self.push_back([self._passed.popleft()])
+    def defer_passed(self, job: Job) -> None:
+        """Lets a job that others have passed wait for its client's turn."""
+        self._passed.remove(job)
+        self.push_back([job])
 
     def return_passed(self) -> None:
         """Makes the jobs that others have passed the first ones again."""
-        self._put_in_front(self._passed)
-        self._passed.clear()
+        self._put_in_front(self._passed.clear())
 
     def _put_in_front(self, jobs: Sequence[Job]) -> None:
         self._front.extendleft(reversed(jobs))
@@ -184,9 +182,9 @@ class JobQueue:
 
     def remove(self, job: Job) -> None:
         """Takes a job out, wherever it waits."""
-        if self._fair.remove(job.priority, job.client, job):
+        if self._fair.remove(job.priority, job.client, job) or self._passed.remove(job):
             return
-        for place in (self._front, self._passed, self._stranded, self._returning, self._suspects):
+        for place in (self._front, self._stranded, self._returning, self._suspects):
             if job in place:
                 place.remove(job)
                 return

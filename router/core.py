@@ -81,7 +81,7 @@ class Router:
         self._links = Links()
         self._health = Health(self._registry)
         self._placer = Placer(self._registry, self._index, self.model, self._links, config)
-        self._reservation = Reservation(self._registry)
+        self._reservation = Reservation(self._registry, self._ledger)
         self._isolation = Isolation(self._registry, self._ledger)
         self._queue = JobQueue(self._may_run)
         self._room = RoomMaker(self._registry, self._ledger, self._queue.counters)
@@ -191,6 +191,11 @@ class Router:
         """Returns the timeline of a request that is being served; None for an unknown id."""
         return self._requests.timeline(request_id, now_s)
 
+    def timelines(self, max_requests: int, scope: str, now_s: float) -> list[Timeline]:
+        """Returns the timelines of requests that are being served, newest first, whose ids begin with
+        `scope`."""
+        return self._requests.timelines(max_requests, scope, now_s)
+
     def check_integrity(self) -> None:
         """Raises AssertionError when an account or a queue disagrees with the live requests."""
         self._ledger.check_integrity()
@@ -233,7 +238,9 @@ class Router:
         self._queue.reconsider()
         commands = self._dispatch_alone(now_s)
         commands += self._dispatch_passed(now_s)
+        makes_room = False
         while (job := self._queue.head()) is not None:
+            self._reservation.bind(job)
             placement = self._placer.place(job)
             if placement is not None and self._comes_too_late(job, placement, now_s):
                 commands += self._give_up(job, now_s)
@@ -244,7 +251,10 @@ class Router:
                     break
                 if self._room.may_take(job):
                     commands += self._make_room(job, now_s)
-                    break
+                    if makes_room or not self._pass(job, now_s):
+                        break
+                    makes_room = True
+                    continue
                 newcomer = self._room.newcomer(job, self._queue.candidates())
                 if newcomer is not None:
                     self._queue.favour(newcomer)
@@ -285,9 +295,9 @@ class Router:
     def _dispatch_passed(self, now_s: float) -> list[RouterCommand]:
         """Places large jobs that others have passed; holds room for the first that has to wait still."""
         commands: list[RouterCommand] = []
-        while (job := self._queue.first_passed()) is not None:
+        while (job := self._queue.first_passed(self._ledger.num_running)) is not None:
             if not self._may_run(job):
-                self._queue.defer_passed()
+                self._queue.defer_passed(job)
                 continue
             self._reservation.lift()
             placement = self._placer.place(job)
@@ -301,15 +311,16 @@ class Router:
             if self._comes_too_late(job, placement, now_s):
                 commands += self._give_up(job, now_s)
             else:
-                commands += self._start(self._queue.pop_passed(now_s), placement, now_s)
+                commands += self._start(self._queue.pop_passed(job, now_s), placement, now_s)
         self._reservation.release()
         return commands
 
     def _pass(self, job: Job, now_s: float) -> bool:
         """Lets others pass the head of the queue if it is large; returns False when they may not."""
-        if not self._reservation.may_be_passed(job) or not self._queue.pass_head():
+        if not self._reservation.may_be_passed(job):
             return False
-        if self._queue.first_passed() is job:
+        self._queue.pass_head()
+        if self._queue.first_passed(self._ledger.num_running) is job:
             self._reservation.hold(job, now_s)
         return True
 

@@ -186,6 +186,7 @@ class LiveRequest(Automaton[RequestState]):
             error=self.error,
             num_prompt_tokens=len(self.request.prompt_token_ids),
             num_output_tokens=tuple(len(stream.token_ids) for stream in self.streams),
+            client=self.request.client,
             user=self.request.user,
             traceparent=self.request.traceparent,
             num_times_unread=self.num_times_unread,

@@ -186,6 +186,7 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
     num_prompt_tokens: int = 0
     num_output_tokens: tuple[int, ...] = (0,)  # of each choice
+    client: str = ""  # whom it counted for; not known of an adopted request
     user: str = ""
     traceparent: str = ""
     num_times_unread: int = 0  # each time, the request left its workers

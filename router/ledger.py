@@ -21,6 +21,7 @@ class Ledger:
         # by client: choices of dispatches with an open leg that have not ended; absent means 0
         self.num_running: Counter[str] = Counter()
         self._priorities: Counter[int] = Counter()  # of open dispatches; absent means 0
+        self.num_blocks: Counter[str] = Counter()  # by client: reserved by its open decode legs
 
     def lowest_priority(self) -> int:
         """Returns the highest number among the open dispatches; 0 when there are none."""
@@ -57,6 +58,7 @@ class Ledger:
     def _open_decode(self, dispatch: Dispatch, worker: RegisteredWorker) -> None:
         spec = dispatch.spec
         dispatch.num_reserved_blocks = worker.blocks_for(spec.num_tokens, len(spec.choices))
+        self.num_blocks[spec.client] += dispatch.num_reserved_blocks
         worker.open_legs[dispatch.transfer] = None
         worker.num_sequences += len(spec.choices)
         worker.num_context_tokens += len(spec.choices) * spec.num_tokens
@@ -141,6 +143,9 @@ class Ledger:
 
     def _close_decode(self, dispatch: Dispatch, worker: RegisteredWorker) -> None:
         spec = dispatch.spec
+        self.num_blocks[spec.client] -= dispatch.num_reserved_blocks
+        if not self.num_blocks[spec.client]:
+            del self.num_blocks[spec.client]
         if not dispatch.decode_started:
             worker.num_pending_blocks -= dispatch.num_reserved_blocks
         worker.num_sequences -= dispatch.num_booked
@@ -153,8 +158,12 @@ class Ledger:
         """Checks that every account equals the sum over the open legs. For tests, and for status when
         idle."""
         num_running: Counter[str] = Counter()
+        num_blocks: Counter[str] = Counter()
         for dispatch in self:
             num_running[dispatch.spec.client] += dispatch.num_booked
+            if Leg.DECODE in dispatch.open_legs:
+                num_blocks[dispatch.spec.client] += dispatch.num_reserved_blocks
+        assert num_blocks == self.num_blocks, f"{self.num_blocks}, the open legs say {num_blocks}"
         assert +num_running == self.num_running, f"{self.num_running}, the open dispatches say {num_running}"
         for worker in self._registry:
             decoding = [d for d in self.at(worker) if d.decode is worker and Leg.DECODE in d.open_legs]

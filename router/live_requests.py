@@ -2,6 +2,7 @@
 `request_life.py`."""
 
 from dataclasses import dataclass
+from itertools import islice
 
 import msgspec
 
@@ -73,6 +74,11 @@ class LiveRequests:
         """Returns the timeline of a live request so far; None for an unknown id."""
         live = self._requests.get(request_id)
         return None if live is None else live.timeline(now_s)
+
+    def timelines(self, max_requests: int, scope: str, now_s: float) -> list[Timeline]:
+        """Returns the timelines so far of live requests whose ids begin with `scope`, newest first."""
+        found = (live for name, live in reversed(self._requests.items()) if name.startswith(scope))
+        return [live.timeline(now_s) for live in islice(found, max_requests)]
 
     def handle(self, live: LiveRequest, event: RequestEvent, now_s: float) -> list[RouterCommand]:
         """Applies the event to the request, which is forgotten once it is closed."""

@@ -1,10 +1,11 @@
 """Lets other jobs pass a large one that has no room yet, and holds room for it meanwhile.
 
 The blocks that are held on one worker grow with the time that the job has been the first to wait: what is
-free is used at first, and the job is placed at last however many smaller ones arrive. Pure; changes no
-account."""
+free is used at first, and the job is placed at last however many smaller ones arrive. Clients that hold less
+than the job's own client use the room nevertheless: it waits for itself then. Pure; changes no account."""
 
 from .dispatch import Job
+from .ledger import Ledger
 from .registry import RegisteredWorker, Registry
 
 AGING_S = 5.0  # after which all that the job needs is held
@@ -14,11 +15,13 @@ LARGE = 8  # a job is large when it takes more than this fraction of the blocks 
 class Reservation:
     """Room for at most one job, on at most one worker."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, ledger: Ledger) -> None:
         self._registry = registry
+        self._ledger = ledger
         self._job: Job | None = None
         self._since_s = 0.0
         self._worker: RegisteredWorker | None = None
+        self._num_blocks = self._num_sequences = 0  # held on the worker
 
     def may_be_passed(self, job: Job) -> bool:
         """Whether the job is large and some worker has room, though not for this job."""
@@ -41,9 +44,22 @@ class Reservation:
                 return False
             self._worker = max(workers, key=lambda worker: (worker.num_free_blocks, worker.worker_id))
         share = min(1.0, (now_s - self._since_s) / AGING_S)
-        num_sequences = len(job.choices) if share == 1.0 else 0
-        self._registry.hold(self._worker, int(share * _num_blocks(job, self._worker)), num_sequences)
+        self._num_sequences = len(job.choices) if share == 1.0 else 0
+        self._num_blocks = int(share * _num_blocks(job, self._worker))
+        self._registry.hold(self._worker, self._num_blocks, self._num_sequences)
         return True
+
+    def bind(self, job: Job) -> None:
+        """Keeps `job` from the room that is held, unless its client, with it, holds no more blocks than the
+        client for which it is held does."""
+        if self._job is None or self._worker is None:
+            return
+        num_blocks = self._ledger.num_blocks
+        num_then = num_blocks[job.client] + _num_blocks(job, self._worker)
+        if num_then <= num_blocks[self._job.client]:
+            self.lift()
+        else:
+            self._registry.hold(self._worker, self._num_blocks, self._num_sequences)
 
     def lift(self) -> None:
         """Lets the job itself see the room that is held for it."""

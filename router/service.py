@@ -181,8 +181,8 @@ class RouterService:
                     self._observer.handle(event)
                 case HangUp(connection):
                     connection.hang_up()
-                case Refused(reason, is_probe):
-                    level = logging.DEBUG if is_probe else logging.WARNING
+                case Refused(reason, is_harmless):
+                    level = logging.DEBUG if is_harmless else logging.WARNING
                     peer_log.log(level, "refused a connection to the workers' port: %s", reason)
 
 

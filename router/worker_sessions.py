@@ -88,11 +88,11 @@ class ToSupervisor:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The peer is not, or not known to be, a worker of this cluster. `is_probe`: it only tested whether it
-    reaches us, as joining hosts do."""
+    """The peer is not, or not known to be, a worker that may serve. `is_harmless`: it only tested whether it
+    reaches us, as joining hosts do; or it has the token, and was to end before it introduced itself."""
 
     reason: str
-    is_probe: bool
+    is_harmless: bool
 
 
 SessionCommand = Say[C] | HangUp[C] | ToRouter | ToSupervisor | Refused
@@ -165,11 +165,11 @@ class WorkerSessions(Generic[C]):
             return self.hang_up(connection, f"silent for {MAX_SILENT_BEATS * self.heartbeat_s:.1f} s")
         return [] if session.state is SessionState.UNPROVEN else [Say(connection, Heartbeat())]
 
-    def hang_up(self, connection: C, reason: str) -> list[SessionCommand[C]]:
+    def hang_up(self, connection: C, reason: str, is_harmless: bool = False) -> list[SessionCommand[C]]:
         session = self._sessions[connection]
         if session.state is SessionState.CLOSING:
             return []
-        refused = self._refuse(connection, Refused(reason, is_probe=False))
+        refused = self._refuse(connection, Refused(reason, is_harmless))
         session.state, session.reason = SessionState.CLOSING, reason
         return [*refused, HangUp(connection)]
 
@@ -177,8 +177,8 @@ class WorkerSessions(Generic[C]):
         """Handles the end of a connection; `error` is the cause, if it broke."""
         session = self._sessions.pop(connection)
         if session.key is None:
-            is_probe = not session.has_spoken and error is None
-            return self._refuse(connection, Refused(error or session.reason, is_probe))
+            is_harmless = not session.has_spoken and error is None
+            return self._refuse(connection, Refused(error or session.reason, is_harmless))
         del self._workers[session.key]
         reason = error or session.reason
         lost = ConnectionLost(*session.key, reason, session.is_silent)
@@ -197,8 +197,11 @@ class WorkerSessions(Generic[C]):
         if not isinstance(message, Hello):
             return self.hang_up(connection, "the first frame was not Hello")
         key = message.worker_id, message.incarnation
-        if not self._expects(key) or key in self._workers:
-            return self.hang_up(connection, f"it identifies as {key[0]}/{key[1]}, which is not expected")
+        name = f"{key[0]}/{key[1]}"
+        if not self._expects(key):
+            return self.hang_up(connection, f"it identifies as {name}, which is to end", is_harmless=True)
+        if key in self._workers:
+            return self.hang_up(connection, f"it identifies as {name}, which is connected already")
         session.state, session.key, session.num_silent_beats = SessionState.ADMITTED, key, 0
         self._workers[key] = connection
         del self._unproven[connection]

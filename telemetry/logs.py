@@ -18,7 +18,22 @@ from .relay import RelayHandler
 
 MAX_MESSAGE_CHARS = 4096
 MAX_EXCEPTION_CHARS = 8192  # its end says most
-FIELDS = ("request_id", "attempt", "worker")  # the keys that a record may carry as `extra`
+FIELDS = (  # the keys that a record may carry as `extra`; from `client` on, those of `telemetry.request_log`
+    "request_id",
+    "attempt",
+    "worker",
+    "client",
+    "prompt_tokens",
+    "cached_tokens",
+    "output_tokens",
+    "finish_reason",
+    "ttft_ms",
+    "duration_ms",
+    "prefill_worker",
+    "decode_worker",
+    "num_attempts",
+    "num_left_out",
+)
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")  # id of the call that a task serves
 _PLAIN = re.compile(r"[\w.:/#+-]+", re.ASCII)
 

@@ -1,6 +1,7 @@
-"""The timelines of the newest ended requests, for `pdserve explain`: as many as fit."""
+"""The timelines of the newest ended requests, for `pdserve explain` and `requests`: as many as fit."""
 
 from collections import OrderedDict
+from itertools import islice
 
 import msgspec
 
@@ -37,6 +38,11 @@ class RecentRequests:
     def get(self, request_id: str) -> Timeline | None:
         packed = self._packed.get(request_id)
         return None if packed is None else self._decoder.decode(packed)
+
+    def latest(self, max_requests: int, scope: str = "") -> list[Timeline]:
+        """Returns those whose ids begin with `scope`, the last to end first."""
+        packed = (packed for name, packed in reversed(self._packed.items()) if name.startswith(scope))
+        return [self._decoder.decode(one) for one in islice(packed, max_requests)]
 
     def _forget(self, request_id: str) -> None:
         self.num_bytes -= len(self._packed.pop(request_id, b""))

@@ -11,18 +11,27 @@ import shutil
 import socket
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol
 
 MAX_LINE_BYTES = 160 << 10
 CLOSE_S = 2.0
 
 
-class LogRelay:
-    """The displaying end: writes each line to `stream`, on a thread of its own."""
+class Screen(Protocol):
+    """Takes whole lines."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def write(self, text: str, /) -> object: ...
+    def flush(self) -> None: ...
+
+
+class LogRelay:
+    """The displaying end: writes each line to `stream`, and calls `keep` with it, on a thread of its own."""
+
+    def __init__(self, stream: Screen, keep: Callable[[str], None] = lambda line: None) -> None:
         self._stream = stream
+        self._keep = keep
         self._directory = Path(tempfile.mkdtemp(prefix="pdserve-log-", dir="/tmp"))  # for this user alone
         self.path = str(self._directory / "lines")
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -61,7 +70,9 @@ class LogRelay:
         except OSError:
             return False
         if line:
-            self._stream.write(line.decode(errors="replace") + "\n")
+            text = line.decode(errors="replace")
+            self._keep(text)
+            self._stream.write(text + "\n")
             self._stream.flush()
         return bool(line)
 

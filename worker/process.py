@@ -102,7 +102,8 @@ class WorkerProcess:
         endpoint: TransferEndpoint | None = None
         grammars: GrammarThread | None = None
         try:
-            self._progress("loading weights", 0.0)
+            # on a CPU the KV cache comes first: it may not fit
+            self._progress("allocating memory" if spec.device == "cpu" else "loading weights", 0.0)
             engine = self._load_engine()
             endpoint = TransferEndpoint(
                 engine.cache,

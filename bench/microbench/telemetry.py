@@ -29,6 +29,7 @@ from pdserve.telemetry.exposition import Exposition, Snapshot
 from pdserve.telemetry.otlp import TraceExporter
 from pdserve.telemetry.recent import RecentRequests
 from pdserve.telemetry.recorder import TelemetryRecorder, Traces
+from pdserve.telemetry.request_log import RequestLog
 from pdserve.telemetry.steps import StepCosts, StepTally
 from pdserve.telemetry.tally import Tally
 
@@ -43,10 +44,9 @@ NUM_STEPS = 600
 
 
 def recorder(traces: Traces | None = None) -> TelemetryRecorder:
-    steps = StepTally()
-    return TelemetryRecorder(
-        Tally(steps, ttft_slo_s=0.2, itl_slo_s=0.05), steps, RecentRequests(), traces, time.monotonic
-    )
+    steps, requests = StepTally(), RequestLog(10.0, time.monotonic)
+    tally = Tally(steps, ttft_slo_s=0.2, itl_slo_s=0.05)
+    return TelemetryRecorder(tally, steps, RecentRequests(), traces, requests, time.monotonic)
 
 
 class Side:

@@ -14,7 +14,7 @@ from ...core.errors import InvalidRequest
 from ...core.hosts import HostState, HostStatus
 from ...core.validation import check_name
 from ...proto import pdserve_pb2 as pb, pdserve_pb2_grpc
-from ..explain import explanation, find_timeline
+from ..explain import explanation, find_timeline, summary
 from ..frontend import ClusterStatus, Frontend, WorkerState, WorkerStatus
 from ..serving import Shared
 from ..translate import NeedsRestart, UnknownRequest, translated, write
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 MAX_CONFIG_CHARS = 64 << 10  # of a cluster.yaml; a larger one would block the loop that streams run on
 MAX_FILENAME_CHARS = 4096
+DEFAULT_LISTED, MAX_LISTED = 20, 200  # requests; more would hold the loop for too long
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -100,6 +101,21 @@ class ClusterService(pdserve_pb2_grpc.ClusterServicer):
             if timeline is None:
                 raise UnknownRequest(request.request_id)
             return explanation(timeline)
+        raise AssertionError("translated() ends the call")
+
+    async def ListRequests(
+        self, request: pb.ListRequestsRequest, context: Context
+    ) -> pb.ListRequestsResponse:
+        async with translated(context):
+            refuse_unknown_fields(request)
+            wanted = request.max_requests if request.HasField("max_requests") else DEFAULT_LISTED
+            if not 1 <= wanted <= MAX_LISTED:
+                raise InvalidRequest("max_requests", wanted, f"1 to {MAX_LISTED}")
+            caller = CALLER.get()
+            scope = "" if caller is None or caller.key.is_admin else caller.scoped("")
+            now_s = asyncio.get_running_loop().time()
+            found = self._frontend.latest(wanted, scope)
+            return pb.ListRequestsResponse(requests=[summary(timeline, scope, now_s) for timeline in found])
         raise AssertionError("translated() ends the call")
 
     def _drained(self, drain: "asyncio.Task[None]") -> None:

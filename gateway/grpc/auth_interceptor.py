@@ -42,9 +42,9 @@ _SERVICES = {
     f"{pb.DESCRIPTOR.package}.Generation": RequiredAccess.REQUEST,
     f"{pb.DESCRIPTOR.package}.Cluster": RequiredAccess.ADMIN,
 }
-_METHODS = {
-    f"{pb.DESCRIPTOR.package}.Cluster/Explain": RequiredAccess.KEY
-}  # for its own requests a client has received most of it
+_METHODS = {  # for its own requests a client has received most of it
+    f"{pb.DESCRIPTOR.package}.Cluster/{method}": RequiredAccess.KEY for method in ("Explain", "ListRequests")
+}
 
 ADMIN_SERVICES = tuple(name for name, need in _SERVICES.items() if need is RequiredAccess.ADMIN)
 _ADMIN_IS_LOCAL = (

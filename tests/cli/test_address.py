@@ -1,6 +1,7 @@
 """Which server a command talks to, and what it says when none answers there."""
 
 import http.server
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from pdserve.cli.main import app
 from tests.cli.conftest import Run, ServerThread
+from tests.other_user import NOBODY, needs_root
 
 
 @pytest.fixture
@@ -34,6 +36,11 @@ def http_port() -> Iterator[int]:
 
 def call(*arguments: str, **environment: str) -> Result:
     return CliRunner().invoke(app, arguments, env=environment)
+
+
+def words(result: Result) -> str:
+    """Returns what was printed, without the frame and the line ends that the terminal's width makes."""
+    return " ".join(result.output.replace("│", " ").split())
 
 
 def write(folder: Path, listen: str) -> None:
@@ -135,18 +142,25 @@ def test_an_unknown_command_names_the_one_that_is_meant(command: str, meant: str
         "chat",
         "status",
         "explain",
+        "requests",
+        "logs",
         "apply",
         "drain",
         "down",
         "plan",
         "bench",
         "key",
+        "key new",
+        "simulate",
+        "supervise",
+        "validate",
     ],
 )
 def test_help_fits_80_columns(command: str) -> None:
     result = call(*command.split(), "--help", COLUMNS="80")
     assert result.exit_code == 0
     assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "…" not in result.stdout, "names and help are whole"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -154,3 +168,21 @@ def test_completion_is_offered_for_a_shell(shell: str) -> None:
     result = CliRunner().invoke(app, [], prog_name="pdserve", env={"_PDSERVE_COMPLETE": f"source_{shell}"})
     assert "pdserve" in result.stdout, result.output
     assert result.exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["cluster.yaml", "."])
+def test_a_file_that_another_user_can_write_names_no_server(folder: Path, name: str) -> None:
+    needs_root()
+    write(folder, "grpc: '127.0.0.1:2'")
+    os.chown(folder / name, NOBODY, NOBODY)
+    result = call("status")
+    assert result.exit_code == 2
+    assert "can be written by another user" in words(result) and "--address" in words(result)
+    assert "127.0.0.1:1" in call("status", "--address", "127.0.0.1:1").output
+
+
+@pytest.mark.parametrize(("name", "mode"), [("cluster.yaml", 0o666), (".", 0o777)])
+def test_a_file_that_everybody_can_write_names_no_server(folder: Path, name: str, mode: int) -> None:
+    write(folder, "grpc: '127.0.0.1:2'")
+    (folder / name).chmod(mode)
+    assert "can be written by another user" in words(call("status"))

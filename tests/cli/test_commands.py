@@ -17,6 +17,7 @@ from pdserve import __version__
 from pdserve.cli.explain import explanation_lines
 from pdserve.cli.generate import write_out
 from pdserve.cli.main import app
+from pdserve.cli.requests import request_lines
 from pdserve.core.errors import QueueFull
 from pdserve.core.hosts import HostState, HostStatus
 from pdserve.core.status import WorkerState
@@ -172,9 +173,10 @@ def test_a_full_queue_says_when_to_come_back(run: Run, cluster: ScriptedCluster)
     )
 
 
-def test_without_a_server_it_says_how_to_start_one() -> None:
-    result = CliRunner().invoke(app, ["status", "--address", "127.0.0.1:1"])
-    assert result.exit_code == 1
+@pytest.mark.parametrize("command", [["status"], ["requests"], ["generate", "Hello"]])
+def test_without_a_server_it_says_how_to_start_one(command: list[str]) -> None:
+    result = CliRunner().invoke(app, [*command, "--address", "127.0.0.1:1"])
+    assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith(
         "pdserve: no pdserve server answers at 127.0.0.1:1 (--address); start one with `pdserve up`"
     )
@@ -304,6 +306,35 @@ def test_explain_shows_the_user_if_a_request_has_one() -> None:
 
     assert lines("alice") == ["user 'alice'"]
     assert lines("") == []
+
+
+def test_requests_are_listed_with_their_ends_and_sizes(run: Run) -> None:
+    assert run("requests").stdout == "no requests\n"
+    for name in ("r1", "r2"):
+        run("generate", "the dog", "--max-tokens", "7", "--request-id", name)
+    header, *rows = run("requests").stdout.splitlines()
+    assert header.split() == ["REQUEST", "OUTCOME", "TOKENS", "TTFT", "TIME", "AGE"]
+    assert [row.split()[:5] for row in rows] == [
+        ["r2", "length", "2+7", "40", "ms"],
+        ["r1", "length", "2+7", "40", "ms"],
+    ]
+    assert len(run("requests", "-n", "1").stdout.splitlines()) == 2
+    wide = run("requests", "-o", "wide").stdout.splitlines()[1].split()
+    assert wide[-3:-1] == ["prefill-0", "decode-0"]
+    assert json.loads(run("requests", "-o", "json").stdout)["requests"][1]["request_id"] == "r1"
+
+
+def test_a_list_of_requests_fits_80_columns() -> None:
+    summary = pb.RequestSummary(
+        request_id="1f5e187853ba497296f69aed680da409",
+        outcome="cancelled",
+        prompt_tokens=12345,
+        completion_tokens=1234,
+        first_token_s=12.3456,
+        duration_s=123.456,
+        age_s=5000,
+    )
+    assert max(map(len, request_lines([summary]))) <= 80
 
 
 def test_explain_says_when_a_request_is_not_known(run: Run) -> None:

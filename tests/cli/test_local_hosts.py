@@ -55,7 +55,7 @@ def test_ray_ends_only_on_the_host_that_left(folder: Path, capsys: pytest.Captur
 
 def test_the_copy_that_ray_reads_stays_until_the_hosts_are_noted(folder: Path) -> None:
     executable(folder / "bin" / "ray", "cat copy > seen; echo no such head >&2; exit 1")
-    with pytest.raises(CommandFailed, match="Ray does not take the hosts of file: no such head"):
+    with pytest.raises(CommandFailed, match="Ray refuses the hosts in file: no such head"):
         follow(config("a"), config("a", "old"))
     assert Path("seen").read_text() == Path("copy").read_text() == json.dumps(config("a", "old"))
 

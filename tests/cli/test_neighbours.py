@@ -32,7 +32,7 @@ def other(server: ServerThread) -> ServerThread:
 def test_a_cluster_on_the_same_cores_is_named(other: ServerThread, monkeypatch: pytest.MonkeyPatch) -> None:
     (line,) = neighbours(planned(3, monkeypatch))
     assert line == (
-        "the cluster that serves tiny takes 2 of this machine's 3 cores; both share them, and each is slower"
+        "the cluster that serves tiny takes 2 of this machine's 3 cores; the two clusters share them and slow each other down"
     )
 
 

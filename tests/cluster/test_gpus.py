@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import ray
 
-from pdserve.cluster.actors import options_of
+from pdserve.cluster.actors import options_of, variables_of
 from pdserve.cluster.nodes import RayNodes, with_resources
 from pdserve.core.config import ClusterConfig
 from pdserve.core.devices import DeviceKind
@@ -26,10 +26,10 @@ def spec(device: DeviceKind, gpus: float) -> WorkerSpec:
 
 
 class Shown:
-    """The devices visible to an actor's process."""
+    """The device visible to an actor's process."""
 
-    def variables(self) -> tuple[str | None, str | None]:
-        return os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("CUDA_DEVICE_ORDER")
+    def gpu(self) -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 def test_ray_assigns_gpus_by_the_rule_that_we_assume() -> None:
@@ -42,7 +42,8 @@ def test_ray_assigns_gpus_by_the_rule_that_we_assume() -> None:
             worker = spec("cuda", share)
             placement = allocator.take((f"decode-{number}", 1), worker.need)
             actors.append(ray.remote(Shown).options(**options_of(worker, placement)).remote())
-            assert ray.get(actors[-1].variables.remote()) == (str(placement.gpu), "PCI_BUS_ID")
+            assert ray.get(actors[-1].gpu.remote()) == str(placement.gpu)
+            assert variables_of(worker)["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID", "the order by which it counts"
     finally:
         for actor in actors:
             ray.kill(actor)
@@ -54,7 +55,8 @@ def test_a_worker_on_a_cpu_takes_no_gpu() -> None:
         worker, CoreAllocator({ray.nodes()[0]["NodeID"]: Capacity(8)}).take(worker.key, worker.need)
     )
     assert options["num_gpus"] is None
-    assert set(options["runtime_env"]["env_vars"]) == {"OMP_NUM_THREADS"}
+    assert "runtime_env" not in options, "it would keep the worker from a process that is there already"
+    assert set(variables_of(worker)) == {"OMP_NUM_THREADS"}
 
 
 async def test_a_machines_gpus_are_its_physical_ones() -> None:

@@ -42,6 +42,18 @@ def test_an_infeasible_configuration_is_not_launched(settings: dict[str, object]
     assert "Traceback" not in str(caught.value)
 
 
+def test_an_abandoned_cluster_is_gone_from_a_ray_that_stays() -> None:
+    listen = {"grpc": "127.0.0.1:0", "http": None}
+    cluster = launch(ClusterConfig.model_validate({"listen": listen}))
+    link = admin_socket.socket_link(cluster.grpc_address)
+    assert link.is_symlink()
+    cluster.abandon()
+    assert not link.is_symlink()
+    cluster._over.wait(30.0)
+    assert cluster.ended and cluster.poll() is None
+    launch(ClusterConfig.model_validate({"listen": listen})).stop()
+
+
 def test_a_launch_interrupted_while_ray_starts_leaves_no_directory(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ import jsonschema
 import pytest
 import yaml
 from hypothesis import example, given, strategies as st
+from ruamel.yaml import YAML
 
 from pdserve.core.config import ClusterConfig
 from pdserve.core.config_file import ConfigSource, Override, load_cluster_config, parse_cluster_config
@@ -184,6 +185,13 @@ def test_a_bad_value_is_reported_with_the_expected_one(line: str, problem: str) 
 )
 def test_a_file_without_a_configuration_is_reported(text: str, message: str) -> None:
     assert refusal(text).startswith(message)
+
+
+def test_a_file_of_thousands_of_levels_is_refused_before_it_is_composed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(YAML, "load", None)
+    assert refusal("x: " + "[" * 32_000).startswith("c.yaml:1: more than 16 levels")
 
 
 def test_keys_merged_from_an_anchor_are_read() -> None:

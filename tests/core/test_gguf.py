@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from transformers import LlamaTokenizer
 from transformers.tokenization_utils_base import generate_merges
 
+from pdserve.core import gguf_tokenizer
 from pdserve.core.checkpoint_files import read_bytes
 from pdserve.core.errors import CheckpointError
 from pdserve.core.gguf_file import MAX_ITEMS, MAX_STRING_BYTES, read_gguf_header
@@ -82,7 +83,7 @@ def test_a_damaged_header_is_read_or_refused(
         (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "GGUF version 1 is not supported, expected 2 or 3"),
         (header_bytes(num_tensors=1 << 40), "number of tensors: got 1099511627776"),
         (header_bytes(text(b"k") + struct.pack("<IQ", 8, MAX_STRING_BYTES + 1)), "length of k: got 1048577"),
-        (header_bytes(text(b"k") + struct.pack("<IIQ", 9, 0, MAX_ITEMS + 1)), "length of k: got 4194305"),
+        (header_bytes(text(b"k") + struct.pack("<IIQ", 9, 0, MAX_ITEMS + 1)), "length of k: got 2097153"),
         (header_bytes(text(b"k") + struct.pack("<IIQ", 9, 9, 1)), "k: a list of type 9"),
         (header_bytes(text(b"k") + struct.pack("<I", 99)), "k: unknown type 99"),
         (header_bytes(*(text(b"k") + struct.pack("<IB", 7, 1),) * 2), "key k occurs twice"),
@@ -195,6 +196,11 @@ def test_a_sentencepiece_tokenizer_encodes_as_transformers(words: str) -> None:
         ({"tokenizer.ggml.token_type": [1]}, "tokenizer.ggml.token_type: got [1], expected a list of 4096"),
         ({"tokenizer.ggml.merges": ["a b c"]}, "tokenizer.ggml.merges: expected two texts"),
         ({"tokenizer.ggml.merges": ["zz yy"]}, "tokenizer.ggml.merges: 'zz' is not a token"),
+        ({"tokenizer.ggml.tokens": ["a" * 1025]}, "tokenizer.ggml.tokens: the longest has 1025 characters"),
+        (
+            {"tokenizer.ggml.tokens": ["a" * 1024] * 4097},
+            "tokenizer.ggml.tokens: the longest has 1024 characters, all together 4195328",
+        ),
     ],
 )
 def test_metadata_that_makes_no_tokenizer_is_refused_by_key(
@@ -203,3 +209,12 @@ def test_metadata_that_makes_no_tokenizer_is_refused_by_key(
     with pytest.raises(CheckpointError) as error:
         json.loads(gguf_tokenizer_json(embedded_metadata(tmp_path) | change, "m.gguf"))
     assert f"m.gguf: {message}" in str(error.value)
+
+
+def test_a_vocabulary_that_explodes_into_merges_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_tokenizer, "MAX_MERGES", 1000)
+    tokens = ["a" * number for number in range(1, 65)]
+    lists = {"tokens": tokens, "scores": [0.0] * len(tokens), "token_type": [1] * len(tokens)}
+    metadata = SENTENCEPIECE | {f"tokenizer.ggml.{name}": values for name, values in lists.items()}
+    with pytest.raises(CheckpointError, match="more than 1000 pairs of them make another one"):
+        gguf_tokenizer_json(metadata, "m.gguf")

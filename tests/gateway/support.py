@@ -202,6 +202,7 @@ def timeline(request: Request) -> Timeline:
         finish_reasons=(FinishReason.LENGTH,),
         num_prompt_tokens=len(request.prompt_token_ids),
         num_output_tokens=(7,),
+        client=request.client,
         user=request.user,
         traceparent=request.traceparent,
     )
@@ -362,6 +363,10 @@ class ScriptedCluster:
         return next(
             (timeline(request) for request in self.requests if request.request_id == request_id), None
         )
+
+    def latest(self, max_requests: int, scope: str) -> list[Timeline]:
+        found = [request for request in reversed(self.requests) if request.request_id.startswith(scope)]
+        return [timeline(request) for request in found[:max_requests]]
 
     async def apply(self, config: ClusterConfig, dry_run: bool) -> None:
         if self.refusal is not None:

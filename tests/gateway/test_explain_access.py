@@ -75,6 +75,38 @@ async def test_a_client_finds_its_own_requests_by_the_ids_it_gave(
     assert await explained(admin, "both", BOB) == "bob/both"
 
 
+async def listed(
+    admin: "pdserve_pb2_grpc.ClusterAsyncStub", key: str | None, **wanted: int
+) -> list[tuple[str, str]]:
+    """Returns the listed requests' ids and clients."""
+    shown = (("authorization", f"Bearer {key}"),) if key else ()
+    found = await admin.ListRequests(pb.ListRequestsRequest(**wanted), metadata=shown)
+    return [(one.request_id, one.client) for one in found.requests]
+
+
+@pytest.mark.usefixtures("made")
+async def test_a_key_lists_its_own_requests_and_an_administrator_all(
+    admin: "pdserve_pb2_grpc.ClusterAsyncStub", local: "pdserve_pb2_grpc.ClusterAsyncStub"
+) -> None:
+    everything = [("bob/both", "key:bob"), ("alice/both", "key:alice"), ("alice/first", "key:alice")]
+    assert await listed(admin, ALICE) == [("both", "key:alice"), ("first", "key:alice")]
+    assert await listed(admin, BOB) == [("both", "key:bob")]
+    assert await listed(admin, ROOT) == await listed(local, None) == everything
+    assert await listed(admin, ROOT, max_requests=1) == everything[:1]
+    for request_id, _ in await listed(admin, ALICE):
+        assert await explained(admin, request_id, ALICE) == f"alice/{request_id}"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await listed(admin, None)
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+@pytest.mark.parametrize("number", [0, -1, 201])
+async def test_a_list_is_bounded(local: "pdserve_pb2_grpc.ClusterAsyncStub", number: int) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await listed(local, None, max_requests=number)
+    assert caught.value.details() == f"max_requests: {number} is not valid, expected 1 to 200"
+
+
 @pytest.mark.usefixtures("made")
 async def test_a_client_finds_no_other_clients_requests(admin: "pdserve_pb2_grpc.ClusterAsyncStub") -> None:
     for request_id in ("first", "alice/first", "cmpl-first", "../alice/first"):

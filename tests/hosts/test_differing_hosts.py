@@ -158,7 +158,7 @@ def decoding(status: Status) -> list[Status]:
 
 def loads_on(status: Status, host: str) -> bool:
     return any(
-        worker["node"] == host and worker["phase"] == "loading weights" for worker in status["workers"]
+        worker["node"] == host and worker["phase"] == "allocating memory" for worker in status["workers"]
     )
 
 

@@ -187,13 +187,22 @@ def test_a_refused_request_leaves_nothing_behind() -> None:
     assert router.next_tick_s() is None
 
 
+def test_running_requests_of_a_scope_are_listed_newest_first() -> None:
+    cluster = Cluster("both-0")
+    for name in ("alice/1", "bob/1", "alice/2", "alice/3"):
+        cluster.submit(make_request(name))
+    found = cluster.router.timelines(2, "alice/", 1.0)
+    assert [timeline.request_id for timeline in found] == ["alice/3", "alice/2"]
+    assert len(cluster.router.timelines(9, "", 1.0)) == 4
+
+
 def test_only_a_running_request_has_a_timeline() -> None:
     cluster = Cluster("both-0")
-    cluster.submit(msgspec.structs.replace(make_request("r"), user="alice"))
+    cluster.submit(msgspec.structs.replace(make_request("r"), user="alice", client="id:alice"))
     timeline = cluster.router.timeline("r", 1.0)
     assert timeline is not None
     assert (timeline.outcome, timeline.ended_s, timeline.num_prompt_tokens) == (None, 1.0, 20)
-    assert timeline.user == "alice"
+    assert (timeline.user, timeline.client) == ("alice", "id:alice")
     cluster.handle(Cancel("r"))
     cluster.leg_ended("both-0", Leg.DECODE, "aborted")
     assert cluster.router.timeline("r", 2.0) is None

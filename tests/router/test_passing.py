@@ -84,7 +84,7 @@ def test_its_room_is_held_on_one_worker_only() -> None:
     cluster = half_full(num_decode=2)
     cluster.tick(AGING_S)
     for index in range(6):
-        submit(cluster, f"small{index}", 3, f"client{index}")
+        submit(cluster, f"small{index}", 3, "many")
     found = [attempt_at_decode(cluster, f"small{index}") for index in range(6)]
     assert len({place[0] for place in found if place is not None}) == 1 and None not in found
 
@@ -92,14 +92,14 @@ def test_its_room_is_held_on_one_worker_only() -> None:
 def test_its_room_is_held_elsewhere_when_its_worker_changes_its_role() -> None:
     cluster = half_full(num_decode=2)
     cluster.tick(AGING_S)
-    submit(cluster, "small", 3, "client")
+    submit(cluster, "small", 3, "many")
     place = attempt_at_decode(cluster, "small")
     assert place is not None
     (held,) = {"decode-0", "decode-1"} - {place[0]}
     cluster.handle(WorkerDraining(held))
     cluster.handle(WorkerRole(held, Role.PREFILL))
     cluster.tick(AGING_S)
-    submit(cluster, "next", 3, "client")
+    submit(cluster, "next", 3, "many")
     assert not is_dispatched(cluster, "next")
 
 
@@ -122,9 +122,42 @@ def test_a_passed_request_takes_room_from_a_client_that_has_come_to_run_more() -
 def test_room_that_is_held_is_free_again_when_the_request_ends() -> None:
     cluster = half_full()
     cluster.tick(AGING_S)
-    submit(cluster, "small", 3, "other")
+    submit(cluster, "small", 3, "many")
     assert not is_dispatched(cluster, "small")
     cluster.handle(Cancel("large"))
+    assert is_dispatched(cluster, "small")
+
+
+def test_a_client_that_holds_less_uses_room_that_another_waits_for() -> None:
+    cluster = half_full()
+    cluster.tick(AGING_S)
+    submit(cluster, "theirs", 3, "other")
+    assert is_dispatched(cluster, "theirs")
+    prefilled(cluster, "theirs")
+    for index in range(4):
+        finish(cluster, f"stream{index}")
+    assert is_dispatched(cluster, "large")
+
+
+def test_room_is_held_against_a_client_that_holds_more() -> None:
+    cluster = half_full()
+    submit(cluster, "huge", 79, "other")
+    cluster.tick(AGING_S)
+    for index in range(3):
+        finish(cluster, f"stream{index}")
+    cluster.tick(AGING_S)
+    submit(cluster, "small", 3, "many")
+    assert not is_dispatched(cluster, "small")
+
+
+def test_a_client_with_many_large_requests_does_not_hold_up_anothers() -> None:
+    cluster = half_full()
+    for index in range(100):
+        submit(cluster, f"large{index}", 79, "many")
+    assert not cluster.aborts("decode-0")
+    submit(cluster, "theirs", 79, "other")
+    assert cluster.aborts("decode-0"), "a stream gives up its place, as for any client that runs nothing"
+    submit(cluster, "small", 1, "third")
     assert is_dispatched(cluster, "small")
 
 

@@ -55,7 +55,7 @@ def test_an_expected_worker_is_admitted_once_and_found_by_its_key(sessions: Work
     assert sessions.connection(KEY) == "a" and sessions.num_unproven == 0
     sessions.opened("b")
     refused, hang_up = sessions.received("b", HELLO)
-    assert isinstance(refused, Refused) and hang_up == HangUp("b")
+    assert isinstance(refused, Refused) and not refused.is_harmless and hang_up == HangUp("b")
     assert sessions.connection(KEY) == "a"
 
 
@@ -64,7 +64,8 @@ def test_an_unexpected_or_unauthenticated_peer_is_refused(
     sessions: WorkerSessions[str], message: Hello | StepReport | Ready
 ) -> None:
     refused, hang_up = sessions.received("a", message)
-    assert isinstance(refused, Refused) and not refused.is_probe and hang_up == HangUp("a")
+    assert isinstance(refused, Refused) and hang_up == HangUp("a")
+    assert refused.is_harmless == isinstance(message, Hello), "it has the token, and is to end: no alarm"
     assert sessions.received("a", HELLO) == [], "what it says after that does not count"
     assert sessions.closed("a", None) == [], "its refusal was counted already"
     assert sessions.num_refused == 1 and sessions.num_unproven == 0
@@ -72,11 +73,11 @@ def test_an_unexpected_or_unauthenticated_peer_is_refused(
 
 def test_a_host_that_only_tests_the_connection_is_a_probe(sessions: WorkerSessions[str]) -> None:
     (refused,) = sessions.closed("a", None)
-    assert isinstance(refused, Refused) and refused.is_probe
+    assert isinstance(refused, Refused) and refused.is_harmless
     sessions.opened("b")
     sessions.heard("b")
     (refused,) = sessions.closed("b", None)
-    assert isinstance(refused, Refused) and not refused.is_probe
+    assert isinstance(refused, Refused) and not refused.is_harmless
 
 
 def test_a_workers_held_legs_are_reported_as_a_whole(sessions: WorkerSessions[str]) -> None:

@@ -10,6 +10,7 @@ from pdserve.core.request import FinishReason, TransferId
 from pdserve.router.events import ConsideredPlace, DispatchTimes, Tick, Timeline
 from pdserve.telemetry.recent import RecentRequests
 from pdserve.telemetry.recorder import TelemetryRecorder
+from pdserve.telemetry.request_log import RequestLog
 
 from .support import STATS, Watched
 
@@ -78,6 +79,14 @@ def test_a_reused_id_refers_to_its_last_request() -> None:
     assert len(recent) == 1
 
 
+def test_the_latest_requests_of_a_scope_are_listed_the_last_first() -> None:
+    recent = RecentRequests()
+    for name in ("alice/1", "bob/1", "alice/2", "alice/3", "alice/1"):
+        recent.add(timeline(name))
+    assert [one.request_id for one in recent.latest(2, "alice/")] == ["alice/1", "alice/3"]
+    assert [one.request_id for one in recent.latest(9)] == ["alice/1", "alice/3", "alice/2", "bob/1"]
+
+
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 30)), max_size=60))
 def test_neither_many_requests_nor_long_ones_take_more_than_the_bounds(
@@ -100,7 +109,10 @@ class Recorded:
         self.num_spans = 0
         self.exported: list[tuple[str, float]] = []
         watched = Watched("prefill-0")
-        self.recorder = TelemetryRecorder(watched.tally, watched.steps, RecentRequests(), self, lambda: 42.0)
+        requests = RequestLog(10.0, lambda: 42.0)
+        self.recorder = TelemetryRecorder(
+            watched.tally, watched.steps, RecentRequests(), self, requests, lambda: 42.0
+        )
 
     def export(self, timeline: Timeline, now_s: float) -> None:
         self.exported.append((timeline.request_id, now_s))
@@ -129,30 +141,8 @@ def test_a_recording_error_is_logged_with_its_request_and_contained(
     assert len(caplog.records) == 2
 
 
-@pytest.mark.parametrize(
-    ("reason", "level"),
-    [
-        (FinishReason.LENGTH, "DEBUG"),
-        (FinishReason.CANCELLED, "DEBUG"),
-        (FinishReason.DEADLINE, "INFO"),
-        (FinishReason.ERROR, "WARNING"),
-    ],
-)
-def test_requests_are_logged_the_louder_the_worse_they_ended(
-    reason: FinishReason, level: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.DEBUG, "pdserve")
-    Recorded().recorder.closed(timeline("one", finish_reasons=(reason,), error="it broke"))
-    (record,) = caplog.records
-    assert record.levelname == level
-    assert record.__dict__["request_id"] == "one"
-    assert record.getMessage().startswith(f"{reason.value} after 2.000 s")
-    assert record.getMessage().endswith("it broke")
-
-
 def test_each_failed_attempt_is_a_line_with_its_number_and_worker(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "pdserve")
     Recorded().recorder.closed(timeline("one", failure="decode-0: killed"))
-    (record,) = caplog.records
-    fields = record.__dict__
+    fields = caplog.records[0].__dict__
     assert (fields["request_id"], fields["attempt"], fields["worker"]) == ("one", 7, "decode-0")

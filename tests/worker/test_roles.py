@@ -251,6 +251,48 @@ def test_waiting_sequences_are_admitted_by_priority_and_one_in_eight_of_the_lowe
     assert 0 < ended.index("low0") < ended.index("low1") < 24
 
 
+def test_preempted_sequences_do_not_stand_before_a_client_that_has_none() -> None:
+    pair = Pair(decode_blocks=17)
+    for number in range(4):
+        pair.decode.serve(Serve(spec=spec(f"r{number}", range(number, number + 8), 40, client="many")))
+    scheduler = pair.decode.scheduler
+    while scheduler.num_preemptions < 2:
+        assert pair.decode.step()
+    pair.decode.serve(Serve(spec=spec("one", range(50, 58), 40, client="one")))
+    while any(seq.spec.client == "one" for seq in scheduler._waiting):
+        before = set(scheduler._running)
+        assert pair.decode.step()
+        admitted = set(scheduler._running) - before
+        assert all(seq.spec.client == "one" for seq in admitted)
+    assert any(seq.spec.client == "many" for seq in scheduler._waiting), "it came in its turn, not at the end"
+
+
+def test_a_client_that_has_nothing_gets_room_from_one_that_has_all() -> None:
+    """Running sequences would grow into every block that becomes free."""
+    pair = Pair(decode_blocks=24)
+    for number in range(8):
+        pair.decode.serve(Serve(spec=spec(f"r{number}", range(number, number + 8), 400, client="many")))
+    scheduler = pair.decode.scheduler
+    while scheduler.num_preemptions < 3:
+        assert pair.decode.step()
+    pair.decode.serve(Serve(spec=spec("one", range(50, 58), 4, client="one")))
+    assert pair.decode.step()
+    assert any(seq.spec.client == "one" for seq in scheduler._running)
+
+
+def test_a_large_request_takes_no_room_from_clients_that_have_less() -> None:
+    pair = Pair(decode_blocks=24)
+    for client in ("a", "b", "c"):
+        for number in range(2):
+            pair.decode.serve(Serve(spec=spec(f"{client}{number}", range(8), 60, client=client)))
+    assert pair.decode.step()
+    pair.decode.serve(Serve(spec=spec("large", range(60), 4, client="d")))
+    assert pair.decode.step()
+    assert pair.decode.scheduler.num_preemptions == 0
+    pair.run()
+    assert len(pair.tokens(spec("large", range(60), 4, client="d"))) == 4
+
+
 @pytest.mark.parametrize("steps", range(12))
 def test_an_abort_at_any_point_frees_everything_on_both_workers(steps: int) -> None:
     pair, request = Pair(seed=steps, budget=4), spec("a", range(14), 6, n=2)

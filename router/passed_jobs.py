@@ -1,0 +1,51 @@
+"""Large jobs that others have passed, while there is no room for them. Pure."""
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+
+from .dispatch import Job
+
+
+class PassedJobs:
+    """Each client's jobs in their order; the clients by what they run, so that one with many large jobs does
+    not hold up another's."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[str, deque[Job]] = {}  # by client, none empty
+        self._current = ""  # the client whose oldest job is the first
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lanes.values()))
+
+    def __iter__(self) -> Iterator[Job]:
+        for lane in self._lanes.values():
+            yield from lane
+
+    def append(self, job: Job) -> None:
+        self._lanes.setdefault(job.client, deque()).append(job)
+
+    def first(self, num_running: Mapping[str, int]) -> Job | None:
+        """Returns the oldest job of the client that runs least, by `num_running`. It stays the first until it
+        is taken out, or another client runs less."""
+        if not self._lanes:
+            return None
+        least = min(self._lanes, key=lambda client: num_running.get(client, 0))
+        if self._current not in self._lanes or num_running.get(least, 0) < num_running.get(self._current, 0):
+            self._current = least
+        return self._lanes[self._current][0]
+
+    def remove(self, job: Job) -> bool:
+        """Takes a job out; returns False when it is absent."""
+        lane = self._lanes.get(job.client)
+        if lane is None or job not in lane:
+            return False
+        lane.remove(job)
+        if not lane:
+            del self._lanes[job.client]
+        return True
+
+    def clear(self) -> list[Job]:
+        """Takes all jobs out."""
+        jobs = list(self)
+        self._lanes.clear()
+        return jobs

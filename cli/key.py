@@ -37,12 +37,23 @@ def new(
     tokens_per_minute: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Tokens a minute, at most.")
     ] = None,
+    min_priority: Annotated[
+        int | None, typer.Option(help="The lowest `priority`, served first, that its requests may ask for.")
+    ] = None,
+    weight: Annotated[
+        int | None, typer.Option(help="Under load it gets this many times the tokens of others.")
+    ] = None,
 ) -> None:
     """Generate a key. It is shown once: the server's file has only its hash."""
     from .client import CommandFailed
 
     drawn = new_key()
-    limits = {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
+    limits = {
+        "min_priority": min_priority,
+        "weight": weight,
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+    }
     try:
         line = make_key(name, drawn, admin, metrics, group, **limits).line
     except ValueError as error:

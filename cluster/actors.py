@@ -97,7 +97,7 @@ async def outcome_of(run: Awaitable[None]) -> Outcome:
         await run
     except RayError as error:
         log.debug("a worker ended: %s", error)
-        return Outcome(reason_of(error), isinstance(error, RayTaskError))
+        return Outcome(reason_of(error), isinstance(error, RayTaskError), has_died=True)
     return Outcome("the process ended")
 
 

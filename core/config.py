@@ -164,6 +164,9 @@ class LimitsSection(ConfigSection):
     max_queued_requests: Positive = 1024
     """Requests that wait for a worker; more are refused with a retry delay. One place in eight is kept for
     clients that have nothing waiting."""
+    max_running_per_client: Positive | None = None
+    """Choices of one client that workers hold at a time; its other requests wait, and those of others pass.
+    By default as many as there is room for."""
     max_unread_tokens: Positive = 1024
     """Tokens that a client may leave unread beside what its connection holds; then its stream pauses and
     leaves the workers until the client has read half of them."""

@@ -156,6 +156,16 @@ class DuplicateRequest(PdserveError):
         self.request_id = request_id
 
 
+class KillsWorkers(PdserveError):
+    """Workers' processes have died of a request like this one, of the same client."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(
+            "workers died of this request before, one of them while it was there alone; it is served again in"
+            f" {retry_after_s:.0f} s at the earliest"
+        )
+
+
 class NoWorkerAvailable(PdserveError):
     """No worker can serve the request."""
 

@@ -3,7 +3,7 @@
     router --Prefill(spec, target)--> P      P --StepReport(first token), LegEnded--> router
     router --Reserve(spec)---------> D      D --StepReport(all tokens), LegEnded--> router
     router --Serve(spec)-----------> any    (both phases on one worker)
-    router --Abort(transfer)-------> both
+    router --Abort(transfer)-------> both   (of one choice: D)
     router --Probe(target)---------> any     any --Probed--> router  (whether it reaches another worker)
     router --Heartbeat-------------> all
 
@@ -289,9 +289,11 @@ class Serve(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Stop both legs of a dispatch on this worker and free what it holds. Unknown transfers are ignored."""
+    """Stop both legs of a dispatch on this worker, or one `choice` of it, and free what it holds. Unknown
+    ones are ignored."""
 
     transfer: TransferId
+    choice: int | None = None
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True, tag=True):

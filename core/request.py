@@ -16,6 +16,7 @@ class FinishReason(enum.Enum):
     DEADLINE = "deadline"
     INVALID = "invalid"  # no worker could carry it out, which showed only on the way
     ERROR = "error"
+    FATAL = "fatal"  # workers' processes died of it: it is not to be sent again
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,6 +72,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""  # requests share cached prefixes only within one salt
     deadline_s: float | None = None  # on the router's monotonic clock
     client: str = ""  # whom it counts for when clients take turns
+    weight: float = 1.0  # of its client: the share of the tokens that it gets beside others
+    priority: int = 0  # the lower is served earlier
     user: str = ""  # as its client named it, for operators; changes nothing of what is done
     traceparent: str = ""  # the client's span, as in W3C Trace Context; changes nothing of what is done
     only_scores: bool = False  # its client gets the prompt's log probabilities, and not the token behind them
@@ -109,6 +112,7 @@ class SequenceSpec(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""
     client: str = ""  # whom it counts for where clients take turns
+    priority: int = 0  # the lower is computed earlier
 
     @property
     def token_ids(self) -> tuple[int, ...]:

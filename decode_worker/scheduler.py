@@ -16,6 +16,8 @@ from ..engine.batch import Batch, SampledToken, ScheduledChunk
 from ..engine.kv_manager import MAX_BLOCKS_A_TOKEN, KVManager
 from ..engine.sequence import Sequence
 
+FLOOR = 8
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -36,13 +38,15 @@ class Emission(msgspec.Struct, frozen=True):
 
 
 class DecodeScheduler:
-    """Admits and retires sequences at every step. A running sequence that finds no block, and one of a client
-    that has nothing here, preempt the youngest sequence of the client that has most; the preempted one
-    recomputes later.
+    """Admits and retires sequences at every step. A running sequence that finds no block preempts one of the
+    lowest priority: the youngest sequence of the client that has most. So does one of a client that has
+    nothing here, among those whose priority is not higher. The preempted one recomputes later.
 
-    Of the waiting sequences the client that has least is served first, its preempted ones before its others,
-    while the batch has room and a block per running sequence stays free, so that admission does not cause the
-    next preemption. Prompt tokens share the step with decodes, at most `max_batch_tokens` tokens together."""
+    Of the waiting sequences the highest priority is served first, except for one in `FLOOR` of the lowest,
+    which then keeps its blocks like the highest; within a priority the client that has least, its preempted
+    ones before its others. They are admitted while the batch has room and a block per running sequence stays
+    free, so that admission does not cause the next preemption. Prompt tokens share the step with decodes, at
+    most `max_batch_tokens` tokens together."""
 
     def __init__(self, kv: KVManager, *, max_batch_size: int, max_batch_tokens: int) -> None:
         self._kv = kv
@@ -54,6 +58,7 @@ class DecodeScheduler:
         self._running: list[Sequence] = []  # oldest first
         # they take part in a step that was launched before their end was known
         self._ended_ahead: set[Sequence] = set()
+        self._num_since_floor = 0  # sequences admitted while one of lower priority waited
         self.num_preemptions = 0
 
     @property
@@ -76,12 +81,28 @@ class DecodeScheduler:
 
     def add(self, seq: Sequence) -> None:
         """Adds a sequence whose prompt is computed here."""
-        self._waiting.append(seq)
+        self._enqueue(seq)
 
     def reserve(self, seq: Sequence) -> None:
         """Adds a sequence whose KV will arrive."""
         self._reservations.add(seq.transfer)
-        self._waiting.append(seq)
+        self._enqueue(seq)
+
+    def _enqueue(self, seq: Sequence) -> None:
+        """Lets the sequence wait behind all of its priority."""
+        waiting = self._waiting
+        if not waiting or waiting[-1].priority <= seq.priority:
+            waiting.append(seq)
+        else:
+            waiting.insert(sum(other.priority <= seq.priority for other in waiting), seq)
+
+    def _enqueue_first(self, seq: Sequence) -> None:
+        """Lets the sequence wait ahead of all of its priority."""
+        waiting = self._waiting
+        if not waiting or waiting[0].priority >= seq.priority:
+            waiting.appendleft(seq)
+        else:
+            waiting.insert(sum(other.priority < seq.priority for other in waiting), seq)
 
     def received(self, transfer: TransferId, first_tokens: tuple[tuple[int, int], ...]) -> list[Sequence]:
         """All KV of a granted reservation is in its blocks: decodes from the given (choice, token) pairs on,
@@ -127,6 +148,7 @@ class DecodeScheduler:
     def schedule(self) -> StepPlan:
         """Finds blocks for clients that have none, for all running sequences, then for those that wait."""
         granted: list[Sequence] = []
+        self._raise_one()
         self._admit_newcomers(granted)
         chunks, budget = self._schedule_running()
         while (seq := self._next_waiting()) is not None and self._has_room_for(seq):
@@ -134,11 +156,26 @@ class DecodeScheduler:
             if (not reserved and budget <= 0) or not self._admit(seq, num_spare=len(self._running)):
                 break
             self._enter(seq, granted)
+            passes = bool(self._waiting) and self._waiting[-1].priority > seq.priority
+            self._num_since_floor = self._num_since_floor + 1 if passes else 0
             if not reserved and (num_tokens := min(budget, seq.num_computable_tokens)) > 0:
                 chunks.append(self._chunk(seq, num_tokens))
                 budget -= num_tokens
         batch = Batch(tuple(chunks), self._kv.take_copies()) if chunks else None
         return StepPlan(batch, tuple(granted))
+
+    def _raise_one(self) -> None:
+        """Gives the first of the lowest priority the highest one, when enough others have been admitted while
+        it waited."""
+        if self._num_since_floor + 1 < FLOOR or len(self._waiting) < 2:
+            return
+        lowest, highest = self._waiting[-1].priority, self._waiting[0].priority
+        if lowest > highest:
+            raised = next(seq for seq in self._waiting if seq.priority == lowest)
+            self._waiting.remove(raised)
+            raised.priority = highest
+            self._waiting.appendleft(raised)
+            self._num_since_floor = 0
 
     def complete(
         self, batch: Batch, sampled: list[list[SampledToken]], ahead: Batch | None = None
@@ -179,6 +216,23 @@ class DecodeScheduler:
         self._waiting = deque(seq for seq in self._waiting if seq.transfer != transfer)
         self._running = [seq for seq in self._running if seq.transfer != transfer]
 
+    def remove_choice(self, transfer: TransferId, choice: int) -> Sequence | None:
+        """Drops one choice of a dispatch, between two steps, and frees its blocks. Returns its sequence; None
+        if it has none of its own: it has yet to be forked, or is not here."""
+        for seq in (*self._waiting, *self._running):
+            if seq.transfer != transfer:
+                continue
+            if seq.is_fresh and len(seq.spec.choices) > 1:
+                if choice in seq.spec.choices:
+                    seq.drop_choice(choice)
+                return None
+            if seq.choice == choice:
+                self._kv.release(seq)
+                (self._running if seq in self._running else self._waiting).remove(seq)
+                self._reservations.discard(transfer)
+                return seq
+        return None
+
     def ended_in(self, batch: Batch) -> list[Sequence]:
         """Returns the sequences that have ended, but for a wasted row in this batch, which is under way."""
         ended = self._ended_ahead
@@ -218,12 +272,12 @@ class DecodeScheduler:
         return chunks, spare
 
     def _by_claim(self) -> deque[Sequence]:
-        """Returns the running sequences, beginning with those that keep their blocks longest: of clients with
-        few sequences, and the oldest."""
+        """Returns the running sequences, beginning with those that keep their blocks longest: of high
+        priority, of clients with few sequences, and the oldest."""
         num_running = Counter(seq.spec.client for seq in self._running)
-        if len(num_running) <= 1:
+        if len(num_running) <= 1 and len({seq.priority for seq in self._running}) <= 1:
             return deque(self._running)
-        return deque(sorted(self._running, key=lambda seq: num_running[seq.spec.client]))
+        return deque(sorted(self._running, key=lambda seq: (seq.priority, num_running[seq.spec.client])))
 
     def _grow(self, seq: Sequence, num_tokens: int, order: deque[Sequence]) -> bool:
         """Finds blocks, preempting from the end of `order`, which begins with `seq`; returns False when `seq`
@@ -239,7 +293,7 @@ class DecodeScheduler:
         assert not victim.num_in_flight_tokens, f"{victim} has a step under way"
         self._running.remove(victim)
         self._kv.reset(victim)
-        self._waiting.appendleft(victim)
+        self._enqueue_first(victim)
         self.num_preemptions += 1
 
     def _admit_newcomers(self, granted: list[Sequence]) -> None:
@@ -266,12 +320,13 @@ class DecodeScheduler:
         """Returns the youngest sequence of the client that has most blocks, if that leaves it more than `seq`
         takes."""
         num_blocks = Counter[str]()
-        for other in self._running:
+        lower = [other for other in self._running if other.priority >= seq.priority]
+        for other in lower:
             num_blocks[other.spec.client] += len(other.block_ids)
         client = max(num_blocks, key=lambda client: (num_blocks[client], client), default=None)
         if client is None:
             return None
-        victim = next(other for other in reversed(self._running) if other.spec.client == client)
+        victim = next(other for other in reversed(lower) if other.spec.client == client)
         num_left = num_blocks[client] - len(victim.block_ids)
         return victim if num_left > self._kv.num_blocks_to_grow(seq, seq.num_tokens) else None
 
@@ -286,12 +341,13 @@ class DecodeScheduler:
             self._running.append(seq)
 
     def _next_waiting(self) -> Sequence | None:
-        """Returns the first sequence of the client that has least; None when none waits. The sequences that a
+        """Returns the first sequence of the highest priority, of the client that has least; None when none
+        waits. The sequences that a
         client had to give up do not come before those of a client that has none."""
         if len(self._waiting) < 2:
             return self._waiting[0] if self._waiting else None
         num_held = self._num_held()
-        return min(self._waiting, key=lambda seq: num_held[seq.spec.client])
+        return min(self._waiting, key=lambda seq: (seq.priority, num_held[seq.spec.client]))
 
     def _num_held(self) -> Counter[str]:
         """Returns the number of sequences with blocks, by client."""

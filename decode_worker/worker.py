@@ -6,7 +6,7 @@ preempted sequence resumes. Its reports go into the outbox."""
 
 import time
 from collections.abc import Callable, Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -46,6 +46,7 @@ class _DecodeLeg:
     source: tuple[str, int] | None
     num_cached_tokens: int = 0
     aborted: bool = False
+    aborted_choices: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +173,10 @@ class DecodeWorker:
         self._unstarted.discard(transfer)
         leg.clock.start(self._clock())
         self._outbox.outputs += hand_off.first_tokens
-        for seq in self.scheduler.received(transfer, hand_off.going_on):
+        going_on = tuple(pair for pair in hand_off.going_on if pair[0] not in leg.aborted_choices)
+        for seq in self.scheduler.received(transfer, going_on):
             self._masks.want(seq)
-        if not hand_off.going_on:
+        if not going_on:
             self._end(transfer)
 
     def receive_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
@@ -204,6 +206,21 @@ class DecodeWorker:
         else:
             self.scheduler.remove(transfer)
             self._end(transfer, error="aborted", kind=FailureKind.CANCELLED)
+
+    def abort_choice(self, transfer: TransferId, choice: int) -> None:
+        """Stops one choice of a dispatch and frees its blocks, except those that a transfer is writing or its
+        siblings share. One that is not here is ignored."""
+        self.settle()
+        leg = self._legs.get(transfer)
+        if leg is None:
+            return
+        leg.aborted_choices.add(choice)
+        seq = self.scheduler.remove_choice(transfer, choice)
+        if seq is None:
+            return
+        self._masks.forget([seq])
+        if not self.scheduler.has_sequences(transfer):
+            self._end(transfer)
 
     def _accept(self, spec: SequenceSpec, source: tuple[str, int] | None) -> Sequence | None:
         """Returns a new leg's sequence; None when the command is a duplicate."""

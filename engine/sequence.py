@@ -19,6 +19,7 @@ class Sequence:
         self.spec = spec
         self.transfer = spec.transfer
         self.choice = choice
+        self.priority = spec.priority  # the lower is served earlier; may be lowered while it waits
         self.num_prompt_tokens = len(spec.prompt_token_ids)
         self.token_ids: list[int] = list(spec.token_ids)
         self.num_computed_tokens = 0
@@ -138,11 +139,18 @@ class Sequence:
             self._block_hashes += block_hashes(tail, block_size, self.spec.cache_salt, parent)
         return self._block_hashes
 
+    def drop_choice(self, choice: int) -> None:
+        """Forgets a choice that it has yet to fork; another one stays."""
+        choices = tuple(other for other in self.spec.choices if other != choice)
+        self.spec = msgspec.structs.replace(self.spec, choices=choices)
+        self.choice = choices[0]
+
     def fork(self, choice: int) -> "Sequence":
         """Returns another choice with the same tokens; the pool's owner shares its blocks."""
         sibling = Sequence(
             msgspec.structs.replace(self.spec, choices=(choice,)), choice, self._max_num_tokens
         )
+        sibling.priority = self.priority
         sibling.token_ids = list(self.token_ids)
         sibling.num_computed_tokens = self.num_computed_tokens
         sibling.num_cached_tokens = self.num_cached_tokens

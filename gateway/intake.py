@@ -17,6 +17,7 @@ from ..core.validation import max_prompt_tokens, request_problems
 from ..proto import pdserve_pb2 as pb
 from .auth.access import Caller
 from .auth.cost import Charge
+from .auth.keys import PRIORITIES
 from .call_bounds import client_of, host_of
 from .constraint import GrammarCheck, constraint_problems
 from .in_turns import in_turns
@@ -82,6 +83,7 @@ class Intake:
         request_id = message.request_id or uuid.uuid4().hex
         sampling = sampling_params(message.sampling, _seed_of(request_id), self._model.default_sampling)
         _check_resumption(message, sampling)
+        priority = _priority(message, caller)
         try:
             offer = await self.offer(message.prompt, limits, worked_for)
             with charge.tokenizing():
@@ -116,6 +118,8 @@ class Intake:
             cache_salt=message.cache_salt,
             deadline_s=deadline_s,
             client=_client(message, peer, caller),
+            priority=priority,
+            weight=1.0 if caller is None else caller.weight,
             user=message.client_id,
             traceparent=checked_traceparent(traceparent),
             has_tools=offer is not None,
@@ -272,6 +276,17 @@ def _client(message: pb.GenerateRequest, peer: str, caller: Caller | None) -> st
 def _seed_of(request_id: str) -> int:
     """A client that reconnects for the rest of its stream only needs to name its request."""
     return int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest(), "little")
+
+
+def _priority(message: pb.GenerateRequest, caller: Caller | None) -> int:
+    least = 0 if caller is None else caller.min_priority
+    if not message.HasField("priority"):
+        return max(0, least)
+    if message.priority not in PRIORITIES:
+        raise InvalidRequest("priority", message.priority, f"{PRIORITIES[0]} to {PRIORITIES[-1]}")
+    if caller is not None and message.priority < least:
+        raise InvalidRequest("priority", message.priority, f"{least} or more, as the key allows")
+    return message.priority
 
 
 def _check_resumption(message: pb.GenerateRequest, sampling: SamplingParams) -> None:

@@ -19,6 +19,7 @@ from ..core.errors import (
     ConfigError,
     DuplicateRequest,
     InvalidRequest,
+    KillsWorkers,
     NoWorkerAvailable,
     PdserveError,
     QueueFull,
@@ -87,6 +88,7 @@ _ENDINGS = {
         "the deadline passed before the request was done",
     ),
     FinishReason.ERROR: (grpc.StatusCode.UNAVAILABLE, "no worker could finish the request"),
+    FinishReason.FATAL: (grpc.StatusCode.INTERNAL, "workers died of the request"),
     FinishReason.INVALID: (grpc.StatusCode.INVALID_ARGUMENT, "the request cannot be carried out"),
 }
 
@@ -119,6 +121,8 @@ def to_status(error: PdserveError) -> tuple[grpc.StatusCode, list[Message]]:
             return grpc.StatusCode.UNAUTHENTICATED, [_info("UNAUTHENTICATED")]
         case NotPermitted():
             return grpc.StatusCode.PERMISSION_DENIED, [_info("NOT_PERMITTED")]
+        case KillsWorkers():
+            return grpc.StatusCode.INTERNAL, [_info("REQUEST_FATAL")]
         case NoWorkerAvailable():
             return grpc.StatusCode.UNAVAILABLE, [_retry(RETRY_UNAVAILABLE_S), _info("NO_WORKER_AVAILABLE")]
         case NeedsRestart():

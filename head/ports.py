@@ -20,10 +20,12 @@ Version = tuple[
 
 @dataclass(frozen=True)
 class Outcome:
-    """The way a worker's process ended. `is_reported`: the worker itself reported why."""
+    """The way a worker's process ended. `is_reported`: the worker itself reported why. `has_died`: it did not
+    end in order."""
 
     reason: str
     is_reported: bool = False
+    has_died: bool = False
 
 
 class Keeper(Protocol):

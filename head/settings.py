@@ -48,6 +48,7 @@ def router_config(config: ClusterConfig) -> RouterConfig:
     return replace(
         defaults,
         max_queued_requests=config.limits.max_queued_requests,
+        max_running_per_client=config.limits.max_running_per_client,
         max_unread_tokens=config.limits.max_unread_tokens,
         itl_slo_s=config.slo.itl_ms / 1e3,
         prefill_on_decode_factor=None

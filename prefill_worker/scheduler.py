@@ -9,6 +9,8 @@ from ..engine.batch import Batch, ScheduledChunk
 from ..engine.kv_manager import KVManager
 from ..engine.sequence import Sequence
 
+FLOOR = 8
+
 
 class PrefillScheduler:
     """First come, first served, within a budget of tokens per step; but a long prompt leaves half of it to
@@ -18,6 +20,9 @@ class PrefillScheduler:
     they share the other half, the shortest first: so no prompt waits more than twice as long as it would
     without those that overtake it, and a short prompt never waits for a long one. A chunk that fills the
     budget is cut; its rest continues in the next step.
+
+    Prompts of lower priority (a higher number) get what those of higher priority leave, except in one step of
+    `FLOOR`, which goes by age alone.
 
     A prompt is admitted when blocks for all of it are free, so that two half-computed prompts never wait for
     each other; none is admitted before the oldest, so that short prompts do not take its blocks for ever.
@@ -30,6 +35,7 @@ class PrefillScheduler:
         self._max_batch_tokens = max_batch_tokens
         self._sequences: list[Sequence] = []  # oldest first
         self._running: set[Sequence] = set()  # those with blocks
+        self._num_steps = 0
 
     @property
     def has_sequences(self) -> bool:
@@ -55,19 +61,33 @@ class PrefillScheduler:
         """Returns the next step's chunks, or None when nothing can be computed now."""
         if not self._sequences:
             return None
-        oldest, *others = self._sequences
+        self._num_steps += 1
+        ordered = self._in_order()
+        oldest, *others = ordered
         shares: dict[Sequence, int] = {}
         if self._is_admitted(oldest):
-            shorter = [seq for seq in others if seq.num_uncomputed_tokens < oldest.num_uncomputed_tokens]
+            shorter = [
+                seq
+                for seq in others
+                if seq.num_uncomputed_tokens < oldest.num_uncomputed_tokens
+                and seq.priority <= oldest.priority
+            ]
             shorter.sort(key=lambda seq: seq.num_uncomputed_tokens)
             self._share(
                 [oldest], -(-self._max_batch_tokens // 2) if shorter else self._max_batch_tokens, shares
             )
-            self._share([*shorter, *self._sequences], self._max_batch_tokens, shares)
+            self._share([*shorter, *ordered], self._max_batch_tokens, shares)
         else:
             self._share([seq for seq in others if seq in self._running], self._max_batch_tokens, shares)
         chunks = tuple(self._chunk(seq, num_tokens) for seq, num_tokens in shares.items())
         return Batch(chunks, self._kv.take_copies()) if chunks else None
+
+    def _in_order(self) -> list[Sequence]:
+        """Returns the sequences by priority, then by age; now and then by age alone."""
+        first = self._sequences[0].priority
+        if self._num_steps % FLOOR == 0 or all(seq.priority == first for seq in self._sequences):
+            return self._sequences
+        return sorted(self._sequences, key=lambda seq: seq.priority)
 
     def complete(self, batch: Batch) -> None:
         """Accounts for a computed batch. Sequences whose prompt is done leave; their blocks stay held."""

@@ -725,6 +725,7 @@ class GenerateRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     CLIENT_ID_FIELD_NUMBER: _builtins.int
     RESUME_FROM_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The name of the model, as GetModelInfo tells it. Empty: whichever is served. Another name is NOT_FOUND."""
     request_id: _builtins.str
@@ -736,6 +737,10 @@ class GenerateRequest(_message.Message):
     client_id: _builtins.str
     """The user that this request is for, at most 128 characters. Without keys it counts for this user when clients take turns
     under load, or if this is empty for the connection it came by; with keys it counts for its key. Explain shows it.
+    """
+    priority: _builtins.int
+    """Under load, requests of a lower number are served before those of a higher one, which get one place in eight and give up
+    theirs. -1000 to 1000; a key may set how low (`min_priority`, by default 0). Default: 0, or `min_priority` if that is more.
     """
     @_builtins.property
     def prompt(self) -> Global___Prompt:
@@ -763,12 +768,15 @@ class GenerateRequest(_message.Message):
         cache_salt: _builtins.str = ...,
         client_id: _builtins.str = ...,
         resume_from: _abc.Iterable[_builtins.int] | None = ...,
+        priority: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "client_id", b"client_id", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "resume_from", b"resume_from", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "cache_salt", b"cache_salt", "client_id", b"client_id", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume_from", b"resume_from", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 

@@ -2,13 +2,13 @@
 requests."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count
 
 from ..core.errors import QueueFull
 from .dispatch import Job, LiveRequest
-from .fair_queue import FairQueue
+from .fair_queue import PriorityQueue, TokenCounters
 from .passed_jobs import PassedJobs
 
 MIN_RETRY_AFTER_S = 0.1
@@ -18,24 +18,27 @@ NEWCOMERS = 8  # one in this many places is kept for clients that have nothing q
 
 
 class JobQueue:
-    """Jobs in order of dispatch: those dispatched before come first, then clients in turns. Retries that back
-    off are held separately, as are stranded jobs, which no present worker could ever serve and which wait for
-    another to join, and large jobs without room, which others pass."""
+    """Jobs in order of dispatch: by priority, those dispatched before first, then clients in turns. Retries
+    that back off are held separately, as are stranded jobs, which no present worker could ever serve and
+    which wait for another to join, and large jobs without room, which others pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, may_run: Callable[[Job], bool] = lambda job: True) -> None:
+        """`may_run`: whether a job's client may have it running now."""
+        self.counters = TokenCounters()
         self._passed = PassedJobs()
         self._front: deque[Job] = deque()
-        self._fair: FairQueue[Job] = FairQueue()
+        self._fair: PriorityQueue[Job] = PriorityQueue(self.counters, may_run)
         self._returning: list[Job] = []  # in front at the next `wake`, in this order
         self._backing_off: list[tuple[float, int, Job]] = []
         self._stranded: list[Job] = []
+        self._suspects: list[Job] = []  # run alone, apart from all others
         self._sequence = count()
         self._last_dispatch_s: float | None = None
         self._interval_s: float | None = None  # mean time between dispatches while jobs wait
 
     def __len__(self) -> int:
         in_front = len(self._stranded) + len(self._returning) + len(self._passed) + len(self._front)
-        return in_front + len(self._fair) + len(self._backing_off)
+        return in_front + len(self._fair) + len(self._backing_off) + len(self._suspects)
 
     def __iter__(self) -> Iterator[Job]:
         yield from self._stranded
@@ -43,6 +46,7 @@ class JobQueue:
         yield from self._passed
         yield from self._front
         yield from self._fair
+        yield from self._suspects
         yield from (job for _, _, job in self._backing_off)
 
     def check_room(self, client: str, limit: int, now_s: float, job_s: float) -> None:
@@ -67,27 +71,43 @@ class JobQueue:
             return pace_s
         return max(pace_s, pace_s + SMOOTHING * (now_s - self._last_dispatch_s - pace_s))
 
+    @property
+    def suspects(self) -> Sequence[Job]:
+        """Jobs that have to run alone, the oldest first."""
+        return self._suspects
+
     def push(self, job: Job) -> None:
-        self._fair.push(job.client, job, job.num_tokens)
+        if job.is_suspect:
+            self._suspects.append(job)
+        else:
+            self._fair.push(job.priority, job.client, job)
 
     def push_front(self, jobs: Sequence[Job], now_s: float) -> None:
         """Queues retries ahead of all other jobs, in order within one event. They back off until
         `ready_s`."""
-        self._returning += [job for job in jobs if job.ready_s <= now_s]
+        for job in jobs:
+            if job.ready_s <= now_s:
+                (self._suspects if job.is_suspect else self._returning).append(job)
         for job in reversed(jobs):
             if job.ready_s > now_s:
                 heappush(self._backing_off, (job.ready_s, next(self._sequence), job))
 
     def push_back(self, jobs: Sequence[Job]) -> None:
-        """Queues jobs that gave up their places to another client: they wait for their client's turn, ahead
-        of its other jobs."""
+        """Queues jobs that gave up their places, or had none yet: they wait for their client's turn, ahead of
+        its other jobs."""
         for job in reversed(jobs):
-            self._fair.push(job.client, job, job.num_tokens, is_first=True)
+            self._fair.push(job.priority, job.client, job, is_first=True)
+
+    def pop_suspect(self, job: Job, now_s: float) -> Job:
+        """Takes a job that is to run alone out for dispatch."""
+        self._suspects.remove(job)
+        self._note_dispatch(job, now_s)
+        return job
 
     def favour(self, job: Job) -> None:
         """Moves a waiting job ahead of all others."""
         self.remove(job)
-        self._front.appendleft(job)
+        self._put_in_front([job])
 
     def candidates(self) -> Iterator[Job]:
         """Yields at least the first job of each client that could be dispatched now."""
@@ -95,20 +115,25 @@ class JobQueue:
         yield from self._fair.firsts()
 
     def head(self) -> Job | None:
-        return self._front[0] if self._front else self._fair.head()
+        head = self._fair.head()
+        if not self._front or head is None:
+            return self._front[0] if self._front else head
+        is_first = self._front[0].priority <= head.priority or self._fair.is_floor_due
+        return self._front[0] if is_first else head
 
-    def pop(self, now_s: float, cost: int) -> Job:
-        """Takes the head out for dispatch. Its client is charged `cost` tokens, except for a retry."""
-        job = self._pop_head(cost)
+    def reconsider(self) -> None:
+        """Some clients may run more than before."""
+        self._fair.reconsider()
+
+    def pop(self, now_s: float) -> Job:
+        """Takes the head out for dispatch."""
+        job = self._pop_head()
         self._note_dispatch(job, now_s)
         return job
 
     def pass_head(self) -> None:
-        """Lets other jobs pass the head, which is large, until there is room for it; its client is
-        charged."""
-        job = self.head()
-        assert job is not None
-        self._passed.append(self._pop_head(job.num_tokens))
+        """Lets other jobs pass the head, which is large, until there is room for it."""
+        self._passed.append(self._pop_head())
 
     def first_passed(self, num_running: Mapping[str, int]) -> Job | None:
         """Returns the job that is to be placed first of those that others have passed; `num_running`: what
@@ -121,17 +146,31 @@ class JobQueue:
         self._note_dispatch(job, now_s)
         return job
 
+    def defer_passed(self, job: Job) -> None:
+        """Lets a job that others have passed wait for its client's turn."""
+        self._passed.remove(job)
+        self.push_back([job])
+
     def return_passed(self) -> None:
         """Makes the jobs that others have passed the first ones again."""
-        self._front.extendleft(reversed(self._passed.clear()))
+        self._put_in_front(self._passed.clear())
 
-    def _pop_head(self, cost: int) -> Job:
+    def _put_in_front(self, jobs: Sequence[Job]) -> None:
+        self._front.extendleft(reversed(jobs))
+        if any(job.priority != self._front[0].priority for job in self._front):
+            self._front = deque(sorted(self._front, key=lambda job: job.priority))
+
+    def _pop_head(self) -> Job:
         job = self.head()
         assert job is not None
-        if self._front:
+        if self._fair.has_before(job.priority):
+            job.live.keeps_place = True
+        if self._front and self._front[0] is job:
             self._front.popleft()
+            self._fair.served_elsewhere(job.priority)
         else:
-            self._fair.pop(job.client, job, cost)
+            passes = bool(self._front) and self._front[0].priority > job.priority
+            self._fair.pop(job.priority, job.client, job, passes=passes)
         return job
 
     def _note_dispatch(self, job: Job, now_s: float) -> None:
@@ -143,9 +182,9 @@ class JobQueue:
 
     def remove(self, job: Job) -> None:
         """Takes a job out, wherever it waits."""
-        if self._fair.remove(job.client, job) or self._passed.remove(job):
+        if self._fair.remove(job.priority, job.client, job) or self._passed.remove(job):
             return
-        for place in (self._front, self._stranded, self._returning):
+        for place in (self._front, self._stranded, self._returning, self._suspects):
             if job in place:
                 place.remove(job)
                 return
@@ -160,18 +199,22 @@ class JobQueue:
 
     def unstrand(self) -> None:
         """Re-examines stranded jobs, in their order, after workers have changed."""
-        self._returning[:0] = self._stranded
-        self._stranded.clear()
+        stranded, self._stranded = self._stranded, []
+        self._returning[:0] = [job for job in stranded if job.live.dispatches]
+        self.push_back([job for job in stranded if not job.live.dispatches])
 
     def wake(self, now_s: float) -> list[Job]:
         """Puts returning jobs, and those whose backoff has elapsed, in front; returns the latter."""
         if self._returning:
-            self._front.extendleft(reversed(self._returning))
+            self._put_in_front(self._returning)
             self._returning.clear()
         due: list[Job] = []
         while self._backing_off and self._backing_off[0][0] <= now_s:
             due.append(heappop(self._backing_off)[2])
-            self._front.appendleft(due[-1])
+            if due[-1].is_suspect:
+                self._suspects.append(due[-1])
+            else:
+                self._put_in_front(due[-1:])
         return due
 
     def next_wake_s(self) -> float | None:

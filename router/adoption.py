@@ -102,11 +102,12 @@ def _tells_all(spec: SequenceSpec) -> bool:
 
 
 def request_of(spec: SequenceSpec) -> Request:
-    """Rebuilds the client's request, except for deadline, client, user and trace (`is_same`)."""
+    """Rebuilds the client's request, except for deadline, client, weight, user and trace (`is_same`)."""
     return Request(
         request_id=spec.transfer.request_id,
         prompt_token_ids=spec.prompt_token_ids,
         sampling=spec.sampling,
         eos_token_ids=spec.eos_token_ids,
         cache_salt=spec.cache_salt,
+        priority=spec.priority,
     )

@@ -9,6 +9,8 @@ class RouterConfig:
     """Limits of the queue, and the parameters of placement."""
 
     max_queued_requests: int = 1024
+    # choices of one client that workers hold at a time; None: as many as there is room for
+    max_running_per_client: int | None = None
     # of one stream; beyond that, the stream leaves its workers until its client has read half of them
     max_unread_tokens: int = 1024
     itl_slo_s: float = 0.05  # placement avoids workers whose predicted time per token is longer

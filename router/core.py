@@ -24,6 +24,7 @@ from .events import (
     Adopted,
     Cancel,
     Closing,
+    LossCause,
     RouterCommand,
     RouterEvent,
     SendCommand,
@@ -41,6 +42,7 @@ from .events import (
     WorkersExpected,
 )
 from .health import Health
+from .isolation import Isolation
 from .ledger import Ledger
 from .links import Links
 from .live_requests import LiveRequests, is_same
@@ -83,12 +85,20 @@ class Router:
         self._links = Links()
         self._health = Health(self._registry)
         self._placer = Placer(self._registry, self._index, self.model, self._links, config)
-        self._room = RoomMaker(self._registry, self._ledger)
         self._reservation = Reservation(self._registry, self._ledger)
-        self._queue = JobQueue()
+        self._isolation = Isolation(self._registry, self._ledger)
+        self._queue = JobQueue(self._may_run)
+        self._room = RoomMaker(self._registry, self._ledger, self._queue.counters)
         self._requests = LiveRequests(self._queue, self._ledger, config)
         self._reports = WorkerReports(
-            self._registry, self._ledger, self._requests, self._index, self.model, self._links, self._health
+            self._registry,
+            self._ledger,
+            self._requests,
+            self._index,
+            self.model,
+            self._links,
+            self._health,
+            self._queue.counters,
         )
         self._next_attempt = first_attempt
         self._adoption = Adoption() if adopts else None
@@ -119,8 +129,8 @@ class Router:
         return self._requests.counters
 
     def handle(self, event: RouterEvent, now_s: float) -> list[RouterCommand]:
-        """Returns the commands that `event` leads to. Raises QueueFull, DuplicateRequest or NoWorkerAvailable
-        for a Submit; nothing has changed then."""
+        """Returns the commands that `event` leads to. For a Submit it raises QueueFull, DuplicateRequest,
+        NoWorkerAvailable or KillsWorkers; nothing has changed then."""
         if self._adoption is None:
             commands = self._react(event, now_s)
         else:
@@ -218,6 +228,7 @@ class Router:
             return self._requests.claim(adopted, request, now_s)
         if self._is_closing:
             raise NoWorkerAvailable(CLOSING)
+        self._requests.deaths.num_under(request, now_s)
         num_tokens = len(request.prompt_token_ids) + request.sampling.max_tokens
         if not (self._is_worker_expected or self._registry.can_hold(num_tokens)):
             raise NoWorkerAvailable(
@@ -245,20 +256,26 @@ class Router:
 
     def _dispatch(self, now_s: float) -> list[RouterCommand]:
         """Places jobs in order until the first that has to wait, and that others may not pass."""
-        commands = self._dispatch_passed(now_s)
+        self._queue.reconsider()
+        commands = self._dispatch_alone(now_s)
+        commands += self._dispatch_passed(now_s)
+        makes_room = False
         while (job := self._queue.head()) is not None:
             self._reservation.bind(job)
             placement = self._placer.place(job)
             if placement is not None and self._comes_too_late(job, placement, now_s):
                 commands += self._give_up(job, now_s)
             elif placement is not None:
-                commands += self._start(self._queue.pop(now_s, placement.num_new_tokens), placement, now_s)
+                commands += self._start(self._queue.pop(now_s), placement, now_s)
             elif self._registry.can_hold(job.num_total_tokens):
                 if not self._room.waits_for_decode(job):
                     break
                 if self._room.may_take(job):
                     commands += self._make_room(job, now_s)
-                    break
+                    if makes_room or not self._pass(job, now_s):
+                        break
+                    makes_room = True
+                    continue
                 newcomer = self._room.newcomer(job, self._queue.candidates())
                 if newcomer is not None:
                     self._queue.favour(newcomer)
@@ -267,14 +284,42 @@ class Router:
             elif self._is_worker_expected:
                 self._queue.strand_head()
             else:
-                error = CLOSING if self._is_closing else "no worker is left that can serve the request"
-                commands += self._requests.handle(job.live, End(FinishReason.ERROR, error), now_s)
+                commands += self._strand(job, now_s)
+        return commands
+
+    def _strand(self, job: Job, now_s: float) -> list[RouterCommand]:
+        error = CLOSING if self._is_closing else "no worker is left that can serve the request"
+        return self._requests.handle(job.live, End(FinishReason.ERROR, error), now_s)
+
+    def _dispatch_alone(self, now_s: float) -> list[RouterCommand]:
+        """Places jobs under which a worker died, each at a worker that has no other; one of a request at a
+        time."""
+        commands: list[RouterCommand] = []
+        if not self._queue.suspects and not self._registry.apart():
+            return commands
+        self._isolation.begin()
+        for job in list(self._queue.suspects):
+            if job not in self._queue.suspects or any(one.is_alone for one in job.live.running()):
+                continue
+            if not self._registry.can_hold(job.num_total_tokens):
+                commands += [] if self._is_worker_expected else self._strand(job, now_s)
+                continue
+            worker = self._isolation.worker_for(job, self._num_expected, now_s)
+            if worker is not None:
+                placement = self._placer.alone(job, worker)
+                commands += self._start(self._queue.pop_suspect(job, now_s), placement, now_s)
+            elif self._isolation.is_exhausted:
+                break
+        self._isolation.end()
         return commands
 
     def _dispatch_passed(self, now_s: float) -> list[RouterCommand]:
         """Places large jobs that others have passed; holds room for the first that has to wait still."""
         commands: list[RouterCommand] = []
         while (job := self._queue.first_passed(self._ledger.num_running)) is not None:
+            if not self._may_run(job):
+                self._queue.defer_passed(job)
+                continue
             self._reservation.lift()
             placement = self._placer.place(job)
             if placement is None:
@@ -328,9 +373,18 @@ class Router:
     def _start(self, job: Job, placement: RoutingDecision, now_s: float) -> list[RouterCommand]:
         attempt = self._next_attempt
         self._next_attempt += 1
+        request = job.live.request
+        if not job.live.dispatches:  # whatever comes back has been charged
+            self._queue.counters.charge(request.client, placement.num_new_tokens / request.weight)
         if placement.decode is not None and placement.decode is not placement.prefill:
             self._links.started(placement.prefill, placement.decode, now_s)
         return self._requests.handle(job.live, Placed(job, placement, attempt), now_s)
+
+    def _may_run(self, job: Job) -> bool:
+        """Whether the job keeps to the bound on what its client may have running. One request may exceed it
+        alone."""
+        limit, num_running = self.config.max_running_per_client, self._ledger.num_running[job.client]
+        return limit is None or not num_running or num_running + len(job.choices) <= limit
 
     def _probe_links(self, now_s: float) -> list[RouterCommand]:
         return [
@@ -350,7 +404,7 @@ class Router:
         if not self._registry.is_news(event.info):
             self.counters.stale += 1
             return []
-        commands = [] if known is None else self._lose(known, "replaced", now_s)
+        commands = [] if known is None else self._lose(known, "replaced", LossCause.GONE, now_s)
         self._registry.add(event.info, event.num_cached_blocks)
         self._links.workers_changed()
         self._num_expected = max(0, self._num_expected - 1)
@@ -376,17 +430,19 @@ class Router:
     def _on_worker_lost(self, event: WorkerLost, now_s: float) -> list[RouterCommand]:
         worker = self._registry.current(event.worker_id, event.incarnation)
         if worker is None:
-            return []
-        if worker.state in (RoutingState.READY, RoutingState.EJECTED):
+            return self._requests.explain_loss(event, now_s)
+        if worker.state is not RoutingState.DRAINING:
             self._num_expected += 1  # until the shell reports otherwise
-        return self._lose(worker, event.reason, now_s)
+        return self._lose(worker, event.reason, event.cause, now_s)
 
-    def _lose(self, worker: RegisteredWorker, reason: str, now_s: float) -> list[RouterCommand]:
+    def _lose(
+        self, worker: RegisteredWorker, reason: str, cause: LossCause, now_s: float
+    ) -> list[RouterCommand]:
         self._registry.lose(worker)
         self._links.lost(worker)
         self._health.lost(worker)
         self._index.remove_worker(worker.worker_id)
-        return self._requests.lose_worker(worker, reason, now_s)
+        return self._requests.lose_worker(worker, reason, cause, now_s)
 
     def _adopt(self, adoption: Adoption, event: RouterEvent, now_s: float) -> list[RouterCommand]:
         """Gathers what workers hold; when all have reported, takes it over, a slice at each tick."""

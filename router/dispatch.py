@@ -19,6 +19,9 @@ from .request_states import TRANSITIONS, RequestState
 from .stream import ChoiceStream
 
 PROGRESS_TOKENS = 16  # of one choice, from one dispatch
+# more than a worker can have computed, beyond those that it had reported, when it died
+SURVIVAL_TOKENS = 4
+SURVIVAL_GROWTH = 8  # with each earlier request like it that was over before it was cleared
 
 
 class DispatchState(enum.Enum):
@@ -47,13 +50,17 @@ class LiveRequest(Automaton[RequestState]):
         "first_token_s",
         "is_adopted",
         "jobs",
+        "keeps_place",
         "kept",
         "num_open_choices",
         "num_open_legs",
+        "num_survival_tokens",
+        "num_times_displaced",
         "num_times_unread",
         "request",
         "streams",
         "submitted_s",
+        "suspects",
     )
 
     def __init__(self, request: Request, now_s: float, *, is_adopted: bool = False) -> None:
@@ -70,12 +77,23 @@ class LiveRequest(Automaton[RequestState]):
         self.dispatches: list[Dispatch] = []
         self.jobs: list[Job] = []  # in the queue; when it is UNREAD, set aside
         self.kept: list[StreamCommand] = []  # for its client, which is not connected
+        self.num_times_displaced = 0
+        self.keeps_place = False  # it has got a place although something of higher priority waited
         self.num_times_unread = 0
         self.is_adopted = is_adopted
         self.num_open_legs = 0
+        # choices that were at a worker when its process died, and have not run alone since
+        self.suspects: set[int] = set()
+        self.num_survival_tokens = SURVIVAL_TOKENS  # of each choice, alone
 
     def __str__(self) -> str:
         return f"request {self.request_id!r}"
+
+    def suspect_from_the_start(self, num_deaths: int) -> None:
+        """Lets all choices run alone first, as workers' processes have died under requests like this one. It
+        has to survive for longer each time, as it may be over each time before the next death."""
+        self.suspects = set(range(self.request.sampling.n))
+        self.num_survival_tokens = SURVIVAL_TOKENS * SURVIVAL_GROWTH ** min(num_deaths, 8)
 
     @property
     def request_id(self) -> str:
@@ -181,6 +199,7 @@ class Job:
 
     __slots__ = (
         "_chains",
+        "awaited",
         "choices",
         "failed_pairs",
         "failed_workers",
@@ -204,11 +223,22 @@ class Job:
         self.failed_pairs: frozenset[tuple[RegisteredWorker, RegisteredWorker | None]] = frozenset()
         # incarnations that reported those failures
         self.failed_workers: frozenset[RegisteredWorker] = frozenset()
+        # the dispatch that failed with a lost worker: whether that died is not known yet
+        self.awaited: Dispatch | None = None
         self._chains: dict[int, PrefixChain] = {}
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it has to run alone."""
+        return not self.live.suspects.isdisjoint(self.choices)
 
     @property
     def client(self) -> str:
         return self.live.request.client
+
+    @property
+    def priority(self) -> int:
+        return self.live.request.priority
 
     @property
     def num_tokens(self) -> int:
@@ -252,6 +282,7 @@ class Job:
             eos_token_ids=request.eos_token_ids,
             cache_salt=request.cache_salt,
             client=request.client,
+            priority=request.priority,
         )
 
 
@@ -267,9 +298,11 @@ class Dispatch(Automaton[DispatchState]):
         "ended_s",
         "failure",
         "first_token_s",
+        "is_alone",
         "is_prefilling",
         "job",
         "live",
+        "num_booked",
         "num_grown_tokens",
         "num_new_tokens",
         "num_reserved_blocks",
@@ -308,6 +341,8 @@ class Dispatch(Automaton[DispatchState]):
         self.cancelled = False  # a choice ended by decision, unknown to workers
         self.decode_started = False  # the decode worker has sent a token, so it has all the KV
         self.is_prefilling = True
+        self.is_alone = job.is_suspect
+        self.num_booked = len(spec.choices)  # choices on its workers' accounts
         self.num_grown_tokens = 0
         self.num_reserved_blocks = 0
         self.num_new_tokens = 0
@@ -327,6 +362,10 @@ class Dispatch(Automaton[DispatchState]):
     @property
     def transfer(self) -> TransferId:
         return self.spec.transfer
+
+    @property
+    def priority(self) -> int:
+        return self.spec.priority
 
     @property
     def is_served_by_one(self) -> bool:
@@ -365,6 +404,15 @@ class Dispatch(Automaton[DispatchState]):
         """Whether clients have so much from it that its failure is not the request's. The first token is the
         prefill worker's alone, and a request that breaks each worker a step later would never end."""
         return self._num_steps() >= PROGRESS_TOKENS
+
+    @property
+    def has_survived(self) -> bool:
+        """Whether each choice is past the point where a worker died under it, or has ended."""
+        num_enough = len(self.spec.output_token_ids) + self.live.num_survival_tokens
+        return all(
+            stream.finish_reason is not None or len(stream.token_ids) >= num_enough
+            for stream in self.streams.values()
+        )
 
     def summary(self) -> str:
         """Returns one line for the request's story."""

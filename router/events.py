@@ -3,6 +3,8 @@
 `Router.handle(event, now_s)` takes a `RouterEvent` and returns `RouterCommand`s in the order of execution.
 Workers' `StepReport`s and `LegEnded`s are events just as they come off the wire."""
 
+import enum
+
 import msgspec
 
 from ..core.messages import (
@@ -63,13 +65,22 @@ class WorkerReady(msgspec.Struct, frozen=True):
     num_cached_blocks: int = 0  # which its reports will name
 
 
+class LossCause(enum.Enum):
+    """Why nothing more comes from a worker."""
+
+    GONE = "gone"  # it fell silent, was cut off, or was to end: no request is to blame
+    UNKNOWN = "unknown"  # its connection ended: another `WorkerLost` follows when the cause is known
+    DIED = "died"  # its process ended by itself, or its engine failed: one of its requests may be to blame
+
+
 class WorkerLost(msgspec.Struct, frozen=True):
-    """A worker died, froze or was stopped: nothing more comes from this incarnation. Unknown ones are
-    ignored."""
+    """A worker died, froze or was stopped: nothing more comes from this incarnation. Of one that is lost
+    already only the cause is news. Unknown ones are ignored."""
 
     worker_id: str
     incarnation: int
     reason: str = "lost"
+    cause: LossCause = LossCause.GONE
 
 
 class WorkerAway(msgspec.Struct, frozen=True):
@@ -230,9 +241,9 @@ class EmitChoiceEnd(msgspec.Struct, frozen=True):
 class EmitEnd(msgspec.Struct, frozen=True):
     """A request's only ending, after those of all its choices.
 
-    `finish_reason` is None when every choice ended by itself, else CANCELLED, DEADLINE, INVALID or ERROR (the
-    last two with `error`: INVALID_ARGUMENT and UNAVAILABLE to clients). The timeline holds what is known now;
-    workers' accounts of the last legs may arrive later."""
+    `finish_reason` is None when every choice ended by itself, else CANCELLED, DEADLINE, INVALID, ERROR or
+    FATAL (the last three with `error`: INVALID_ARGUMENT, UNAVAILABLE and INTERNAL to clients). The timeline
+    holds what is known now; workers' accounts of the last legs may arrive later."""
 
     request_id: str
     finish_reason: FinishReason | None

@@ -1,88 +1,237 @@
-"""Turns among clients: deficit round robin (Shreedhar and Varghese, SIGCOMM 1995) over each client's own
-queue.
+"""Turns among clients: the virtual token counter (Sheng et al., OSDI 2024, arXiv 2401.00588).
 
-A client's turn is worth `quantum` tokens; the unused part is kept while the client has something queued. So
-each of N clients gets at least about 1/N of the tokens, regardless of the number and length of others'
-requests, and a client that is alone never waits for its own turn."""
+    charge (a prompt's tokens when it is dispatched, output as it comes) --> TokenCounters
+                                                                                  | least first
+    push --> FairQueue of each priority --> PriorityQueue.head --> pop
 
-from collections import OrderedDict
-from collections.abc import Iterator
+Each client's counter holds the tokens that it has had, divided by its weight, and the client that has had
+least is next. So clients that always have something queued get shares of the tokens as their weights are,
+however many requests they send, however long and with however many choices; a client that is alone never
+waits for its own turn."""
+
+from bisect import insort
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from heapq import heappop, heappush, heapreplace
+from itertools import count
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-QUANTUM_TOKENS = 512
+OUTPUT_TOKEN = 2.0  # prompt tokens that an output token counts as, as in the paper
+MAX_CLIENTS = 8192  # whose counters are kept
+FLOOR = 8  # one place in this many goes to a lower priority, so that none starves
+
+
+class TokenCounters:
+    """What each client has had. A client whose counter is forgotten begins where the others are."""
+
+    def __init__(self) -> None:
+        self._counters: dict[str, float] = {}
+        self._floor = 0.0  # of the client served last
+
+    def of(self, client: str) -> float:
+        return self._counters.get(client, 0.0)
+
+    def charge(self, client: str, num_tokens: float) -> None:
+        """Charges a client for tokens, of which output counts for `OUTPUT_TOKEN`, divided by its weight."""
+        self._counters[client] = self._counters.get(client, 0.0) + num_tokens
+
+    def enter(self, client: str, least: float | None) -> None:
+        """The client has something queued again: its time without counts as used. `least`: the counter of the
+        waiting client that has had least, None when nobody waits."""
+        self._counters[client] = max(self.of(client), self._floor if least is None else least)
+        if len(self._counters) > MAX_CLIENTS:
+            self._forget()
+
+    def served(self, client: str) -> None:
+        self._floor = max(self._floor, self.of(client))
+
+    def _forget(self) -> None:
+        """Forgets half of the clients, those first that would be raised when they come back."""
+        behind = sorted(self._counters.items(), key=lambda entry: entry[1])
+        self._counters = dict(behind[len(behind) // 2 :])
 
 
 class _Lane(Generic[T]):
-    """The items that one client has queued, oldest first. `credit` already includes the next turn's
-    quantum."""
+    """The items that one client has queued, in order."""
 
-    __slots__ = ("credit", "items")
+    __slots__ = ("is_held", "items", "number")
 
-    def __init__(self, credit: int) -> None:
-        self.credit = credit
-        self.items: OrderedDict[int, tuple[T, int]] = OrderedDict()  # id -> item and its greatest cost
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.is_held = False  # out of the order until `reconsider`
+        self.items: OrderedDict[int, T] = OrderedDict()  # by id
 
 
 class FairQueue(Generic[T]):
-    """Items of many clients. Push, peek, pop and removal take constant time, apart from the turns that an
-    item larger than the quantum has to wait for."""
+    """Items of many clients. Push, pop and removal take constant time; `head` the logarithm of the number of
+    clients."""
 
-    def __init__(self, quantum: int = QUANTUM_TOKENS) -> None:
-        self._quantum = quantum
-        self._lanes: OrderedDict[str, _Lane[T]] = OrderedDict()  # in order of turns, the current one first
+    def __init__(self, counters: TokenCounters, may_go: Callable[[T], bool] = lambda item: True) -> None:
+        """`may_go`: whether an item may be taken out now; its client is passed over while its first may
+        not."""
+        self._counters = counters
+        self._may_go = may_go
+        self._lanes: OrderedDict[str, _Lane[T]] = OrderedDict()
+        # (counter when it was entered, number of the lane, client): counters only grow
+        self._order: list[tuple[float, int, str]] = []
+        self._numbers = count()
+
+    def __bool__(self) -> bool:
+        return bool(self._lanes)
+
+    def __iter__(self) -> Iterator[T]:
+        for lane in self._lanes.values():
+            yield from lane.items.values()
+
+    def firsts(self) -> Iterator[T]:
+        """Yields each client's first item, if it may go."""
+        firsts = (next(iter(lane.items.values())) for lane in self._lanes.values())
+        return (item for item in firsts if self._may_go(item))
+
+    def push(self, client: str, item: T, *, is_first: bool = False) -> None:
+        """Adds an item; `is_first`: ahead of its client's other items."""
+        lane = self._lanes.get(client)
+        if lane is None:
+            first = self._first()
+            self._counters.enter(client, None if first is None else self._counters.of(first))
+            lane = self._lanes[client] = _Lane(next(self._numbers))
+            heappush(self._order, (self._counters.of(client), lane.number, client))
+        lane.items[id(item)] = item
+        if is_first:
+            lane.items.move_to_end(id(item), last=False)
+
+    def head(self) -> T | None:
+        """Returns the first item of the client that has had least, of those that may go."""
+        while (client := self._first()) is not None:
+            lane = self._lanes[client]
+            item = next(iter(lane.items.values()))
+            if self._may_go(item):
+                return item
+            heappop(self._order)
+            lane.is_held = True
+        return None
+
+    def _first(self) -> str | None:
+        """Returns the client that has had least, and puts it first in the order."""
+        while self._order:
+            counter, number, client = self._order[0]
+            lane = self._lanes.get(client)
+            if lane is None or lane.number != number:
+                heappop(self._order)
+            elif self._counters.of(client) > counter:
+                heapreplace(self._order, (self._counters.of(client), number, client))
+            else:
+                return client
+        return None
+
+    def reconsider(self) -> None:
+        """Returns clients to the order that were passed over."""
+        for client, lane in self._lanes.items():
+            if lane.is_held and self._may_go(next(iter(lane.items.values()))):
+                lane.is_held = False
+                heappush(self._order, (self._counters.of(client), lane.number, client))
+
+    def remove(self, client: str, item: T) -> bool:
+        """Takes an item out; returns False when it is absent."""
+        lane = self._lanes.get(client)
+        if lane is None or lane.items.pop(id(item), None) is None:
+            return False
+        if not lane.items:
+            del self._lanes[client]
+        return True
+
+
+class PriorityQueue(Generic[T]):
+    """A `FairQueue` for each priority, the lowest number first, except for one place in `FLOOR`: that goes to
+    the priority behind it that has waited longest."""
+
+    def __init__(self, counters: TokenCounters, may_go: Callable[[T], bool] = lambda item: True) -> None:
+        self._counters = counters
+        self._may_go = may_go
+        self._queues: dict[int, FairQueue[T]] = {}
+        self._priorities: list[int] = []  # sorted
         self._size = 0
+        self._num_queued: Counter[str] = Counter()  # by client
+        self._num_popped = 0
+        self._num_since_floor = 0  # places that others have had while a lower priority waited
+        self._popped: dict[int, int] = {}  # priority -> `_num_popped` when it was last served, or came
 
     def __len__(self) -> int:
         return self._size
 
     def __iter__(self) -> Iterator[T]:
-        for lane in self._lanes.values():
-            yield from (item for item, _ in lane.items.values())
+        for priority in self._priorities:
+            yield from self._queues[priority]
 
-    def firsts(self) -> Iterator[T]:
-        """Yields each client's first item, in order of turns."""
-        return (next(iter(lane.items.values()))[0] for lane in self._lanes.values())
+    @property
+    def is_floor_due(self) -> bool:
+        """Whether the next place is a lower priority's."""
+        return self._num_since_floor + 1 >= FLOOR
 
     def num_queued(self, client: str) -> int:
-        lane = self._lanes.get(client)
-        return len(lane.items) if lane is not None else 0
+        return self._num_queued[client]
 
-    def push(self, client: str, item: T, max_cost: int, *, is_first: bool = False) -> None:
-        """Adds an item. `max_cost`: the most that `pop` can charge for it. `is_first`: ahead of its client's
-        other items."""
-        lane = self._lanes.get(client)
-        if lane is None:
-            lane = self._lanes[client] = _Lane(self._quantum)
-        lane.items[id(item)] = item, max_cost
-        if is_first:
-            lane.items.move_to_end(id(item), last=False)
+    def firsts(self) -> Iterator[T]:
+        """Yields the first item of each client and priority that may go, the lowest number first."""
+        for priority in self._priorities:
+            yield from self._queues[priority].firsts()
+
+    def push(self, priority: int, client: str, item: T, *, is_first: bool = False) -> None:
+        """Adds an item; `is_first`: ahead of the others of its client and priority."""
+        if priority not in self._queues:
+            self._queues[priority] = FairQueue(self._counters, self._may_go)
+            insort(self._priorities, priority)
+            self._popped[priority] = self._num_popped
+        self._queues[priority].push(client, item, is_first=is_first)
+        self._num_queued[client] += 1
         self._size += 1
 
     def head(self) -> T | None:
-        """Returns the item whose turn it is; the same one until it is taken out."""
-        while self._lanes:
-            client, lane = next(iter(self._lanes.items()))
-            item, max_cost = next(iter(lane.items.values()))
-            if lane.credit >= max_cost or len(self._lanes) == 1:
-                return item
-            lane.credit += self._quantum
-            self._lanes.move_to_end(client)
-        return None
+        """Returns the item whose turn it is; the same one until one is taken out or charged for."""
+        first = next((head for p in self._priorities if (head := self._queues[p].head()) is not None), None)
+        if not self.is_floor_due or len(self._priorities) < 2:
+            return first
+        for priority in sorted(self._priorities[1:], key=lambda p: self._popped[p]):
+            head = self._queues[priority].head()
+            if head is not None:
+                return head
+        return first
 
-    def pop(self, client: str, item: T, cost: int) -> None:
-        """Takes the head out and charges its client the actual cost."""
-        lane = self._lanes[client]
-        lane.credit = max(0, lane.credit - cost)  # negative only when nobody else waited
-        self.remove(client, item)
+    def reconsider(self) -> None:
+        """Returns clients to the order that were passed over."""
+        for queue in self._queues.values():
+            queue.reconsider()
 
-    def remove(self, client: str, item: T) -> bool:
-        """Takes an item out free of charge; returns False when it is absent."""
-        lane = self._lanes.get(client)
-        if lane is None or lane.items.pop(id(item), None) is None:
+    def pop(self, priority: int, client: str, item: T, *, passes: bool = False) -> None:
+        """Takes an item out that is served now; `passes`: one of lower priority waits elsewhere."""
+        self._num_popped += 1
+        self._popped[priority] = self._num_popped
+        passes = passes or (len(self._priorities) > 1 and priority == self._priorities[0])
+        self._num_since_floor = self._num_since_floor + 1 if passes else 0
+        self._counters.served(client)
+        self.remove(priority, client, item)
+
+    def has_before(self, priority: int) -> bool:
+        """Whether something of a higher priority waits."""
+        return bool(self._priorities) and self._priorities[0] < priority
+
+    def served_elsewhere(self, priority: int) -> None:
+        """An item that waited elsewhere is served now."""
+        if self.has_before(priority):
+            self._num_since_floor = 0
+
+    def remove(self, priority: int, client: str, item: T) -> bool:
+        """Takes an item out; returns False when it is absent."""
+        queue = self._queues.get(priority)
+        if queue is None or not queue.remove(client, item):
             return False
         self._size -= 1
-        if not lane.items:
-            del self._lanes[client]
+        self._num_queued[client] -= 1
+        if not self._num_queued[client]:
+            del self._num_queued[client]
+        if not queue:
+            del self._queues[priority], self._popped[priority]
+            self._priorities.remove(priority)
         return True

@@ -18,9 +18,14 @@ class Ledger:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._dispatches: dict[TransferId, Dispatch] = {}
-        # by client: choices of dispatches with an open leg; absent means 0
+        # by client: choices of dispatches with an open leg that have not ended; absent means 0
         self.num_running: Counter[str] = Counter()
+        self._priorities: Counter[int] = Counter()  # of open dispatches; absent means 0
         self.num_blocks: Counter[str] = Counter()  # by client: reserved by its open decode legs
+
+    def lowest_priority(self) -> int:
+        """Returns the highest number among the open dispatches; 0 when there are none."""
+        return max(self._priorities, default=0)
 
     def __iter__(self) -> Iterator[Dispatch]:
         return iter(self._dispatches.values())
@@ -42,6 +47,7 @@ class Ledger:
         dispatch.placement = placement
         self._dispatches[dispatch.transfer] = dispatch
         self.num_running[dispatch.spec.client] += len(dispatch.spec.choices)
+        self._priorities[dispatch.priority] += 1
         dispatch.live.num_open_legs += len(dispatch.open_legs)
         dispatch.prefill.start_prefill(dispatch.num_new_tokens, dispatch.prefill_s)
         dispatch.prefill.open_legs[dispatch.transfer] = None
@@ -100,6 +106,16 @@ class Ledger:
         dispatch.prefill.end_prefill(dispatch.num_new_tokens, dispatch.prefill_s)
         self._registry.rank(dispatch.prefill)
 
+    def end_choice(self, dispatch: Dispatch) -> None:
+        """Takes a choice that has ended off the accounts: its worker has freed its place, or is about to."""
+        if not dispatch.open_legs:
+            return
+        dispatch.num_booked -= 1
+        self._close_running(dispatch, 1)
+        if dispatch.decode is not None and Leg.DECODE in dispatch.open_legs:
+            dispatch.decode.num_sequences -= 1
+            self._registry.rank(dispatch.decode)
+
     def close(self, dispatch: Dispatch, leg: Leg) -> RegisteredWorker:
         """Takes a leg for which the worker holds nothing any more off its account."""
         worker = dispatch.worker_of(leg)
@@ -113,12 +129,15 @@ class Ledger:
             self._close_decode(dispatch, worker)
         if not dispatch.open_legs:
             del self._dispatches[dispatch.transfer]
-            self._close_running(dispatch)
+            self._close_running(dispatch, dispatch.num_booked)
+            self._priorities[dispatch.priority] -= 1
+            if not self._priorities[dispatch.priority]:
+                del self._priorities[dispatch.priority]
         return worker
 
-    def _close_running(self, dispatch: Dispatch) -> None:
+    def _close_running(self, dispatch: Dispatch, num_choices: int) -> None:
         client = dispatch.spec.client
-        self.num_running[client] -= len(dispatch.spec.choices)
+        self.num_running[client] -= num_choices
         if not self.num_running[client]:
             del self.num_running[client]
 
@@ -129,7 +148,7 @@ class Ledger:
             del self.num_blocks[spec.client]
         if not dispatch.decode_started:
             worker.num_pending_blocks -= dispatch.num_reserved_blocks
-        worker.num_sequences -= len(spec.choices)
+        worker.num_sequences -= dispatch.num_booked
         worker.num_context_tokens -= len(spec.choices) * spec.num_tokens + dispatch.num_grown_tokens
         worker.num_reserved_blocks -= dispatch.num_reserved_blocks
         worker.num_grown_tokens -= dispatch.num_grown_tokens
@@ -141,20 +160,18 @@ class Ledger:
         num_running: Counter[str] = Counter()
         num_blocks: Counter[str] = Counter()
         for dispatch in self:
-            num_running[dispatch.spec.client] += len(dispatch.spec.choices)
+            num_running[dispatch.spec.client] += dispatch.num_booked
             if Leg.DECODE in dispatch.open_legs:
                 num_blocks[dispatch.spec.client] += dispatch.num_reserved_blocks
         assert num_blocks == self.num_blocks, f"{self.num_blocks}, the open legs say {num_blocks}"
-        assert dict(num_running) == dict(self.num_running), (
-            f"{self.num_running}, the open dispatches say {num_running}"
-        )
+        assert +num_running == self.num_running, f"{self.num_running}, the open dispatches say {num_running}"
         for worker in self._registry:
             decoding = [d for d in self.at(worker) if d.decode is worker and Leg.DECODE in d.open_legs]
             prefilling = [d for d in self._dispatches.values() if d.prefill is worker and d.is_prefilling]
             expected = {
                 "num_prefilling": len(prefilling),
                 "num_queued_tokens": sum(d.num_new_tokens for d in prefilling),
-                "num_sequences": sum(len(d.spec.choices) for d in decoding),
+                "num_sequences": sum(d.num_booked for d in decoding),
                 "num_context_tokens": sum(
                     len(d.spec.choices) * d.spec.num_tokens + d.num_grown_tokens for d in decoding
                 ),

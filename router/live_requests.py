@@ -1,23 +1,37 @@
 """The live requests by id, to which events are routed. The effect of an event on a request is in
 `request_life.py`."""
 
+from dataclasses import dataclass
 from itertools import islice
 
 import msgspec
 
 from ..core.errors import DuplicateRequest
+from ..core.failures import FailureKind
 from ..core.messages import Leg
 from ..core.request import FinishReason, Request
 from .admission import Deadlines, JobQueue
 from .config import RouterConfig
-from .dispatch import Dispatch, LiveRequest
-from .events import Cancel, RouterCommand, StreamRead, StreamUnread, Timeline
+from .deaths import Deaths
+from .dispatch import Dispatch, DispatchState, LiveRequest
+from .events import Cancel, LossCause, RouterCommand, StreamRead, StreamUnread, Timeline, WorkerLost
 from .ledger import Ledger
 from .registry import RegisteredWorker
-from .request_events import Abandoned, CancelChoice, Claimed, Due, End, LegOver, RequestEvent
-from .request_life import RequestLife
+from .request_events import Abandoned, CancelChoice, Claimed, Due, End, Judged, LegOver, RequestEvent
+from .request_life import VERDICT_S, RequestLife
 from .request_states import RequestState
 from .status import Counters
+
+BY_DECISION = (FinishReason.CANCELLED, FinishReason.DEADLINE)
+
+
+@dataclass(slots=True)
+class _Loss:
+    """The dispatches that were at a lost worker, until it is known whether its process died."""
+
+    dispatches: list[Dispatch]
+    due_s: float
+    is_overdue: bool = False  # they are being served again
 
 
 class LiveRequests:
@@ -27,9 +41,11 @@ class LiveRequests:
         # when adopted requests that wait for their clients are given up
         self.claims_end_s: float | None = None
         self.deadlines = Deadlines()
-        self._life = RequestLife(queue, ledger, config)
+        self.deaths = Deaths()
+        self._life = RequestLife(queue, ledger, config, self.deaths)
         self._queue = queue
         self._ledger = ledger
+        self._losses: dict[tuple[str, int], _Loss] = {}  # by the worker's id and incarnation
         self._requests: dict[str, LiveRequest] = {}
 
     @property
@@ -43,6 +59,11 @@ class LiveRequests:
     @property
     def counters(self) -> Counters:
         return self._life.counters
+
+    @property
+    def has_suspects(self) -> bool:
+        """Whether a request waits for a worker that it has alone."""
+        return bool(self._queue.suspects)
 
     @property
     def num_live(self) -> int:
@@ -83,7 +104,10 @@ class LiveRequests:
     def admit(self, request: Request, adopted: LiveRequest | None, now_s: float) -> list[RouterCommand]:
         """Queues a new request. A request that waited for its client under the same id is abandoned."""
         commands = [] if adopted is None else self.handle(adopted, Abandoned(), now_s)
-        live = self._begin(LiveRequest(request, now_s), now_s)
+        live = LiveRequest(request, now_s)
+        if num_deaths := self.deaths.num_under(request, now_s):
+            live.suspect_from_the_start(num_deaths)
+        self._begin(live, now_s)
         self.deadlines.add(live, self.num_live)
         return commands
 
@@ -122,20 +146,59 @@ class LiveRequests:
     # what workers do
 
     def end_leg(
-        self, dispatch: Dispatch, leg: Leg, error: str | None, is_invalid: bool, now_s: float
+        self, dispatch: Dispatch, leg: Leg, error: str | None, kind: FailureKind | None, now_s: float
     ) -> list[RouterCommand]:
-        """Handles a worker's report that it is done with its leg; `is_invalid`: no worker can carry out the
-        request."""
-        return self.handle(dispatch.live, LegOver(dispatch, leg, error, is_invalid=is_invalid), now_s)
+        """Handles a worker's report that it is done with its leg, and of what kind its error is."""
+        over = LegOver(
+            dispatch,
+            leg,
+            error,
+            is_invalid=kind is FailureKind.INVALID,
+            is_peer_lost=kind is FailureKind.LOST,
+        )
+        return self.handle(dispatch.live, over, now_s)
 
-    def lose_worker(self, worker: RegisteredWorker, reason: str, now_s: float) -> list[RouterCommand]:
-        """Closes all legs at a lost worker; work that needed them is dispatched again, in the original
-        order."""
+    def lose_worker(
+        self, worker: RegisteredWorker, reason: str, cause: LossCause, now_s: float
+    ) -> list[RouterCommand]:
+        """Closes all legs at a lost worker; work that needed them is dispatched again, in the original order,
+        once it is known whether the worker has died."""
         commands: list[RouterCommand] = []
-        for dispatch in self._ledger.at(worker):
+        at_worker = self._ledger.at(worker)
+        # all but those that only waited for their KV to leave
+        loss = _Loss(
+            [
+                dispatch
+                for dispatch in at_worker
+                if dispatch.state is not DispatchState.RUNNING or dispatch.needs(dispatch.leg_at(worker))
+            ],
+            now_s + VERDICT_S,
+        )
+        for dispatch in at_worker:
             error = f"{worker.worker_id}: {reason}"
-            over = LegOver(dispatch, dispatch.leg_at(worker), error, is_worker_lost=True)
+            over = LegOver(dispatch, dispatch.leg_at(worker), error, loss=cause)
             commands += self.handle(dispatch.live, over, now_s)
+        if cause is LossCause.DIED:
+            commands += self._judge(loss, True, now_s)
+        elif cause is LossCause.UNKNOWN and loss.dispatches:
+            self._losses[worker.worker_id, worker.incarnation] = loss
+        return commands
+
+    def explain_loss(self, event: WorkerLost, now_s: float) -> list[RouterCommand]:
+        """Handles the news why a worker was lost."""
+        if event.cause is LossCause.UNKNOWN:
+            return []
+        loss = self._losses.pop((event.worker_id, event.incarnation), None)
+        return [] if loss is None else self._judge(loss, event.cause is LossCause.DIED, now_s)
+
+    def _judge(self, loss: _Loss, has_died: bool, now_s: float) -> list[RouterCommand]:
+        commands: list[RouterCommand] = []
+        for dispatch in loss.dispatches:
+            live = dispatch.live
+            if not live.state.is_over:
+                commands += self.handle(live, Judged(dispatch, has_died, is_late=loss.is_overdue), now_s)
+            elif has_died and any(s.finish_reason in BY_DECISION for s in dispatch.streams.values()):
+                self.deaths.suspect(live.request)
         return commands
 
     # what time does
@@ -144,6 +207,10 @@ class LiveRequests:
         """Ends requests that are past their deadline or unclaimed for too long; queues jobs whose backoff has
         elapsed."""
         commands: list[RouterCommand] = []
+        for loss in self._losses.values():
+            if not loss.is_overdue and loss.due_s <= now_s:
+                commands += self._judge(loss, False, now_s)
+                loss.is_overdue = True
         for live in self.deadlines.expired(now_s):
             commands += self.handle(live, End(FinishReason.DEADLINE), now_s)
         if self.claims_end_s is not None and now_s >= self.claims_end_s:
@@ -169,7 +236,16 @@ class LiveRequests:
 
 
 def is_same(adopted: Request, request: Request) -> bool:
-    """Whether two requests are equal but for what a take-over does not restore: deadline, client, user and
-    trace, and what the gateway makes of the output."""
-    known = msgspec.structs.replace(request, deadline_s=None, client="", user="", traceparent="")
-    return msgspec.structs.replace(known, has_tools=False, only_scores=False) == adopted
+    """Whether two requests are equal but for what a take-over does not restore: deadline, client, weight,
+    user and trace, and what the gateway makes of the output."""
+    known = msgspec.structs.replace(
+        request,
+        deadline_s=None,
+        client="",
+        weight=1.0,
+        user="",
+        traceparent="",
+        has_tools=False,
+        only_scores=False,
+    )
+    return known == adopted

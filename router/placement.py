@@ -66,6 +66,19 @@ class Placer:
             candidates[:NUM_KEPT],
         )
 
+    def alone(self, job: Job, worker: RegisteredWorker) -> RoutingDecision:
+        """Returns the decision to serve the job on an idle worker, both phases."""
+        option = self._prefill_option(job, worker, {})
+        return RoutingDecision(
+            worker,
+            worker,
+            option.num_cached_tokens,
+            option.num_new_tokens,
+            option.compute_s,
+            option.queue_s,
+            itl_s=self._decode_itl_s(job, worker),
+        )
+
     def _has_prefill_room(self, worker: RegisteredWorker) -> bool:
         return worker.has_prefill_room(self.config.max_prefill_backlog_tokens)
 

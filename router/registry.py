@@ -17,12 +17,19 @@ class RoutingState(enum.Enum):
 
     READY = "ready"
     EJECTED = "ejected"  # it failed too often: no new dispatch for a while
+    APART = "apart"  # for a request alone under which another worker died; no other dispatch
     DRAINING = "draining"  # no new dispatch; streams finish
     LOST = "lost"
 
 
 TRANSITIONS = {
-    RoutingState.READY: {RoutingState.EJECTED, RoutingState.DRAINING, RoutingState.LOST},
+    RoutingState.READY: {
+        RoutingState.EJECTED,
+        RoutingState.APART,
+        RoutingState.DRAINING,
+        RoutingState.LOST,
+    },
+    RoutingState.APART: {RoutingState.READY, RoutingState.DRAINING, RoutingState.LOST},
     RoutingState.EJECTED: {RoutingState.READY, RoutingState.DRAINING, RoutingState.LOST},
     RoutingState.DRAINING: {RoutingState.READY, RoutingState.LOST},
     RoutingState.LOST: set[RoutingState](),
@@ -77,7 +84,7 @@ class RegisteredWorker(Automaton[RoutingState]):
         self.num_queued_tokens = 0  # uncached prompt tokens of those
         self.queued_prefill_s = 0.0  # predicted compute of those
         self._progress_s = 0.0  # the part of that which is already computed
-        self.num_sequences = 0  # choices of open decode legs
+        self.num_sequences = 0  # choices of open decode legs that have not ended
         self.num_context_tokens = 0  # of those, prompt and output
         self.num_reserved_blocks = 0  # that those took at dispatch
         self.num_grown_tokens = 0  # that they have produced since
@@ -189,6 +196,7 @@ class Registry:
         self._layouts: dict[Hashable, int] = {}
         self._by_prefill: dict[int, Ranking[RegisteredWorker]] = {}
         self._by_decode: dict[int, Ranking[RegisteredWorker]] = {}
+        self._apart: dict[str, RegisteredWorker] = {}
 
     def __iter__(self) -> Iterator[RegisteredWorker]:
         return iter(self._workers.values())
@@ -225,20 +233,32 @@ class Registry:
 
     def lose(self, worker: RegisteredWorker) -> None:
         worker.transition(RoutingState.LOST)
+        self._apart.pop(worker.worker_id, None)
         self._unrank(worker)
         del self._workers[worker.worker_id]
         self._fenced[worker.worker_id] = worker.incarnation
 
     def drain(self, worker: RegisteredWorker) -> None:
         worker.transition(RoutingState.DRAINING)
+        self._apart.pop(worker.worker_id, None)
         self._unrank(worker)
 
     def eject(self, worker: RegisteredWorker) -> None:
         worker.transition(RoutingState.EJECTED)
         self._unrank(worker)
 
+    def set_apart(self, worker: RegisteredWorker) -> None:
+        worker.transition(RoutingState.APART)
+        self._apart[worker.worker_id] = worker
+        self._unrank(worker)
+
+    def apart(self) -> list[RegisteredWorker]:
+        """Returns the workers that are set apart, in the order in which they were."""
+        return list(self._apart.values())
+
     def readmit(self, worker: RegisteredWorker) -> None:
         worker.transition(RoutingState.READY)
+        self._apart.pop(worker.worker_id, None)
         self.rank(worker)
 
     def disconnect(self, worker: RegisteredWorker) -> None:
@@ -319,8 +339,13 @@ class Registry:
         return [worker for worker in able if worker.role.decodes] or able
 
     def can_hold(self, num_tokens: int) -> bool:
-        """Whether any ready worker could ever serve that many tokens."""
-        return bool(self.best_decode(num_tokens, 1) or self.best_prefill(num_tokens, 1))
+        """Whether any ready worker, or one that is set apart for a while, could ever serve that many
+        tokens."""
+        return bool(
+            self.best_decode(num_tokens, 1)
+            or self.best_prefill(num_tokens, 1)
+            or any(worker.capacity_tokens >= num_tokens for worker in self._apart.values())
+        )
 
     def num_ready(self, *, prefills: bool) -> int:
         rankings = self._by_prefill if prefills else self._by_decode

@@ -9,13 +9,14 @@ from ..core.latency import LatencyModel
 from ..core.messages import Leg, LegEnded, StepReport, TokenOutput
 from .dispatch import Dispatch, DispatchState
 from .events import EmitTokens, RouterCommand
+from .fair_queue import OUTPUT_TOKEN, TokenCounters
 from .health import Health
 from .ledger import Ledger
 from .links import Links
 from .live_requests import LiveRequests
 from .prefix_index import PrefixIndex
 from .registry import RegisteredWorker, Registry
-from .request_events import LastToken
+from .request_events import LastToken, Survived
 from .request_states import RequestState
 
 
@@ -31,6 +32,7 @@ class WorkerReports:
         model: LatencyModel,
         links: Links,
         health: Health,
+        turns: TokenCounters,
     ) -> None:
         self._registry = registry
         self._ledger = ledger
@@ -39,6 +41,7 @@ class WorkerReports:
         self._model = model
         self._links = links
         self._health = health
+        self._turns = turns
         self.gaps = TokenGaps()
         self._tokens_before = self.gaps.before  # saves one look-up per token
 
@@ -77,6 +80,8 @@ class WorkerReports:
             if not tokens:
                 continue
             live = dispatch.live
+            request = live.request
+            self._turns.charge(request.client, len(tokens) * OUTPUT_TOKEN / request.weight)
             if dispatch.first_token_s is None:
                 self._note_first_token(dispatch, now_s)
             self._tokens_before.append(stream.last_token_s)
@@ -90,6 +95,8 @@ class WorkerReports:
                 commands.append(emitted)
             if stream.finish_reason is not None:
                 commands += self._requests.handle(live, LastToken(dispatch, stream), now_s)
+            if dispatch.is_alone and dispatch.state is DispatchState.RUNNING and dispatch.has_survived:
+                commands += self._requests.handle(live, Survived(dispatch, self._moves_on(worker)), now_s)
         return commands
 
     def replay(
@@ -117,6 +124,13 @@ class WorkerReports:
             if stream.finish_reason is not None:
                 commands += self._requests.handle(live, LastToken(dispatch, stream), now_s)
         return commands
+
+    def _moves_on(self, worker: RegisteredWorker) -> bool:
+        """Whether a suspect that has run alone at the worker decodes elsewhere: another one waits for the
+        worker, or others decode."""
+        return self._requests.has_suspects or (
+            not worker.role.decodes and self._registry.num_ready(prefills=False) > 0
+        )
 
     def _note_first_token(self, dispatch: Dispatch, now_s: float) -> None:
         dispatch.first_token_s = now_s
@@ -146,7 +160,7 @@ class WorkerReports:
         if event.leg is not leg and event.error is None:
             return []  # the prefill of a worker that serves both phases: its leg continues
         error = None if event.error is None else f"{worker.worker_id}: {event.error}"
-        return self._requests.end_leg(dispatch, leg, error, event.is_invalid, now_s)
+        return self._requests.end_leg(dispatch, leg, error, event.kind, now_s)
 
     def _note_health(
         self, dispatch: Dispatch, worker: RegisteredWorker, event: LegEnded, now_s: float

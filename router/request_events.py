@@ -9,7 +9,7 @@ from ..core.messages import Leg
 from ..core.request import FinishReason, Request
 from .candidates import RoutingDecision
 from .dispatch import Dispatch, Job
-from .events import StreamRead, StreamUnread
+from .events import LossCause, StreamRead, StreamUnread
 from .stream import ChoiceStream
 
 
@@ -35,7 +35,25 @@ class LegOver(msgspec.Struct, frozen=True):
     leg: Leg
     error: str | None
     is_invalid: bool = False  # the error is the request's own: no worker can carry it out
-    is_worker_lost: bool = False
+    is_peer_lost: bool = False  # its transfer broke: the other worker may have died
+    loss: LossCause | None = None  # None: the worker is not lost
+
+
+class Judged(msgspec.Struct, frozen=True):
+    """It is known now, or unlikely to become known, whether the process of a lost worker died under the
+    dispatch. `is_late`: the work was dispatched again meanwhile."""
+
+    dispatch: Dispatch
+    has_died: bool
+    is_late: bool = False
+
+
+class Survived(msgspec.Struct, frozen=True):
+    """A worker has brought a suspect, alone, past the point where another one died. `moves_on`: it decodes
+    elsewhere."""
+
+    dispatch: Dispatch
+    moves_on: bool
 
 
 class Displaced(msgspec.Struct, frozen=True):
@@ -83,6 +101,8 @@ RequestEvent = (
     Placed
     | LastToken
     | LegOver
+    | Judged
+    | Survived
     | Displaced
     | GivenUp
     | Due

@@ -14,10 +14,12 @@ from ..core.messages import Abort, Leg, Prefill, Reserve, Serve, WorkerCommand
 from ..core.request import FinishReason
 from .admission import JobQueue
 from .config import RouterConfig
+from .deaths import Deaths
 from .dispatch import Dispatch, DispatchState, Job, LiveRequest
 from .events import (
     EmitChoiceEnd,
     EmitEnd,
+    LossCause,
     RequestClosed,
     RouterCommand,
     SendCommand,
@@ -35,14 +37,19 @@ from .request_events import (
     Due,
     End,
     GivenUp,
+    Judged,
     LastToken,
     LegOver,
     Placed,
     RequestEvent,
+    Survived,
 )
 from .request_states import RequestState
 from .status import Counters
 from .stream import ChoiceStream
+
+VERDICT_S = 1.0  # how long a job waits to be told whether a lost worker has died
+PEER_DEATH_S = 0.1  # by which the end of a transfer may be reported before the death that caused it
 
 Commands = list[RouterCommand]
 Reaction = Callable[["RequestLife", LiveRequest, Any, float], Commands]  # takes events of its row
@@ -82,12 +89,13 @@ def _table(*rows: Row) -> dict[type[RequestEvent], dict[RequestState, Reaction]]
 class RequestLife:
     """The automaton of all requests. It holds none of them: `LiveRequests` does."""
 
-    def __init__(self, queue: JobQueue, ledger: Ledger, config: RouterConfig) -> None:
+    def __init__(self, queue: JobQueue, ledger: Ledger, config: RouterConfig, deaths: Deaths) -> None:
         self.config = config
         self.counters = Counters()
         self.num_live = 0  # requests that are not over
         self._queue = queue
         self._ledger = ledger
+        self._deaths = deaths
 
     def handle(self, live: LiveRequest, event: RequestEvent, now_s: float) -> Commands:
         """Raises UnexpectedEvent, with the request's story, for an event that cannot happen in its state."""
@@ -140,21 +148,48 @@ class RequestLife:
             if event.is_invalid:
                 commands += self._react(live, End(FinishReason.INVALID, error), now_s)
             else:
-                due_s = now_s if event.is_worker_lost else self._due_s(dispatch, now_s)
-                commands += self._fail(dispatch, event.leg, error, due_s, now_s)
+                commands += self._fail(event, error, now_s)
         commands += self._close_leg(event)
         if dispatch.state is DispatchState.RUNNING and not dispatch.open_legs:
             error = "its workers ended their legs without the last tokens"
-            commands += self._fail(dispatch, event.leg, error, self._due_s(dispatch, now_s), now_s)
+            commands += self._fail(event, error, now_s)
         return commands + self._close_if_done(live, now_s)
 
     def close_leg(self, live: LiveRequest, event: LegOver, now_s: float) -> Commands:
         """Closes a leg of a dispatch that nobody waits for any more."""
         return self._close_leg(event) + self._close_if_done(live, now_s)
 
+    def judge(self, live: LiveRequest, event: Judged, now_s: float) -> Commands:
+        """A worker died under the dispatch: its choices run alone from now on, and the request is over if
+        they did already. Otherwise it is a failure like others."""
+        if event.has_died:
+            return self._suspect(live, event, now_s)
+        jobs = [job for job in live.jobs if job.awaited is event.dispatch]
+        for job in jobs:
+            job.num_failures += 1
+        if any(job.num_failures >= self.config.max_attempts for job in jobs):
+            return self._exhaust(live, event.dispatch.failure or "", now_s)
+        self._requeue(live, jobs, now_s)
+        return []
+
+    def survive(self, live: LiveRequest, event: Survived, now_s: float) -> Commands:
+        """Clears the dispatch's choices, which may continue beside others."""
+        dispatch = event.dispatch
+        dispatch.is_alone = False
+        live.suspects.difference_update(dispatch.streams)
+        if not live.suspects:
+            self._deaths.clear(live.request)
+        if not event.moves_on:
+            return []
+        jobs, commands = self._take_back(dispatch, dispatch.open_legs, "continues beside others", now_s)
+        live.jobs += jobs
+        self._queue.push_front(jobs, now_s)
+        return commands
+
     def displace(self, live: LiveRequest, event: Displaced, now_s: float) -> Commands:
         """Lets the dispatch's work wait for its client's next turn."""
         self.counters.displaced += 1
+        live.num_times_displaced += 1
         jobs, commands = self._take_back(
             event.dispatch, event.dispatch.open_legs, "made room for another client", now_s
         )
@@ -252,7 +287,11 @@ class RequestLife:
         dispatches = [dispatch for dispatch in live.running() if stream.choice in dispatch.streams]
         for dispatch in dispatches:
             dispatch.cancelled = True
-        return self._choice_ended(live, stream, dispatches[0] if dispatches else None, now_s)
+        commands = self._choice_ended(live, stream, dispatches[0] if dispatches else None, now_s)
+        for dispatch in dispatches:
+            if dispatch.state is DispatchState.RUNNING:  # others of its choices continue
+                commands += self._abort(dispatch, dispatch.open_legs & {Leg.DECODE}, stream.choice)
+        return commands
 
     def end(self, live: LiveRequest, event: End, now_s: float) -> Commands:
         """Emits the request's only ending. Its legs are aborted; they stay accounted until their workers end
@@ -263,6 +302,8 @@ class RequestLife:
                 assert event.reason is not None
                 stream.end(event.reason)
                 commands.append(EmitChoiceEnd(live.request_id, stream.choice, event.reason))
+        if live.suspects and event.reason is not FinishReason.FATAL:
+            self._deaths.suspect(live.request)
         for job in live.jobs:
             self._queue.remove(job)
         live.jobs.clear()
@@ -286,8 +327,10 @@ class RequestLife:
         assert stream.finish_reason is not None
         commands: Commands = [EmitChoiceEnd(live.request_id, stream.choice, stream.finish_reason)]
         live.num_open_choices -= 1
+        live.suspects.discard(stream.choice)
         if dispatch is not None:
             dispatch.num_unfinished -= 1
+            self._ledger.end_choice(dispatch)
             if not dispatch.num_unfinished:
                 commands += self._finish(dispatch, now_s)
         if not live.num_open_choices:
@@ -314,28 +357,69 @@ class RequestLife:
 
     # failures
 
-    def _fail(self, dispatch: Dispatch, leg: Leg, error: str, due_s: float, now_s: float) -> Commands:
-        """Handles a failed leg: aborts the other, and queues the remaining work from the client's
-        position."""
-        live = dispatch.live
+    def _fail(self, event: LegOver, error: str, now_s: float) -> Commands:
+        """Handles a failed leg: aborts the other, and queues the remaining work from the client's position.
+        A worker's death does not count among the request's failures."""
+        dispatch, live = event.dispatch, event.dispatch.live
         self.counters.retried += 1
-        jobs, commands = self._take_back(dispatch, dispatch.open_legs - {leg}, error, now_s)
+        jobs, commands = self._take_back(dispatch, dispatch.open_legs - {event.leg}, error, now_s)
         if not live.state.has_client:
             return commands  # the remaining work is queued when its client arrives
-        num_failures = self._num_failures(dispatch) + 1
+        is_death = event.loss in (LossCause.UNKNOWN, LossCause.DIED)
+        num_failures = self._num_failures(dispatch) + (not is_death)
         if num_failures >= self.config.max_attempts:
-            text = f"gave up after {num_failures} attempts, the last failed: {error}"
-            return commands + self._react(live, End(FinishReason.ERROR, text), now_s)
+            return commands + self._exhaust(live, error, now_s)
+        due_s = self._due_s(event, now_s)
         for job in jobs:
             job.ready_s = due_s
             job.num_failures = num_failures
+            job.awaited = dispatch if event.loss is LossCause.UNKNOWN else None
             job.failed_pairs = dispatch.job.failed_pairs | {dispatch.pair}
-            if (worker := dispatch.worker_of(leg)) is not None:
+            if (worker := dispatch.worker_of(event.leg)) is not None:
                 job.failed_workers = dispatch.job.failed_workers | {worker}
             self.counters.resumed += bool(job.output_token_ids)
         live.jobs += jobs
         self._queue.push_front(jobs, now_s)
         return commands
+
+    def _exhaust(self, live: LiveRequest, error: str, now_s: float) -> Commands:
+        text = f"gave up after {self.config.max_attempts} attempts, the last failed: {error}"
+        return self._react(live, End(FinishReason.ERROR, text), now_s)
+
+    def _suspect(self, live: LiveRequest, event: Judged, now_s: float) -> Commands:
+        dispatch = event.dispatch
+        choices = {c for c, stream in dispatch.streams.items() if stream.finish_reason is None}
+        later = [other for other in live.running() if choices & other.streams.keys()]
+        if event.is_late:
+            choices.difference_update(*(other.streams for other in later if other.has_survived))
+            later = [other for other in later if not other.has_survived]
+        if not choices:
+            return []
+        if dispatch.is_alone:
+            self._deaths.convict(live.request, now_s)
+            text = f"workers died of the request, the last while it was there alone: {dispatch.failure}"
+            return self._react(live, End(FinishReason.FATAL, text), now_s)
+        live.suspects |= choices
+        commands: Commands = []
+        for other in later:
+            jobs, aborts = self._take_back(other, other.open_legs, "a worker died under it before", now_s)
+            commands += aborts
+            if live.state.has_client:
+                live.jobs += jobs
+        suspects = [job for job in live.jobs if job.is_suspect]
+        for job in suspects:
+            job.num_failures = dispatch.job.num_failures
+        self._requeue(live, suspects, now_s)
+        return commands
+
+    def _requeue(self, live: LiveRequest, jobs: list[Job], now_s: float) -> None:
+        """Makes jobs due, each in the place that it belongs to now."""
+        for job in jobs:
+            job.awaited, job.ready_s = None, now_s
+        if live.state.is_served:
+            for job in jobs:
+                self._queue.remove(job)
+            self._queue.push_front(jobs, now_s)
 
     def _take_back(
         self, dispatch: Dispatch, legs: set[Leg], why: str, now_s: float
@@ -350,27 +434,29 @@ class RequestLife:
             job.failed_workers = dispatch.job.failed_workers
         return jobs, commands
 
-    def _abort(self, dispatch: Dispatch, legs: set[Leg]) -> Commands:
+    def _abort(self, dispatch: Dispatch, legs: set[Leg], choice: int | None = None) -> Commands:
         commands: Commands = []
         for leg in Leg:
             worker = dispatch.worker_of(leg) if leg in legs else None
             if worker is not None:
-                commands += _send(worker, Abort(transfer=dispatch.transfer))
+                commands += _send(worker, Abort(transfer=dispatch.transfer, choice=choice))
         return commands
 
     def _num_failures(self, dispatch: Dispatch) -> int:
         """Returns the failures in a row before this dispatch: one that brought tokens ends the row."""
         return 0 if dispatch.has_progressed else dispatch.job.num_failures
 
-    def _due_s(self, dispatch: Dispatch, now_s: float) -> float:
-        """Returns when to retry: at once the first time, later with backoff, as a peer often reports a
-        worker's death first."""
-        num_failures = self._num_failures(dispatch)
-        if not num_failures:
-            return now_s
-        return now_s + min(
-            self.config.retry_delay_s * 4.0 ** (num_failures - 1), self.config.max_retry_delay_s
-        )
+    def _due_s(self, event: LegOver, now_s: float) -> float:
+        """Returns when to retry: at once the first time, later with backoff. Where a worker may have died,
+        the work waits for that to be known."""
+        if event.loss is not None:
+            return now_s + VERDICT_S if event.loss is LossCause.UNKNOWN else now_s
+        num_failures = self._num_failures(event.dispatch)
+        delay_s = PEER_DEATH_S if event.is_peer_lost else 0.0
+        if num_failures:
+            backoff_s = self.config.retry_delay_s * 4.0 ** (num_failures - 1)
+            delay_s = max(delay_s, min(backoff_s, self.config.max_retry_delay_s))
+        return now_s + delay_s
 
     # fmt: off
     REACTIONS = _table(
@@ -378,6 +464,8 @@ class RequestLife:
         (Placed,       place,      place,      never,      never,      never,      never,      never),
         (LastToken,    never,      complete,   never,      never,      complete,   never,      never),
         (LegOver,      close_leg,  end_leg,    close_leg,  close_leg,  end_leg,    end_leg,    close_leg),
+        (Judged,       judge,      judge,      judge,      judge,      judge,      never,      never),
+        (Survived,     never,      survive,    never,      never,      never,      never,      never),
         (Displaced,    never,      displace,   never,      never,      withdraw,   never,      never),
         (GivenUp,      never,      never,      never,      never,      give_up,    give_up,    never),
         (Due,          come_due,   come_due,   come_due,   never,      never,      never,      never),

@@ -33,7 +33,7 @@ class Reunion:
             leg = legs.get(dispatch.transfer)
             if leg is None:
                 commands += self._requests.end_leg(
-                    dispatch, dispatch.leg_at(worker), f"{worker.worker_id}: {NEVER_ARRIVED}", False, now_s
+                    dispatch, dispatch.leg_at(worker), f"{worker.worker_id}: {NEVER_ARRIVED}", None, now_s
                 )
                 continue
             # reports arrive in order: a decode leg's first tokens are those that are counted already

@@ -9,20 +9,23 @@ from collections.abc import Iterable
 
 from ..core.messages import Leg
 from .dispatch import Dispatch, DispatchState, Job
+from .fair_queue import TokenCounters
 from .ledger import Ledger
 from .registry import Registry, decode_load
 
+MAX_DISPLACED = 3  # times that a request gives up its place for one of higher priority
 LITTLE = 8  # a client that runs something takes only what leaves the other this many times as much
 
 
 class RoomMaker:
-    """Consulted when the head of the queue has to wait. The client that gives up room still runs at least as
-    much as the one that takes it, so that no two clients take it from each other in turn, and none is left
-    with nothing."""
+    """Consulted when the head of the queue has to wait. A client takes room only if it has had fewer tokens.
+    The client that gives up room still runs at least as much as the one that takes it, so that no two clients
+    take it from each other in turn, and none is left with nothing."""
 
-    def __init__(self, registry: Registry, ledger: Ledger) -> None:
+    def __init__(self, registry: Registry, ledger: Ledger, counters: TokenCounters) -> None:
         self._registry = registry
         self._ledger = ledger
+        self._counters = counters
 
     def waits_for_decode(self, job: Job) -> bool:
         """Whether no worker has a place for the job's sequences; otherwise it waits for others' prompts,
@@ -33,17 +36,48 @@ class RoomMaker:
         )
 
     def may_take(self, job: Job) -> bool:
-        """Whether the job's client runs so little that the client that runs most makes room for it."""
-        return self._giver(job) is not None
+        """Whether the job's client runs so little that the client that runs most makes room for it, or
+        something of lower priority does."""
+        return self._giver(job) is not None or self._lower(job) is not None
+
+    def _lower(self, job: Job) -> Dispatch | None:
+        """Returns the dispatch of the lowest priority, below the job's, that is to make room or does already:
+        the youngest of the client that runs most."""
+        if self._ledger.lowest_priority() <= job.priority:
+            return None
+        workers = set(self._registry.able_to_decode(job.num_total_tokens))
+        candidates = [
+            dispatch
+            for dispatch in self._ledger
+            if dispatch.priority > job.priority
+            and dispatch.decode in workers
+            and Leg.DECODE in dispatch.open_legs
+            and dispatch.state is not DispatchState.FINISHED
+            and dispatch.live.num_times_displaced < MAX_DISPLACED
+            and not dispatch.live.keeps_place
+        ]
+        num_running = self._ledger.num_running
+        return max(
+            candidates,
+            key=lambda dispatch: (
+                dispatch.state is DispatchState.FAILED,  # its place is about to be free
+                dispatch.priority,
+                num_running[dispatch.spec.client],
+                dispatch.transfer.attempt,
+            ),
+            default=None,
+        )
 
     def newcomer(self, head: Job, jobs: Iterable[Job]) -> Job | None:
         """Returns the first waiting job for which room is made and that may pass the head: its client then
-        runs no more than the head's does."""
+        runs no more than the head's does, and its priority is not lower."""
         num_running = self._ledger.num_running
         if not num_running[head.client]:
             return None
         for job in jobs:
             num_then = num_running[job.client] + len(job.choices)
+            if job.priority > head.priority:
+                continue
             if job.client != head.client and num_then <= num_running[head.client] and self.may_take(job):
                 return job
         return None
@@ -52,8 +86,12 @@ class RoomMaker:
         """Returns the dispatch whose place the job takes; None when no client can give one up, or one is
         already doing so.
 
-        It is the youngest on the least loaded worker, which has the least to recompute.
+        It is one of lower priority, or the youngest on the least loaded worker, which has the least to
+        recompute.
         """
+        lower = self._lower(job)
+        if lower is not None:
+            return None if lower.state is DispatchState.FAILED else lower
         giver = self._giver(job)
         if giver is None:
             return None
@@ -69,7 +107,7 @@ class RoomMaker:
             if dispatch.state is DispatchState.FAILED:  # its place is not free yet
                 return None
             if dispatch.state is DispatchState.RUNNING:
-                num_left = self._ledger.num_running[giver] - len(dispatch.spec.choices)
+                num_left = self._ledger.num_running[giver] - dispatch.num_booked
                 if num_left >= num_then:
                     worker = dispatch.decode
                     candidates.append(
@@ -85,6 +123,8 @@ class RoomMaker:
         num_running = self._ledger.num_running
         giver = max(num_running, key=lambda client: (num_running[client], client), default=None)
         if giver is None or giver == job.client:
+            return None
+        if self._counters.of(job.client) > self._counters.of(giver):  # it has had more, only not lately
             return None
         num_then = self._num_then(job)
         is_little = not num_running[job.client] or num_then * LITTLE <= num_running[giver]

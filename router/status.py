@@ -38,7 +38,7 @@ class Counters:
             self.cancelled += 1
         elif reason is FinishReason.DEADLINE:
             self.expired += 1
-        elif reason in (FinishReason.ERROR, FinishReason.INVALID):
+        elif reason in (FinishReason.ERROR, FinishReason.FATAL, FinishReason.INVALID):
             self.failed += 1
         else:
             self.finished += 1

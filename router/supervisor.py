@@ -19,7 +19,7 @@ from typing import Generic, Protocol, TypeVar
 from ..core.messages import HEARTBEAT_S, HostFull, Role, WorkerInfo
 from ..core.needs import Need
 from .cores import Key, Placement
-from .events import Adopted, WorkerDraining, WorkerLost, WorkerReady, WorkerRole, WorkersExpected
+from .events import Adopted, LossCause, WorkerDraining, WorkerLost, WorkerReady, WorkerRole, WorkersExpected
 from .fleet import Fleet
 from .fleet_events import (
     AdoptWorkers,
@@ -125,12 +125,14 @@ class ConnectionLost:
 
 @dataclass(frozen=True, slots=True)
 class ProcessEnded:
-    """Nothing is left of a process. `is_explained`: the worker itself reported why."""
+    """Nothing is left of a process. `is_explained`: the worker itself reported why. `has_died`: it did not
+    end in order."""
 
     worker_id: str
     incarnation: int
     reason: str
     is_explained: bool = False
+    has_died: bool = False
 
 
 SupervisorEvent = FleetEvent | TakeOver[S] | WorkerProgress | ConnectionLost | ProcessEnded | HostFull
@@ -332,7 +334,8 @@ class Supervisor(Generic[S]):
         if not event.is_explained and process.is_expected:
             self._suspect(key)
         reason = event.reason if event.is_explained else process.end_reason or event.reason
-        self._forget(key, reason)
+        has_died = event.has_died and process.state is not ProcessState.KILLED
+        self._forget(key, reason, LossCause.DIED if has_died else LossCause.GONE)
         self._manage(WorkerLost(*key, reason), now_s)
 
     def _suspect(self, key: Key) -> None:
@@ -357,11 +360,11 @@ class Supervisor(Generic[S]):
             self._out.append(KillProcess(key))
         return []
 
-    def _forget(self, key: Key, reason: str) -> None:
+    def _forget(self, key: Key, reason: str, cause: LossCause = LossCause.GONE) -> None:
         """Forgets a process of which nothing is left: its cores go to waiting ones."""
         del self.processes[key]
         self.places.give_back(key)
-        self._out.append(WorkerLost(*key, reason))
+        self._out.append(WorkerLost(*key, reason, cause))
 
     def _lose_patience(self, now_s: float) -> None:
         for key, process in list(self.processes.items()):

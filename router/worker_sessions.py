@@ -34,7 +34,7 @@ from ..core.messages import (
     WorkerMessage,
 )
 from .cores import Key
-from .events import WorkerAway, WorkerLost, WorkerReady
+from .events import LossCause, WorkerAway, WorkerLost, WorkerReady
 from .supervisor import ConnectionLost, WorkerProgress
 
 CLOSED = "connection closed"  # by the peer
@@ -67,6 +67,7 @@ class Session:
     num_silent_beats: int = 0
     has_spoken: bool = False
     is_silent: bool = False  # the reason why we hung up
+    has_failed: bool = False  # the worker said so
     reason: str = CLOSED  # until we hang up
 
 
@@ -198,7 +199,9 @@ class WorkerSessions(Generic[C]):
             away = ConnectionLost(*session.key, reason, comes_back=True)
             return [ToRouter(WorkerAway(*session.key)), ToSupervisor(away)]
         lost = ConnectionLost(*session.key, reason, session.is_silent)
-        return [ToRouter(WorkerLost(*session.key, reason)), ToSupervisor(lost)]
+        cause = LossCause.GONE if session.state is SessionState.CLOSING else LossCause.UNKNOWN
+        cause = LossCause.DIED if session.has_failed else cause
+        return [ToRouter(WorkerLost(*session.key, reason, cause)), ToSupervisor(lost)]
 
     def _is_our_doing(self, session: Session, now_s: float) -> bool:
         """Whether the worker may have hung up since it heard nothing from us: we stand still, or did until
@@ -242,6 +245,7 @@ class WorkerSessions(Generic[C]):
             case HostFull():
                 return [ToSupervisor(message)]
             case Failing(reason=reason):
+                session.has_failed = True
                 return self.hang_up(connection, reason)
             case Holds(held=held):
                 session.held += held

@@ -43,6 +43,14 @@ class PlannedAccident:
 
 
 @dataclass(frozen=True)
+class Deadly:
+    """A request that ends the process of any worker that computes token `index` of its choice 0."""
+
+    request_id: str
+    index: int
+
+
+@dataclass(frozen=True)
 class Scenario:
     seed: int
     pools: dict[Role, int]
@@ -61,6 +69,9 @@ class Scenario:
     requests: tuple[PlannedRequest, ...]
     accidents: tuple[PlannedAccident, ...]
     gray_worker: str | None = None  # fails to read or write any block, at once
+    deadly: Deadly | None = None
+    contest: tuple[str, ...] = ()  # clients that always have something queued, and get shares by weight
+    max_running_per_client: int | None = None
 
     @property
     def end_of_faults_s(self) -> float:
@@ -82,6 +93,7 @@ class Scenario:
             and not rates.lose + rates.duplicate + rates.overtake + rates.corrupt + rates.fail_store
             and all(plan.unread_after_tokens is None for plan in self.requests)
             and self.gray_worker is None
+            and self.deadly is None
         )
 
 
@@ -141,7 +153,9 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
     special = Random(f"special of {seed}")
     if num_requests is None and special.random() < 0.04:
         return special.choice((_with_gray_worker, _with_large_request))(special, scenario)
-    return scenario
+    if num_requests is None and special.random() < 0.06:
+        return special.choice((_with_deadly_request, _with_contest, _with_priorities))(special, scenario)
+    return replace(scenario, max_running_per_client=special.choice((None, None, 1, 3)))
 
 
 def _with_greedy_client(rng: Random, scenario: Scenario) -> Scenario:
@@ -193,6 +207,111 @@ def _with_gray_worker(rng: Random, scenario: Scenario) -> Scenario:
         ),
         gray_worker=f"worker-{rng.randrange(6)}",
     )
+
+
+def _with_deadly_request(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without other faults in which a request ends the process of each worker that
+    computes it, and its client sends it again and again, beside the streams of others."""
+    start_s = 2.0
+    n = rng.choice((1, 1, 2))
+    deadly = _plain_request(rng, "deadly", "key:deadly", 0.0, 30, n)
+    return replace(
+        scenario,
+        shapes=_roomy(scenario, num_blocks=10 * MAX_MODEL_LEN),
+        hosts=(PlannedHost(64, 0.0),),
+        start_s=0.3,
+        rates=FaultRates(),
+        accidents=(),
+        max_queued_requests=1024,
+        max_attempts=50,
+        requests=(
+            *(
+                _plain_request(
+                    rng,
+                    f"r{number}",
+                    f"c{number % 4}",
+                    start_s + rng.uniform(0.0, 3.0),
+                    rng.choice((5, 40)),
+                    1,
+                )
+                for number in range(20)
+            ),
+            *(replace(deadly, at_s=start_s + at_s) for at_s in (1.0, 1.1, 3.0)),
+        ),
+        deadly=Deadly("deadly", rng.choice((0, 0, 1, 2, 9, 20))),
+    )
+
+
+def _with_contest(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without faults in which two clients have more queued than one worker can serve: one
+    with short prompts, long outputs and two choices, one with long prompts and short outputs."""
+    shapes = {
+        role: replace(shape, max_batch_size=4, step_s=0.03)
+        for role, shape in _roomy(scenario, num_blocks=10 * MAX_MODEL_LEN).items()
+    }
+    long = [_plain_request(rng, f"long{number}", "long", 2.0, 60, 2) for number in range(40)]
+    short = [_plain_request(rng, f"short{number}", "short", 2.0, 5, 1, num_tokens=60) for number in range(80)]
+    weight = rng.choice((1.0, 1.0, 2.0))
+    return replace(
+        scenario,
+        pools={Role.PREFILL: 1, Role.DECODE: 1},
+        shapes=shapes,
+        hosts=(PlannedHost(64, 0.0),),
+        start_s=0.1,
+        rates=FaultRates(),
+        accidents=(),
+        max_queued_requests=1024,
+        prefill_on_decode=False,
+        requests=tuple(
+            replace(
+                plan,
+                request=msgspec.structs.replace(
+                    plan.request, weight=weight if plan.request.client == "long" else 1.0
+                ),
+            )
+            for plan in (*long, *short)
+        ),
+        contest=("long", "short"),
+    )
+
+
+def _with_priorities(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without faults in which streams of low priority have all places when others of high
+    priority come, which must not wait for them; one of low priority that comes amid those is not starved."""
+    start_s, is_flood = 2.0, rng.random() < 0.5
+    num_low, num_high = (1, 60) if is_flood else (12, 6)
+    low = [
+        _plain_request(rng, f"low{number}", "low", start_s + is_flood, 5 if is_flood else 110, 1)
+        for number in range(num_low)
+    ]
+    # of one client: turns among clients would make room
+    high = [
+        _plain_request(rng, f"high{number}", "low", start_s + (not is_flood), 20 if is_flood else 5, 1)
+        for number in range(num_high)
+    ]
+    within_s = 3.0 * SOON_S if is_flood else SOON_S
+    return replace(
+        scenario,
+        pools={Role.PREFILL: 1, Role.DECODE: 1},
+        shapes={
+            role: replace(shape, max_batch_size=4)
+            for role, shape in _roomy(scenario, num_blocks=10 * MAX_MODEL_LEN).items()
+        },
+        hosts=(PlannedHost(64, 0.0),),
+        start_s=0.1,
+        rates=FaultRates(),
+        accidents=(),
+        max_queued_requests=1024,
+        requests=(
+            *(_prioritised(plan, 7, within_s if is_flood else None) for plan in low),
+            *(_prioritised(plan, -7, None if is_flood else within_s) for plan in high),
+        ),
+    )
+
+
+def _prioritised(plan: PlannedRequest, priority: int, within_s: float | None) -> PlannedRequest:
+    request = msgspec.structs.replace(plan.request, priority=priority)
+    return replace(plan, request=request, first_token_within_s=within_s)
 
 
 def _with_large_request(rng: Random, scenario: Scenario) -> Scenario:
@@ -361,6 +480,7 @@ def _draw_request(
         cache_salt=salt,
         deadline_s=at_s + rng.uniform(0.01, 3.0) if rng.random() < 0.15 else None,
         client=f"c{number % rng.choice((1, 2, 5))}",
+        priority=(0, 0, 0, -1, 5)[sampling.seed // 35 % 5],
     )
     return PlannedRequest(
         at_s=at_s,

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
-from ..core.errors import QueueFull
+from ..core.errors import KillsWorkers, QueueFull
 from ..core.request import FinishReason
 from ..router.events import EmitChoiceEnd, EmitEnd, EmitTokens, StreamRead, StreamUnread
+from ..router.fair_queue import OUTPUT_TOKEN
 from .kv_model import expected_tokens, prompt_logprob
 from .scenario import PlannedRequest
 from .simulated_head import SimulatedHead
@@ -13,6 +14,7 @@ from .virtual_time import VirtualTime
 FEW_ATTEMPTS = 10  # with so few, all of them may fail
 RETURN_S = 0.05  # until a client returns to a router that is absent, frozen or serving another of its id
 IMPATIENT_S = 10.0  # a refused client waits no longer, whatever retry delay it gets
+CONVICTED = "ended as workers died of it"
 BY_ITSELF = (FinishReason.STOP, FinishReason.LENGTH)
 
 
@@ -74,6 +76,16 @@ class SimulatedClient:
         return self._head.router.config.max_attempts < FEW_ATTEMPTS
 
     @property
+    def client(self) -> str:
+        return self._plan.request.client
+
+    @property
+    def service(self) -> float:
+        """Returns what the request has had, by the measure of turns."""
+        request = self._plan.request
+        return (len(request.prompt_token_ids) + OUTPUT_TOKEN * self.num_tokens) / request.weight
+
+    @property
     def num_tokens(self) -> int:
         return sum(map(len, self._received))
 
@@ -115,6 +127,9 @@ class SimulatedClient:
         elif isinstance(error, QueueFull):
             self._count("queue full")
             self._later(min(error.retry_after_s, IMPATIENT_S), self._submit)
+        elif isinstance(error, KillsWorkers):
+            self._count("deadly request refused")
+            self._leave()
         else:
             self._later(0.5, self._submit)
         self._note(f"{self.request_id}: " + ("submitted" if error is None else f"refused: {error}"))
@@ -254,6 +269,8 @@ class SimulatedClient:
                 self._count("hopeless deadline")
             case FinishReason.ERROR if self._may_give_up and (event.error or "").startswith("gave up"):
                 self._count("given up")
+            case FinishReason.FATAL:
+                self._count(CONVICTED)
             case reason:
                 self._violation(f"{self.request_id}: lost ({reason.value}): {event.error}")
         self._note(f"{self.request_id}: ended, {event.finish_reason or 'complete'}")

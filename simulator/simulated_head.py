@@ -7,7 +7,17 @@ from typing import Any, Protocol
 from ..core.errors import PdserveError
 from ..core.failures import FailureKind
 from ..core.latency import LatencyModel
-from ..core.messages import Abort, Heartbeat, LegEnded, Prefill, Probe, Role, StepReport, WorkerCommand
+from ..core.messages import (
+    Abort,
+    Heartbeat,
+    LegEnded,
+    Prefill,
+    Probe,
+    Role,
+    Serve,
+    StepReport,
+    WorkerCommand,
+)
 from ..core.pump import CommandPump
 from ..core.request import FinishReason, Request
 from ..router.config import RouterConfig
@@ -245,6 +255,7 @@ class SimulatedHead:
                 ):
                     self._check_want_of_another_place(message)
                 if not isinstance(message, Abort | Probe):
+                    self._check_bound(message)
                     self.on_dispatch()
                 if self._world.keeps_timeline:
                     self._world.note(f"router -> {worker_id}/{incarnation}: {describe(message)}")
@@ -272,6 +283,17 @@ class SimulatedHead:
                 self._world.violation(
                     f"{transfer} takes a link between hosts that has just failed {NUM_FAILURES} times"
                 )
+
+    def _check_bound(self, command: WorkerCommand) -> None:
+        """Checks that a client runs no more than it may; what comes back is not held up."""
+        if not isinstance(command, Prefill | Serve):
+            return
+        limit, spec = self.router.config.max_running_per_client, command.spec
+        num_running = self.router._ledger.num_running[spec.client]
+        counters = self.router.counters
+        comes_back = counters.retried or counters.unread or counters.displaced or not self._is_first
+        if limit is not None and not comes_back and limit < num_running > len(spec.choices):
+            self._world.violation(f"{spec.client} runs {num_running} choices, {limit} are allowed")
 
     def _hosts_that_serve(self) -> set[str]:
         """Returns the hosts on which workers are ready, according to the router."""
@@ -364,8 +386,8 @@ class SimulatedHead:
             case LaunchProcess(spec, placement):
                 self._watch(spec.key, self._world.start_worker(spec, placement))
             case EndProcess(key):  # a frozen or unreachable process keeps running
-                process = self._started[key].process
-                process.call_later(END_S, process.kill)
+                worker = self._started[key]
+                worker.process.call_later(END_S, worker.end)
             case KillProcess(key):
                 self._started[key].process.kill()
             case SuspectHost(node_id):
@@ -402,8 +424,8 @@ class SimulatedHead:
         worker.process.when_it_dies(lambda: self.process.call_later(HEARD_S, lambda: self._ended(key)))
 
     def _ended(self, key: Key) -> None:
-        del self._started[key]
-        self.manage(ProcessEnded(*key, "the process ended"))
+        worker = self._started.pop(key)
+        self.manage(ProcessEnded(*key, "the process ended", has_died=not worker.has_ended_in_order))
 
 
 def describe(command: WorkerCommand) -> str:
@@ -412,7 +434,7 @@ def describe(command: WorkerCommand) -> str:
     if isinstance(command, Heartbeat):
         return name
     if isinstance(command, Abort):
-        return f"{name} {command.transfer}"
+        return f"{name} {command.transfer}" + ("" if command.choice is None else f"/{command.choice}")
     if isinstance(command, Probe):
         return f"{name} {command.target.worker_id}/{command.target.incarnation}"
     spec = command.spec

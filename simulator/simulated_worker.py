@@ -136,7 +136,7 @@ class WorkerWorld(Protocol):
         ...
 
     def violation(self, text: str) -> None: ...
-    def on_sample(self, seq: Sequence, choice: int, index: int) -> None: ...
+    def on_sample(self, worker: "SimulatedWorker", seq: Sequence, choice: int, index: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +210,7 @@ class SimulatedWorker:
             lambda sequences: None,  # so every mask is late
             self.clock,
         )
+        self.has_ended_in_order = False
         self._time = time
         self._world = world
         self._session = RouterSession(*spec.key, time.now_s, FRAME_TOKENS)
@@ -218,7 +219,7 @@ class SimulatedWorker:
         self._router: End | None = None  # the same connection, once greeted
         self._inbox: deque[Callable[[], None]] = deque()
         self._is_awake = False
-        self._aborted: set[TransferId] = set()
+        self._aborted: set[tuple[TransferId, int | None]] = set()  # of one choice, or of all
         self._over: set[tuple[TransferId, int]] = set()  # choices whose last token was reported
 
     def start(self, load_s: float) -> None:
@@ -226,6 +227,11 @@ class SimulatedWorker:
         self.process.every(HEARTBEAT_S, self._beat)
         self._dial()
         self.process.call_later(load_s, self._serve)
+
+    def end(self) -> None:
+        """Ends the process in order."""
+        self.has_ended_in_order = True
+        self.process.kill()
 
     def _serve(self) -> None:
         """Begins to serve, once the worker is loaded."""
@@ -240,7 +246,7 @@ class SimulatedWorker:
         """Connects repeatedly; without a router the worker continues for a while, then ends."""
         now_s = self._time.now_s
         if not self._session.may_dial(now_s):
-            self.process.kill()
+            self.end()
             return
         connection = self._world.connect(self)
         if connection is None:
@@ -315,15 +321,15 @@ class SimulatedWorker:
     def _handle(self, command: WorkerCommand) -> None:
         self.worker.handle(command)
         if isinstance(command, Abort):
-            self._aborted.add(command.transfer)
+            self._aborted.add((command.transfer, command.choice))
 
     def _on_mask(self, key: int, num_tokens: int) -> None:
         self.post(lambda: self.worker.masked(key, num_tokens, NO_TOKEN_IS_RULED_OUT))
 
     def _on_sample(self, seq: Sequence, choice: int, index: int) -> None:
-        if seq.transfer in self._aborted:
-            self._world.violation(f"{self.process.name}: computes {seq.transfer} after its abort")
-        self._world.on_sample(seq, choice, index)
+        if not self._aborted.isdisjoint(((seq.transfer, None), (seq.transfer, choice))):
+            self._world.violation(f"{self.process.name}: computes {seq.transfer}/{choice} after its abort")
+        self._world.on_sample(self, seq, choice, index)
 
     def info(self) -> WorkerInfo:
         shape = self.shape

@@ -19,8 +19,8 @@ from ..router.fleet_member import MemberState
 from .faults import ORDERLY, Accident, Faults
 from .leftovers import leftovers
 from .network import End, Network
-from .scenario import CALM_S, MAX_GRAY_FAILURES, PlannedAccident, Scenario
-from .simulated_client import SimulatedClient
+from .scenario import CALM_S, MAX_GRAY_FAILURES, Deadly, PlannedAccident, Scenario
+from .simulated_client import CONVICTED, SimulatedClient
 from .simulated_head import SimulatedHead
 from .simulated_hosts import SimulatedHost, SimulatedHosts
 from .simulated_link import SimulatedDial
@@ -28,6 +28,7 @@ from .simulated_worker import InstanceSpec, SimulatedWorker
 from .virtual_time import VirtualProcess, VirtualTime
 
 PATIENCE_S = 60.0  # from the last fault to the last ending, and until everything is free
+MAX_ADVANTAGE = 1200  # of one client over another, in tokens; what one worker holds at once counts for less
 MAX_EVENTS = 5_000_000
 TAKE_OVER_TOKENS = 64  # so few that a take-over takes many turns
 
@@ -69,6 +70,8 @@ class Simulation:
         self._pools = scenario.pools  # the desired sizes
         self._computed: set[tuple[str, int, int, int]] = set()  # (request id, seed, choice, index) of tokens
         self._num_started: Counter[str] = Counter()  # processes, by worker
+        self._num_died = 0  # processes that did not end in order
+        self._num_deadly = 0  # of those, of the deadly request
         self._generation = 0
         self._num_displaced_before = 0  # dispatches, by earlier heads
         self.head = self._make_head()
@@ -100,6 +103,23 @@ class Simulation:
         outcome.num_events, outcome.virtual_s = self.time.num_events, self.time.now_s
         return outcome
 
+    def _check_shares(self) -> None:
+        """Checks, while each of them has a request that has not begun, that clients get tokens by their
+        weights."""
+        contest = self._scenario.contest
+        had = dict.fromkeys(contest, 0.0)
+        waits = set()
+        for client in self.clients:
+            if client.num_tokens:
+                had[client.client] += client.service
+            else:
+                waits.add(client.client)
+        if waits != set(contest):
+            return
+        if max(had.values()) - min(had.values()) > MAX_ADVANTAGE:
+            self.violation(f"clients with something queued have had {had}")
+        self.time.call_later(0.5, self._check_shares)
+
     def violation(self, text: str) -> None:
         self.note(f"VIOLATION {text}")
         self.outcome.violations.append(f"{self.time.now_s:.6f}: {text}")
@@ -115,6 +135,8 @@ class Simulation:
 
     def _run(self) -> None:
         self.head.start(self._pools, ())
+        if self._scenario.contest:
+            self.time.call_at(2.5, self._check_shares)
         for accident in self._scenario.accidents:
             self.time.call_at(accident.at_s, lambda accident=accident: self._strike(accident))  # type: ignore[misc]
         while self.time.step(CALM_S):
@@ -140,6 +162,12 @@ class Simulation:
         counters = self.head.router.counters
         if self._scenario.gray_worker and (counters.failed or counters.retried > MAX_GRAY_FAILURES):
             self.violation(f"a gray worker cost {counters.retried} dispatches and {counters.failed} streams")
+        num_convicted = self._client_counts[CONVICTED]
+        # each takes a death of its own, after another one
+        if num_convicted and num_convicted >= self._num_died:
+            self.violation(f"{num_convicted} requests are to blame for {self._num_died} deaths")
+        if self._scenario.deadly and not num_convicted:
+            self.violation("the deadly request is not to blame")
         for member in self.head.fleet.status():
             if member.num_restarts > self._num_started[member.worker_id]:
                 self.violation(
@@ -158,6 +186,7 @@ class Simulation:
                 max_queued_requests=scenario.max_queued_requests,
                 prefill_on_decode_factor=2.0 if scenario.prefill_on_decode else None,
                 max_attempts=scenario.max_attempts,
+                max_running_per_client=scenario.max_running_per_client,
                 claim_timeout_s=10.0,  # longer than the router freezes
                 take_over_tokens=TAKE_OVER_TOKENS,
             ),
@@ -222,9 +251,13 @@ class Simulation:
         self.workers[spec.key] = worker
         self._num_started[spec.worker_id] += 1
         self.hosts.started(worker, placement, self.head.waits_for_a_place)
-        worker.process.when_it_dies(lambda: self.note(f"{spec} died"))
+        worker.process.when_it_dies(lambda: self._note_death(worker))
         worker.start(scenario.start_s)
         return worker
+
+    def _note_death(self, worker: SimulatedWorker) -> None:
+        self.note(f"{worker.spec} died")
+        self._num_died += not worker.has_ended_in_order
 
     def fails_store(self, worker_id: str) -> bool:
         if worker_id == self._scenario.gray_worker:
@@ -253,11 +286,31 @@ class Simulation:
             return CONNECT_TIMEOUT_S, "no answer"
         return after_s + self.faults.latency_s(), ""
 
-    def on_sample(self, seq: Sequence, choice: int, index: int) -> None:
+    def on_sample(self, worker: SimulatedWorker, seq: Sequence, choice: int, index: int) -> None:
+        deadly = self._scenario.deadly
+        if deadly is not None and (seq.transfer.request_id, index, choice) == (
+            deadly.request_id,
+            deadly.index,
+            0,
+        ):
+            self._die_of(deadly, worker)
         token = seq.transfer.request_id, seq.spec.sampling.seed, choice, index
         if token in self._computed and self._scenario.is_computed_once and not self._num_displaced:
             self.violation(f"{token[0]}/{choice}: token {index} is computed a second time")
         self._computed.add(token)
+
+    def _die_of(self, deadly: Deadly, worker: SimulatedWorker) -> None:
+        """Ends a worker's process amid its step, of which nothing is reported."""
+        if not worker.process.is_alive:
+            return
+        self._num_deadly += 1
+        self.faults.count("worker died of a request")
+        held = {leg.spec.transfer.request_id for leg in worker.worker.held_legs() if leg.ended is None}
+        if self._num_deadly > 1 and held != {deadly.request_id}:
+            self.violation(f"{worker.spec} dies of {deadly.request_id} with {sorted(held)}")
+        if self._num_deadly > 2:
+            self.violation(f"{self._num_deadly} workers died of {deadly.request_id}")
+        worker.process.kill()
 
     # accidents
 

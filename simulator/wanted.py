@@ -27,7 +27,7 @@ class WantedLegs:
 
     def sent(self, worker: Key, command: WorkerCommand) -> None:
         match command:
-            case Abort(transfer=transfer):
+            case Abort(transfer=transfer, choice=None):
                 if (wanted := self._find(transfer)) is not None:
                     wanted.workers.discard(worker)
             case Prefill(spec=spec) | Reserve(spec=spec) | Serve(spec=spec):

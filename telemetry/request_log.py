@@ -11,8 +11,11 @@ from . import legs
 
 log = logging.getLogger(__name__)
 
-LEVELS: Mapping[FinishReason, int] = {FinishReason.ERROR: logging.WARNING}
-FAULTS = (FinishReason.ERROR, FinishReason.DEADLINE, FinishReason.INVALID)
+LEVELS: Mapping[FinishReason, int] = {
+    FinishReason.ERROR: logging.WARNING,
+    FinishReason.FATAL: logging.ERROR,
+}
+FAULTS = (FinishReason.ERROR, FinishReason.FATAL, FinishReason.DEADLINE, FinishReason.INVALID)
 FAULT_LINES_PER_S = 10.0
 
 

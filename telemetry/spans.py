@@ -22,11 +22,14 @@ class SpanTimes:
     error: str | None = None
 
 
+FAILURES = (FinishReason.ERROR, FinishReason.DEADLINE, FinishReason.INVALID, FinishReason.FATAL)
+
+
 def request_span(timeline: Timeline) -> SpanTimes:
     """The request as a whole; names as in OpenTelemetry's conventions for generative AI where there are
     some."""
     outcome = timeline.outcome
-    has_failed = outcome in (FinishReason.ERROR, FinishReason.DEADLINE, FinishReason.INVALID)
+    has_failed = outcome in FAILURES
     attributes: dict[str, Attribute] = {
         "pdserve.request_id": timeline.request_id,
         "pdserve.num_attempts": len(timeline.dispatches),

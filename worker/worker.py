@@ -80,9 +80,12 @@ class Worker:
             case Serve():
                 self._held.accepted(command.spec, Leg.DECODE, has_partner=False)
                 self._decode.serve(command)
-            case Abort():
-                self._prefill.abort(command.transfer)
-                self._decode.abort(command.transfer)
+            case Abort(transfer=transfer, choice=None):
+                self._prefill.abort(transfer)
+                self._decode.abort(transfer)
+            case Abort(transfer=transfer, choice=choice):
+                assert choice is not None
+                self._decode.abort_choice(transfer, choice)
             case Heartbeat() | Probe():
                 pass
 

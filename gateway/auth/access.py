@@ -67,6 +67,16 @@ class Caller:
         change it."""
         return f"key:{self.name}"
 
+    @property
+    def weight(self) -> float:
+        """Its client's share of the tokens under load, beside clients of weight 1."""
+        return float(self.key.weight or 1)
+
+    @property
+    def min_priority(self) -> int:
+        """The lowest number that its requests may have as their priority."""
+        return self.key.min_priority or 0
+
     def scoped(self, request_id: str) -> str:
         """The internal id of a request: two clients may choose the same id, and neither may claim the
         other's."""

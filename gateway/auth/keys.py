@@ -19,11 +19,14 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_KEYS = 10_000
 MAX_LIMIT = 10**12
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+MAX_WEIGHT = 1000
+PRIORITIES = range(-1000, 1001)
 _LIMITS = ("requests_per_minute", "tokens_per_minute")
+_NUMBERS = ("min_priority", "weight", *_LIMITS)
 _FLAGS = ("admin", "metrics")
 _EXPECTED = (
-    "a name, sha256:HASH, then any of admin, metrics, group=NAME, requests_per_minute=N and"
-    " tokens_per_minute=N"
+    "a name, sha256:HASH, then any of admin, metrics, group=NAME, min_priority=N, weight=N,"
+    " requests_per_minute=N and tokens_per_minute=N"
 )
 _EXPECTED_NAME = "at most 64 letters, digits, dots, dashes and underscores"
 
@@ -39,6 +42,8 @@ class ApiKey:
     group: str | None = None  # keys of one group may share cached prefixes
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+    min_priority: int | None = None  # the lowest number, served first, that its requests may ask for; None: 0
+    weight: int | None = None  # under load its client gets this many times the tokens of one without
 
     @property
     def may_read_metrics(self) -> bool:
@@ -49,7 +54,7 @@ class ApiKey:
         """The entry as it stands in the file."""
         flags = ["admin"] * self.is_admin + ["metrics"] * self.is_scraper
         values = [
-            f"{name}={value}" for name in ("group", *_LIMITS) if (value := getattr(self, name)) is not None
+            f"{name}={value}" for name in ("group", *_NUMBERS) if (value := getattr(self, name)) is not None
         ]
         return " ".join([self.name, f"sha256:{self.digest.hex()}", *flags, *values])
 
@@ -128,18 +133,22 @@ def _key_of(words: list[str]) -> ApiKey:
     given: dict[str, str] = {}
     for word in words[2:]:
         label, has_value, value = word.partition("=")
-        is_known = label in ("group", *_LIMITS) if has_value else label in _FLAGS
+        is_known = label in ("group", *_NUMBERS) if has_value else label in _FLAGS
         if not is_known or label in given:
             raise ValueError(f"a word that is not known or stands there twice, expected {_EXPECTED}")
         given[label] = value
     group = given.get("group")
     if group is not None and NAME.fullmatch(group) is None:
         raise ValueError(f"group: not valid, expected {_EXPECTED_NAME}")
-    limits = {limit: _positive(limit, given[limit]) for limit in _LIMITS if limit in given}
-    return ApiKey(name, bytes.fromhex(digest[1]), "admin" in given, "metrics" in given, group, **limits)
+    numbers = {label: _number(label, given[label]) for label in _NUMBERS if label in given}
+    return ApiKey(name, bytes.fromhex(digest[1]), "admin" in given, "metrics" in given, group, **numbers)
 
 
-def _positive(limit: str, value: str) -> int:
-    if not (value.isascii() and value.isdigit() and len(value) <= 13 and 1 <= int(value) <= MAX_LIMIT):
-        raise ValueError(f"{limit}: not valid, expected 1 to {MAX_LIMIT}")
+def _number(label: str, value: str) -> int:
+    allowed = {"min_priority": PRIORITIES, "weight": range(1, MAX_WEIGHT + 1)}.get(
+        label, range(1, MAX_LIMIT + 1)
+    )
+    digits = value.removeprefix("-") if label == "min_priority" else value
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 13 and int(value) in allowed):
+        raise ValueError(f"{label}: not valid, expected {allowed[0]} to {allowed[-1]}")
     return int(value)

@@ -233,6 +233,9 @@ class GenerationBody(Body):
     user: str = ""
     """The user that this request is for, at most 128 characters. Without keys it counts for this user when
     clients take turns under load, by default for its host; with keys, for its key."""
+    priority: int | None = None
+    """Under load, requests of a lower number are served before those of a higher one; not below the key's
+    `min_priority`, which is 0 by default."""
     logit_bias: dict[str, float] | None = None
     """Added to the logits of these tokens: token id -> -100 to 100."""
     response_format: ResponseFormat | None = None
@@ -250,8 +253,6 @@ class GenerationBody(Body):
     guided_grammar: str | None = None
     request_id: str = ""
     """The request's id, unless there is a header X-Request-Id."""
-    priority: int | None = None
-    """Only 0: requests have no priorities."""
     metadata: Metadata | None = None
     """Without effect, as are `store`, `service_tier`, `safety_identifier`, `prompt_cache_key`,
     `prompt_cache_retention` and `guided_decoding_backend`."""

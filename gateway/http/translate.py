@@ -7,6 +7,7 @@ from ...core.config import LimitsSection
 from ...core.errors import MISSING, InvalidRequest
 from ...core.validation import count_problems
 from ...proto import pdserve_pb2 as pb
+from ..auth.keys import PRIORITIES
 from .chat import chat_prompt, set_choice
 from .chat_schema import ChatCompletionRequest, DetokenizeRequest, TokenizeRequest
 from .constraint import constraint_message
@@ -103,6 +104,7 @@ def _message(
         request_id=request_id,
         cache_salt=body.cache_salt,
         client_id=body.user,
+        priority=body.priority if body.priority in PRIORITIES else None,
     )
 
 
@@ -191,5 +193,5 @@ def _refuse_unserved(body: GenerationBody, found: list[InvalidRequest]) -> None:
     if body.temperature is not None and not body.temperature <= MAX_TEMPERATURE:
         expected = f"0 to {MAX_TEMPERATURE:g}, where 0 is greedy"
         found.append(InvalidRequest("temperature", body.temperature, expected))
-    if body.priority not in (None, 0):
-        found.append(InvalidRequest("priority", body.priority, "0: requests have no priorities here"))
+    if body.priority is not None and body.priority not in PRIORITIES:
+        found.append(InvalidRequest("priority", body.priority, f"{PRIORITIES[0]} to {PRIORITIES[-1]}"))

@@ -503,7 +503,10 @@ ONLY_HTTP: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": [{"role": "user", "content": None}]},
         "messages[0].content: missing, expected a text",
     ),
-    "a priority": ({"prompt": "a", "priority": 1}, "priority: 1 is not valid, expected 0"),
+    "a priority": (
+        {"prompt": "a", "priority": 1001},
+        "priority: 1001 is not valid, expected -1000 to 1000",
+    ),
     "special tokens in the text": (
         {"prompt": "a", "skip_special_tokens": False},
         "skip_special_tokens: False is not valid, expected True",

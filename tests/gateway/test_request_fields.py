@@ -178,7 +178,7 @@ WRONG = {
     "stop": ["", "a"],
     "max_completion_tokens": -1,
     "user": "a\nb",
-    "priority": 2,
+    "priority": 2000,
     "response_format": {"type": "json_schema"},
 }
 

@@ -171,8 +171,13 @@ class Cluster:
         commands = [c for c in self.sent[worker_id] if isinstance(c, Prefill | Reserve | Serve)]
         return commands[-1].spec
 
-    def aborts(self, worker_id: str) -> list[TransferId]:
-        return [command.transfer for command in self.sent[worker_id] if isinstance(command, Abort)]
+    def aborts(self, worker_id: str, *, choice: int | None = None) -> list[TransferId]:
+        """Returns the dispatches that the worker was told to stop, as a whole or one `choice` of each."""
+        return [
+            command.transfer
+            for command in self.sent[worker_id]
+            if isinstance(command, Abort) and command.choice == choice
+        ]
 
     def report(
         self,

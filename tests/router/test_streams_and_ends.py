@@ -111,12 +111,16 @@ def test_cancel_ends_at_once_and_accounts_for_legs_until_they_end() -> None:
     assert cluster.router.status(0.0).counters.retried == 0
 
 
-def test_only_cancelling_the_last_choice_aborts_the_workers() -> None:
+def test_a_cancelled_choice_is_aborted_where_it_decodes() -> None:
     cluster = pair()
     cluster.submit(make_request(n=2, max_tokens=9))
     for choice in (0, 1):
         cluster.token("prefill-0", 0, choice=choice)
+    assert cluster.router._registry.get("decode-0").num_sequences == 2  # type: ignore[union-attr]
     cluster.handle(Cancel("r", STOP, choice=0))
+    assert cluster.aborts("decode-0", choice=0) == [TransferId("r", 0)]
+    assert not cluster.aborts("prefill-0", choice=0), "its prompt is the others' too"
+    assert cluster.router._registry.get("decode-0").num_sequences == 1  # type: ignore[union-attr]
     cluster.token("decode-0", 1, choice=0)
     cluster.token("decode-0", 1, choice=1)
     assert cluster.choice_ends["r", 0] == [STOP]

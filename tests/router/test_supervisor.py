@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+import pytest
+
 from pdserve.core.messages import HostFull, Role
 from pdserve.core.needs import Need
 from pdserve.router.cores import Capacity, CoreAllocator, Placement
-from pdserve.router.events import Adopted, Tick, WorkerLost, WorkerReady, WorkersExpected
+from pdserve.router.events import Adopted, LossCause, Tick, WorkerLost, WorkerReady, WorkersExpected
 from pdserve.router.fleet import Fleet, FleetConfig
 from pdserve.router.fleet_events import Apply, Drain, Shutdown, StartWorker
 from pdserve.router.fleet_member import MemberState
@@ -214,3 +216,18 @@ def test_a_process_that_ends_while_it_is_away_is_lost_at_once() -> None:
     world.up()
     world.handle(ConnectionLost("worker-0", 1, "reset", comes_back=True))
     assert WorkerLost("worker-0", 1, "killed") in world.handle(ProcessEnded("worker-0", 1, "killed"))
+
+
+@pytest.mark.parametrize(
+    ("has_died", "is_silent", "cause"),
+    [(True, False, LossCause.DIED), (False, False, LossCause.GONE), (True, True, LossCause.GONE)],
+)
+def test_the_router_learns_whether_a_process_died_by_itself(
+    has_died: bool, is_silent: bool, cause: LossCause
+) -> None:
+    """One that fell silent is killed by us."""
+    world = World()
+    world.up()
+    world.handle(ConnectionLost("worker-0", 1, "reset", is_silent=is_silent))
+    commands = world.handle(ProcessEnded("worker-0", 1, "SIGKILL", has_died=has_died))
+    assert WorkerLost("worker-0", 1, "reset", cause) in commands

@@ -17,7 +17,7 @@ from pdserve.core.messages import (
     WorkerLoad,
 )
 from pdserve.router import worker_sessions
-from pdserve.router.events import WorkerAway, WorkerLost, WorkerReady
+from pdserve.router.events import LossCause, WorkerAway, WorkerLost, WorkerReady
 from pdserve.router.supervisor import ConnectionLost, WorkerProgress
 from pdserve.router.worker_sessions import (
     CLOSED,
@@ -146,7 +146,7 @@ def test_a_worker_may_hang_up_when_we_have_just_moved_again(
     sessions.beat("a", 100.0)
     sessions.beat("a", 110.0)
     sessions.beat("a", 110.0 + after_s)
-    event = WorkerAway(*KEY) if is_away else WorkerLost(*KEY, CLOSED)
+    event = WorkerAway(*KEY) if is_away else WorkerLost(*KEY, CLOSED, LossCause.UNKNOWN)
     assert sessions.closed("a", None, 110.0 + after_s)[0] == ToRouter(event)
 
 
@@ -156,9 +156,15 @@ def test_a_worker_that_reports_its_failure_is_lost_for_that_reason(sessions: Wor
     failing = Failing(worker_id="decode-0", incarnation=1, reason="a step has taken 20 s")
     assert sessions.received("a", failing) == [HangUp("a")]
     assert sessions.closed("a", None, 0.0) == [
-        ToRouter(WorkerLost(*KEY, failing.reason)),
+        ToRouter(WorkerLost(*KEY, failing.reason, LossCause.DIED)),
         ToSupervisor(ConnectionLost(*KEY, failing.reason)),
     ]
+
+
+def test_a_connection_that_the_worker_ends_leaves_the_cause_open(sessions: WorkerSessions[str]) -> None:
+    sessions.received("a", HELLO)
+    sessions.received("a", READY)
+    assert ToRouter(WorkerLost(*KEY, "reset", LossCause.UNKNOWN)) in sessions.closed("a", "reset", 0.0)
 
 
 def test_any_input_breaks_a_workers_silence_but_not_an_unproven_peers(

@@ -31,14 +31,15 @@ from pdserve.kv_transfer.protocol import Ack, Commit
 from pdserve.kv_transfer.receiver import TransferReceiver
 from pdserve.kv_transfer.sender import TransferSender
 from pdserve.prefill_worker.worker import PrefillWorker
-from pdserve.router import hosts
+from pdserve.router import fair_queue, hosts, reports
 from pdserve.router.admission import Deadlines, JobQueue
 from pdserve.router.adoption import HeldDispatch
 from pdserve.router.config import RouterConfig
 from pdserve.router.core import Router
 from pdserve.router.cores import Capacity, CoreAllocator
+from pdserve.router.deaths import Deaths
 from pdserve.router.dispatch import Dispatch, Job, LiveRequest
-from pdserve.router.events import RouterCommand
+from pdserve.router.events import LossCause, RouterCommand
 from pdserve.router.fleet import Fleet
 from pdserve.router.fleet_member import Member, MemberState
 from pdserve.router.health import Health
@@ -491,6 +492,43 @@ def leave_all_places_to_the_client_that_has_them() -> Planted:
     return patch.object(RoomMaker, "newcomer", lambda self, head, jobs: None)
 
 
+def run_suspects_beside_others() -> Planted:
+    return patch.object(Job, "is_suspect", False)
+
+
+def forget_which_requests_have_killed() -> Planted:
+    return patch.object(Deaths, "num_under", lambda self, request, now_s: 0)
+
+
+def take_each_lost_connection_for_a_death() -> Planted:
+    original = Supervisor._forget
+
+    def forget(self: Supervisor[Any], key: tuple[str, int], reason: str, cause: object = None) -> None:
+        original(self, key, reason, LossCause.DIED)
+
+    return patch.object(Supervisor, "_forget", forget)
+
+
+def compute_an_aborted_choice() -> Planted:
+    return patch.object(DecodeScheduler, "remove_choice", lambda self, transfer, choice: None)
+
+
+def charge_prompts_alone() -> Planted:
+    return patch.object(reports, "OUTPUT_TOKEN", 0.0)
+
+
+def forget_the_bound_on_one_client() -> Planted:
+    return patch.object(Router, "_may_run", lambda self, job: True)
+
+
+def keep_the_places_of_low_priority() -> Planted:
+    return patch.object(RoomMaker, "_lower", lambda self, job: None)
+
+
+def starve_low_priority() -> Planted:
+    return patch.object(fair_queue, "FLOOR", 10**9)
+
+
 FIRST_FOUND: dict[Mutation, int] = {
     forget_which_links_between_hosts_are_broken: 28,
     leave_links_untried_until_a_request_needs_them: 2,
@@ -508,7 +546,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     leak_on_cancel: 0,
     free_twice_on_preemption: 1,
     lose_a_wake_up: 0,
-    forget_to_renew_a_lease: 192,
+    forget_to_renew_a_lease: 22,
     lose_a_credit: 0,
     believe_every_checksum: 65,
     accept_tokens_out_of_order: 0,
@@ -529,8 +567,16 @@ FIRST_FOUND: dict[Mutation, int] = {
     leave_all_places_to_the_client_that_has_them: 54,
     give_a_gray_worker_as_much_as_others: 83,
     let_nobody_pass_a_large_request: 147,
-    reassign_the_cores_of_a_process_before_it_is_gone: 17,
-    forget_a_process_that_ends_by_itself: 48,
+    compute_an_aborted_choice: 9,
+    run_suspects_beside_others: 26,
+    charge_prompts_alone: 3,
+    keep_the_places_of_low_priority: 56,
+    starve_low_priority: 77,
+    forget_the_bound_on_one_client: 2,
+    forget_which_requests_have_killed: 26,
+    take_each_lost_connection_for_a_death: 13,
+    reassign_the_cores_of_a_process_before_it_is_gone: 6,
+    forget_a_process_that_ends_by_itself: 21,
     hide_a_broken_connection_from_the_supervisor: 10,
     keep_only_the_last_frame_of_held_legs: 589,
     greet_only_the_first_router: 82,

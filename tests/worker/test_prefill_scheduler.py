@@ -1,11 +1,12 @@
 """Prefill steps divide their tokens so that long and short prompts delay each other only by a bounded
 amount."""
 
+import msgspec
 from hypothesis import given, settings, strategies as st
 
 from pdserve.engine.batch import Batch
 from pdserve.engine.sequence import Sequence
-from pdserve.prefill_worker.scheduler import PrefillScheduler
+from pdserve.prefill_worker.scheduler import FLOOR, PrefillScheduler
 
 from .chain_model import ChainEngine, spec
 
@@ -19,10 +20,11 @@ class Prefills:
         self.done: list[str] = []
         self._num_added = 0
 
-    def add(self, name: str, num_tokens: int) -> Sequence:
+    def add(self, name: str, num_tokens: int, priority: int = 0) -> Sequence:
         self._num_added += 1  # no two prompts share a prefix
         tokens = range(1000 * self._num_added, 1000 * self._num_added + num_tokens)
-        seq = Sequence(spec(name, tokens, 2), 0, self.engine.kv.max_model_len)
+        prioritised = msgspec.structs.replace(spec(name, tokens, 2), priority=priority)
+        seq = Sequence(prioritised, 0, self.engine.kv.max_model_len)
         self.scheduler.add(seq)
         return seq
 
@@ -127,3 +129,12 @@ def test_every_step_is_full_or_exhausts_admitted_prompts_and_all_end(
     assert sorted(prefills.done) == sorted(str(number) for number in range(len(arrivals)))
     assert prefills.scheduler.num_running == prefills.scheduler.num_waiting == 0
     assert prefills.engine.pool.num_free_blocks == num_blocks
+
+
+def test_a_prompt_of_lower_priority_gets_what_others_leave_and_a_step_now_and_then() -> None:
+    prefills = Prefills(budget=8)
+    prefills.add("low", 40, priority=1)
+    prefills.add("high", 56)
+    given = [prefills.step() for _ in range(FLOOR)]
+    assert given[:-1] == [{"high": 8}] * (FLOOR - 1)
+    assert given[-1] == {"low": 8}

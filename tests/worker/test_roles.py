@@ -4,6 +4,7 @@ implies."""
 import random
 from collections.abc import Callable, Sequence as Seq
 
+import msgspec
 import pytest
 from hypothesis import given, settings, strategies as st
 
@@ -223,6 +224,33 @@ def test_a_client_with_one_sequence_is_not_preempted_for_one_with_many() -> None
     assert has_run and scheduler.num_preemptions > 0
 
 
+def test_sequences_of_lower_priority_are_preempted_first_and_finish_all_the_same() -> None:
+    pair = Pair(decode_blocks=24)
+    low = [msgspec.structs.replace(spec(f"low{n}", range(n, n + 8), 30), priority=3) for n in range(3)]
+    high = [spec(f"high{n}", range(50 + n, 58 + n), 30) for n in range(2)]
+    for request in (*low, *high):
+        pair.decode.serve(Serve(spec=request))
+    scheduler = pair.decode.scheduler
+    while pair.decode.step():
+        preempted = [seq for seq in scheduler._waiting if not seq.is_fresh]
+        assert all(seq.spec.priority == 3 for seq in preempted)
+    assert scheduler.num_preemptions
+    for request in (*low, *high):
+        assert pair.tokens(request) == expected_tokens(request.prompt_token_ids, 0, 30)
+    pair.check_at_rest()
+
+
+def test_waiting_sequences_are_admitted_by_priority_and_one_in_eight_of_the_lowest() -> None:
+    pair = Pair(decode_blocks=200)
+    low = [msgspec.structs.replace(spec(f"low{n}", range(4), 2), priority=3) for n in range(2)]
+    for request in (*low, *(spec(f"high{n}", range(n, n + 4), 2) for n in range(40))):
+        pair.decode.serve(Serve(spec=request))
+    while pair.decode.step():
+        pass
+    ended = [leg.transfer.request_id for leg in pair.d_box.ended]
+    assert 0 < ended.index("low0") < ended.index("low1") < 24
+
+
 def test_preempted_sequences_do_not_stand_before_a_client_that_has_none() -> None:
     pair = Pair(decode_blocks=17)
     for number in range(4):
@@ -278,8 +306,60 @@ def test_an_abort_at_any_point_frees_everything_on_both_workers(steps: int) -> N
     assert len(pair.p_box.ended) == len(pair.d_box.ended) == 1
 
 
+@pytest.mark.parametrize("engine", [ChainEngine, AheadEngine])
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("choice", range(3))
+@pytest.mark.parametrize("steps", range(14))
+def test_an_aborted_choice_gets_no_more_tokens_and_its_siblings_all_of_theirs(
+    steps: int, choice: int, both: bool, engine: type[ChainEngine]
+) -> None:
+    pair, request = Pair(seed=steps, budget=4, engine=engine), spec("a", range(14), 9, n=3)
+    pair.decode.serve(Serve(spec=request)) if both else pair.submit(request)
+    for _ in range(steps):
+        pair.tick()
+    pair.decode.abort_choice(request.transfer, choice)
+    num_before = len(pair.tokens(request, choice))
+    pair.run()
+    for other in range(3):
+        tokens, expected = pair.tokens(request, other), expected_tokens(range(14), other, 9)
+        if other == choice:
+            assert tokens == expected[: len(tokens)]
+            assert len(tokens) <= max(num_before, 1), "its first token comes with the prompt"
+        else:
+            assert tokens == expected
+    pair.check_at_rest()
+
+
+def test_an_aborted_choice_frees_its_own_blocks_at_once() -> None:
+    pair, request = Pair(), spec("a", range(8), 30, n=2)
+    pair.decode.serve(Serve(spec=request))
+    for _ in range(12):
+        pair.decode.step()
+    num_free = pair.d.pool.num_free_blocks
+    pair.decode.abort_choice(request.transfer, 0)
+    assert pair.d.pool.num_free_blocks == num_free + 3, "12 of its 20 tokens are its own"
+    pair.decode.abort_choice(request.transfer, 1)
+    assert pair.d.pool.num_free_blocks == pair.d.num_blocks
+    assert [ended.error for ended in pair.d_box.ended] == [None]
+    pair.check_at_rest()
+
+
+def test_a_preempted_choice_can_be_aborted() -> None:
+    pair, request = Pair(decode_blocks=8), spec("a", range(8), 16, n=3)
+    pair.decode.serve(Serve(spec=request))
+    scheduler = pair.decode.scheduler
+    while not scheduler.num_preemptions:
+        pair.decode.step()
+    (preempted,) = scheduler._waiting
+    pair.decode.abort_choice(request.transfer, preempted.choice)
+    assert not scheduler._waiting
+    pair.run()
+    pair.check_at_rest()
+
+
 def test_aborting_an_unknown_dispatch_is_ignored() -> None:
     pair = Pair()
+    pair.decode.abort_choice(TransferId("nobody", 0), 0)
     pair.prefill.abort(TransferId("nobody", 0))
     pair.decode.abort(TransferId("nobody", 0))
     assert not pair.tick()

@@ -94,6 +94,10 @@ def test_only_marked_keys_administer(file: Path) -> None:
         ("metrics=1", "not known"),
         ("admin admin", "stands there twice"),
         ("tokens_per_minute", "not known"),
+        ("min_priority=-1001", "min_priority: not valid, expected -1000 to 1000"),
+        ("min_priority=--1", "min_priority: not valid, expected -1000 to 1000"),
+        ("weight=0", "weight: not valid, expected 1 to 1000"),
+        ("weight=1001", "weight: not valid, expected 1 to 1000"),
     ],
 )
 def test_an_invalid_word_is_refused(words: str, problem: str) -> None:
@@ -102,6 +106,15 @@ def test_an_invalid_word_is_refused(words: str, problem: str) -> None:
 
 
 def test_all_words_of_a_line_are_read_back() -> None:
-    key = make_key("a", ALICE, is_admin=True, is_scraper=True, group="lab-1", tokens_per_minute=5)
-    assert key.line.endswith(" admin metrics group=lab-1 tokens_per_minute=5")
+    key = make_key(
+        "a",
+        ALICE,
+        is_admin=True,
+        is_scraper=True,
+        group="lab-1",
+        min_priority=-5,
+        weight=3,
+        tokens_per_minute=5,
+    )
+    assert key.line.endswith(" admin metrics group=lab-1 min_priority=-5 weight=3 tokens_per_minute=5")
     assert parse_keys(key.line, "keys") == (key,)

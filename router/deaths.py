@@ -1,0 +1,82 @@
+"""Remembers requests under which workers' processes have died, for when their clients send them again.
+
+A request is recognised by its client and its id, or by its client and its prompt. Pure and bounded: the
+oldest are forgotten first, and all with their router."""
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from ..core.errors import KillsWorkers
+from ..core.request import Request
+
+MAX_KEPT = 1024  # requests, at two marks each
+REFUSED_S = 600.0  # the first time; doubles with each process that dies of the request again
+MAX_REFUSED_S = 86_400.0
+
+
+_Mark = tuple[str, bytes]
+
+
+@dataclass(slots=True)
+class _Record:
+    num_deaths: int = 0  # with each of which the request was over
+    num_proven: int = 0  # of those, while it was there alone
+    refused_until_s: float = 0.0
+
+
+class Deaths:
+    """Read when a request comes, written when it is over."""
+
+    def __init__(self) -> None:
+        self._records: OrderedDict[_Mark, _Record] = OrderedDict()  # the oldest first
+
+    def suspect(self, request: Request) -> None:
+        """A process died under the request, which is over without having been cleared."""
+        self._record(request).num_deaths += 1
+
+    def convict(self, request: Request, now_s: float) -> None:
+        """A process died while the request was there alone."""
+        record = self._record(request)
+        record.num_deaths += 1
+        record.num_proven += 1
+        seconds = min(REFUSED_S * 2.0 ** min(record.num_proven - 1, 16), MAX_REFUSED_S)
+        record.refused_until_s = now_s + seconds
+
+    def num_under(self, request: Request, now_s: float) -> int:
+        """Returns how many processes have died under requests like this one, which has to run alone first if
+        any has. Raises KillsWorkers for a convicted one until its time is over."""
+        records = self._known(_marks(request)) if self._records else []
+        refused_until_s = max((record.refused_until_s for record in records), default=now_s)
+        if now_s < refused_until_s:
+            raise KillsWorkers(refused_until_s - now_s)
+        return max((record.num_deaths for record in records), default=0)
+
+    def clear(self, request: Request) -> None:
+        """The request has run alone, and nothing died. What has been proven once is not forgotten."""
+        for mark in _marks(request) if self._records else ():
+            if mark in self._records and not self._records[mark].num_proven:
+                del self._records[mark]
+
+    def _known(self, marks: tuple[_Mark, _Mark]) -> list[_Record]:
+        return [self._records[mark] for mark in marks if mark in self._records]
+
+    def _record(self, request: Request) -> _Record:
+        marks = _marks(request)
+        record = max(self._known(marks), key=lambda record: record.num_deaths, default=_Record())
+        for mark in marks:
+            self._records[mark] = record
+            self._records.move_to_end(mark)
+        while len(self._records) > 2 * MAX_KEPT:
+            self._records.popitem(last=False)
+        return record
+
+
+def _marks(request: Request) -> tuple[_Mark, _Mark]:
+    """Returns the two marks by which the request is recognised. The address of a client without a name is
+    none of them, as it changes from call to call."""
+    kind = request.client.partition(":")[0]
+    client = request.client if kind in ("key", "id") else ""
+    prompt = hashlib.blake2b(array("Q", request.prompt_token_ids).tobytes(), digest_size=16).digest()
+    return (client, b"id " + request.request_id.encode()), (client, b"prompt " + prompt)

@@ -489,7 +489,7 @@ def let_nobody_pass_a_large_request() -> Planted:
 
 
 def leave_all_places_to_the_client_that_has_them() -> Planted:
-    return patch.object(RoomMaker, "newcomer", lambda self, head, jobs: None)
+    return patch.object(RoomMaker, "_giver", lambda self, job: None)
 
 
 def run_suspects_beside_others() -> Planted:

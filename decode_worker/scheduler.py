@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import msgspec
 
 from ..core.request import FinishReason, TransferId
+from ..core.sharing import FLOOR, LITTLE
 from ..engine.batch import Batch, SampledToken, ScheduledChunk
 from ..engine.kv_manager import MAX_BLOCKS_A_TOKEN, KVManager
 from ..engine.sequence import Sequence
 
-FLOOR = 8
+MAX_PASSES = 256  # admissions that may pass the first that waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +41,13 @@ class Emission(msgspec.Struct, frozen=True):
 class DecodeScheduler:
     """Admits and retires sequences at every step. A running sequence that finds no block preempts one of the
     lowest priority: the youngest sequence of the client that has most. So does one of a client that has
-    nothing here, among those whose priority is not higher. The preempted one recomputes later.
+    little here, among those whose priority is not higher. The preempted one recomputes later.
 
     Of the waiting sequences the highest priority is served first, except for one in `FLOOR` of the lowest,
-    which then keeps its blocks like the highest; within a priority the client that has least, its preempted
-    ones before its others. They are admitted while the batch has room and a block per running sequence stays
-    free, so that admission does not cause the next preemption. Prompt tokens share the step with decodes, at
-    most `max_batch_tokens` tokens together."""
+    which then keeps its blocks like the highest; within a priority the client that has fewest blocks then,
+    its preempted ones before its others, unless `MAX_PASSES` have passed the first. They are admitted while
+    the batch has room and a block per running sequence stays free, so that admission does not cause the next
+    preemption. Prompt tokens share the step with decodes, at most `max_batch_tokens` tokens together."""
 
     def __init__(self, kv: KVManager, *, max_batch_size: int, max_batch_tokens: int) -> None:
         self._kv = kv
@@ -59,6 +60,7 @@ class DecodeScheduler:
         # they take part in a step that was launched before their end was known
         self._ended_ahead: set[Sequence] = set()
         self._num_since_floor = 0  # sequences admitted while one of lower priority waited
+        self._num_passes = 0  # sequences admitted while the first waited
         self.num_preemptions = 0
 
     @property
@@ -297,7 +299,7 @@ class DecodeScheduler:
         self.num_preemptions += 1
 
     def _admit_newcomers(self, granted: list[Sequence]) -> None:
-        """Admits sequences of clients that have nothing here, at the expense of the client that has most:
+        """Admits sequences of clients that have little here, at the expense of the client that has most:
         running sequences grow into every block that becomes free."""
         if any(seq.num_in_flight_tokens for seq in self._running):
             return
@@ -310,28 +312,32 @@ class DecodeScheduler:
             self._enter(seq, granted)
 
     def _newcomer(self) -> Sequence | None:
-        """Returns the next sequence to admit if its client has nothing here, and another can make room."""
+        """Returns the next sequence to admit if its client has little here, and another can make room."""
         seq = self._next_waiting()
-        if seq is None or self._num_held()[seq.spec.client] or not self._has_room_for(seq):
+        if seq is None or not self._has_room_for(seq) or self._victim_for(seq) is None:
             return None
-        return None if self._victim_for(seq) is None else seq
+        return seq
 
     def _victim_for(self, seq: Sequence) -> Sequence | None:
-        """Returns the youngest sequence of the client that has most blocks, if that leaves it more than `seq`
-        takes."""
-        num_blocks = Counter[str]()
+        """Returns the youngest sequence of the client that has most blocks, if that leaves it more than the
+        client of `seq` has then, which has nothing now, or little even then."""
         lower = [other for other in self._running if other.priority >= seq.priority]
+        num_blocks = Counter[str]()
         for other in lower:
             num_blocks[other.spec.client] += len(other.block_ids)
         client = max(num_blocks, key=lambda client: (num_blocks[client], client), default=None)
-        if client is None:
+        if client is None or client == seq.spec.client:
+            return None
+        num_held = self._num_blocks()[seq.spec.client]
+        num_then = num_held + self._kv.num_blocks_for(seq.num_tokens)
+        if num_held and num_then * LITTLE > num_blocks[client]:
             return None
         victim = next(other for other in reversed(lower) if other.spec.client == client)
-        num_left = num_blocks[client] - len(victim.block_ids)
-        return victim if num_left > self._kv.num_blocks_to_grow(seq, seq.num_tokens) else None
+        return victim if num_blocks[client] - len(victim.block_ids) > num_then else None
 
     def _enter(self, seq: Sequence, granted: list[Sequence]) -> None:
         """Lets a waiting sequence, which has its blocks now, run or receive."""
+        self._num_passes = 0 if seq is self._waiting[0] else self._num_passes + 1
         self._waiting.remove(seq)
         if seq.transfer in self._reservations:
             self._reservations.remove(seq.transfer)
@@ -341,20 +347,27 @@ class DecodeScheduler:
             self._running.append(seq)
 
     def _next_waiting(self) -> Sequence | None:
-        """Returns the first sequence of the highest priority, of the client that has least; None when none
-        waits. The sequences that a
-        client had to give up do not come before those of a client that has none."""
-        if len(self._waiting) < 2:
+        """Returns the first sequence of the client that has fewest blocks with it, of the highest priority;
+        None when none waits. So what a client had to give up does not stand before those that need little."""
+        if len(self._waiting) < 2 or self._num_passes >= MAX_PASSES:
             return self._waiting[0] if self._waiting else None
-        num_held = self._num_held()
-        return min(self._waiting, key=lambda seq: (seq.priority, num_held[seq.spec.client]))
+        firsts: dict[str, Sequence] = {}
+        for seq in self._waiting:
+            if seq.priority > self._waiting[0].priority:
+                break
+            firsts.setdefault(seq.spec.client, seq)
+        num_blocks = self._num_blocks()
+        return min(
+            firsts.values(),
+            key=lambda seq: num_blocks[seq.spec.client] + self._kv.num_blocks_for(seq.num_tokens),
+        )
 
-    def _num_held(self) -> Counter[str]:
-        """Returns the number of sequences with blocks, by client."""
-        num_held = Counter(seq.spec.client for seq in self._running)
-        for seq in self._receiving.values():
-            num_held[seq.spec.client] += len(seq.spec.choices)
-        return num_held
+    def _num_blocks(self) -> Counter[str]:
+        """Returns the number of blocks that sequences hold, by client."""
+        num_blocks = Counter[str]()
+        for seq in (*self._running, *self._receiving.values()):
+            num_blocks[seq.spec.client] += len(seq.block_ids)
+        return num_blocks
 
     def _has_room_for(self, seq: Sequence) -> bool:
         num_sequences = sum(len(other.spec.choices) if other.is_fresh else 1 for other in self._running)

@@ -5,11 +5,10 @@ add -> waiting --schedule--> running (chunk by chunk) --complete--> handed to th
 
 from collections.abc import Iterable
 
+from ..core.sharing import FLOOR
 from ..engine.batch import Batch, ScheduledChunk
 from ..engine.kv_manager import KVManager
 from ..engine.sequence import Sequence
-
-FLOOR = 8
 
 
 class PrefillScheduler:

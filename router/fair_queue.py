@@ -16,11 +16,12 @@ from heapq import heappop, heappush, heapreplace
 from itertools import count
 from typing import Generic, TypeVar
 
+from ..core.sharing import FLOOR
+
 T = TypeVar("T")
 
 OUTPUT_TOKEN = 2.0  # prompt tokens that an output token counts as, as in the paper
 MAX_CLIENTS = 8192  # whose counters are kept
-FLOOR = 8  # one place in this many goes to a lower priority, so that none starves
 
 
 class TokenCounters:

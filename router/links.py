@@ -53,7 +53,7 @@ class Links:
         answer."""
         if now_s < self._next_probe_s:
             return
-        ends = {worker.info.address.host_id: worker for worker in registry if worker.takes_work}
+        ends = {worker.info.address.host_id: worker for worker in registry if _answers(worker)}
         self._passed = {link for link in self._passed if ends.keys() >= set(link)}
         self._next_probe_s = inf
         for link in permutations(ends, 2):
@@ -155,3 +155,9 @@ def _link(prefill: RegisteredWorker, decode: RegisteredWorker) -> Link:
 
 def _key(worker: RegisteredWorker) -> tuple[str, int]:
     return worker.worker_id, worker.incarnation
+
+
+def _answers(worker: RegisteredWorker) -> bool:
+    """Whether probes reach it: also where it gets no dispatch for a while, so that its links are known when it
+    does again."""
+    return worker.state is not RoutingState.DRAINING and not worker.is_away

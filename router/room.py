@@ -8,13 +8,13 @@ same tokens."""
 from collections.abc import Iterable
 
 from ..core.messages import Leg
+from ..core.sharing import LITTLE
 from .dispatch import Dispatch, DispatchState, Job
 from .fair_queue import TokenCounters
 from .ledger import Ledger
 from .registry import Registry, decode_load
 
 MAX_DISPLACED = 3  # times that a request gives up its place for one of higher priority
-LITTLE = 8  # a client that runs something takes only what leaves the other this many times as much
 
 
 class RoomMaker:

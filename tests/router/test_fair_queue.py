@@ -4,7 +4,8 @@ from collections import Counter
 
 from hypothesis import given, strategies as st
 
-from pdserve.router.fair_queue import FLOOR, MAX_CLIENTS, FairQueue, PriorityQueue, TokenCounters
+from pdserve.core.sharing import FLOOR
+from pdserve.router.fair_queue import MAX_CLIENTS, FairQueue, PriorityQueue, TokenCounters
 
 Item = tuple[str, int, int]  # client, number among the client's, tokens
 

@@ -4,9 +4,10 @@ amount."""
 import msgspec
 from hypothesis import given, settings, strategies as st
 
+from pdserve.core.sharing import FLOOR
 from pdserve.engine.batch import Batch
 from pdserve.engine.sequence import Sequence
-from pdserve.prefill_worker.scheduler import FLOOR, PrefillScheduler
+from pdserve.prefill_worker.scheduler import PrefillScheduler
 
 from .chain_model import ChainEngine, spec
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from pdserve.core.messages import Leg, Prefill, Reserve, Serve
 from pdserve.core.request import FinishReason, SequenceSpec, TransferId
+from pdserve.decode_worker import scheduler as scheduler_module
 from pdserve.decode_worker.worker import DecodeWorker
 from pdserve.engine.batch import RoleEngine
 from pdserve.engine.outbox import LegClock, Outbox
@@ -291,6 +292,57 @@ def test_a_large_request_takes_no_room_from_clients_that_have_less() -> None:
     assert pair.decode.scheduler.num_preemptions == 0
     pair.run()
     assert len(pair.tokens(spec("large", range(60), 4, client="d"))) == 4
+
+
+def test_a_small_sequence_does_not_wait_behind_a_preempted_one_that_does_not_fit() -> None:
+    """Two clients with one long sequence each, of which only one fits at the end."""
+    pair = Pair(decode_blocks=24)
+    for start, client in enumerate("ab"):
+        pair.decode.serve(Serve(spec=spec(client, range(10 * start, 10 * start + 8), 80, client=client)))
+    scheduler = pair.decode.scheduler
+    while not scheduler.num_preemptions:
+        assert pair.decode.step()
+    pair.decode.serve(Serve(spec=spec("small", range(30, 34), 4, client="c")))
+    assert pair.decode.step()
+    assert any(seq.spec.client == "c" for seq in scheduler._running)
+    pair.run()
+    pair.check_at_rest()
+
+
+def test_small_sequences_pass_one_that_does_not_fit_a_bounded_number_of_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scheduler_module, "MAX_PASSES", 3)
+    pair = Pair(decode_blocks=24)
+    for start, client in enumerate("ab"):
+        pair.decode.serve(Serve(spec=spec(client, range(10 * start, 10 * start + 8), 80, client=client)))
+    scheduler = pair.decode.scheduler
+    while not scheduler.num_preemptions:
+        assert pair.decode.step()
+    for number in range(6):
+        pair.decode.serve(
+            Serve(spec=spec(f"small{number}", range(30 + number, 34 + number), 4, client=f"c{number}"))
+        )
+    for _ in range(3):
+        assert pair.decode.step()
+    assert sum(seq.spec.client[0] == "c" for seq in scheduler._waiting) == 3
+    pair.run()
+    pair.check_at_rest()
+
+
+def test_a_client_that_has_little_takes_room_from_one_that_has_much_more() -> None:
+    pair = Pair(decode_blocks=40)
+    for number in range(6):
+        prompt = range(10 * number, 10 * number + 8)
+        pair.decode.serve(Serve(spec=spec(f"r{number}", prompt, 200, client="many")))
+    scheduler = pair.decode.scheduler
+    while not scheduler.num_preemptions:
+        assert pair.decode.step()
+    for number in range(2):
+        prompt = range(70 + 10 * number, 74 + 10 * number)
+        pair.decode.serve(Serve(spec=spec(f"theirs{number}", prompt, 20, client="one")))
+        assert pair.decode.step()
+    assert sum(seq.spec.client == "one" for seq in scheduler._running) == 2
 
 
 @pytest.mark.parametrize("steps", range(12))

@@ -158,6 +158,6 @@ def _key(worker: RegisteredWorker) -> tuple[str, int]:
 
 
 def _answers(worker: RegisteredWorker) -> bool:
-    """Whether probes reach it: also where it gets no dispatch for a while, so that its links are known when it
-    does again."""
+    """Whether probes reach it: also where it gets no dispatch for a while, so that its links are known when
+    it does again."""
     return worker.state is not RoutingState.DRAINING and not worker.is_away

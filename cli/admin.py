@@ -13,6 +13,7 @@ from .client import Client, CommandFailed, is_gone
 from .interruptible import interruptible
 from .progress import MAX_RESTARTS, StatusLines, check_starts, is_ready
 from .status import as_json, as_table, as_text
+from .terminal import show
 
 GONE_TIMEOUT_S = 20.0
 
@@ -21,7 +22,7 @@ def show_status(client: Client, watch: bool, output: str) -> None:
     """Print the state, or follow it."""
     if not watch:
         status = client.cluster.GetStatus(pb.GetStatusRequest())
-        print(as_json(status) if output == "json" else as_table(status, output == "wide"))
+        show(as_json(status) if output == "json" else as_table(status, output == "wide"))
         return
     console = Console()
     with interruptible(client.cluster.WatchStatus(pb.WatchStatusRequest())) as states:
@@ -32,7 +33,7 @@ def show_status(client: Client, watch: bool, output: str) -> None:
             return
         for status in states:
             text = as_json(status, None) if output == "json" else as_table(status, output == "wide") + "\n"
-            print(text, flush=True)
+            show(text)
 
 
 def apply(client: Client, file: Path, dry_run: bool, wait: bool) -> None:
@@ -46,11 +47,11 @@ def apply(client: Client, file: Path, dry_run: bool, wait: bool) -> None:
     drained = _drained(client.cluster.GetStatus(pb.GetStatusRequest()))
     response = client.cluster.Apply(pb.ApplyRequest(config_yaml=text, filename=str(file), dry_run=dry_run))
     for change in response.changes:
-        print(f"{change.key}: {change.before} -> {change.after}")
+        show(f"{change.key}: {change.before} -> {change.after}")
     # an instance that was drained by hand is out of service until the next apply
     left = set() if dry_run else _drained(client.cluster.GetStatus(pb.GetStatusRequest()))
     for worker_id in sorted(drained - left):
-        print(f"{worker_id}: drained -> {'would be replaced' if dry_run else 'replaced'}")
+        show(f"{worker_id}: drained -> {'would be replaced' if dry_run else 'replaced'}")
     if not response.changes and drained == left:
         print("nothing to change")
     if wait and not dry_run:
@@ -68,7 +69,7 @@ def _wait_until_settled(client: Client) -> None:
     with interruptible(client.cluster.WatchStatus(pb.WatchStatusRequest())) as states:
         for status in states:
             for line in lines.changes(status):
-                print(line, flush=True)
+                show(line)
             if is_ready(status) and len(status.workers) == sum(pool.instances for pool in status.pools):
                 return
             check_starts(status, MAX_RESTARTS)
@@ -77,7 +78,7 @@ def _wait_until_settled(client: Client) -> None:
 
 def drain(client: Client, worker_ids: list[str]) -> None:
     """Drain workers, or all; print how many requests are left."""
-    follow_drain(client, pb.DrainRequest(worker_ids=worker_ids), print)
+    follow_drain(client, pb.DrainRequest(worker_ids=worker_ids), show)
     print("drained")
 
 

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 
 from ..proto import pdserve_pb2 as pb
 from .client import Client
+from .terminal import show
 
 
 def explain(client: Client, request_id: str) -> None:
     """Print it."""
     for line in explanation_lines(client.cluster.Explain(pb.ExplainRequest(request_id=request_id))):
-        print(line)
+        show(line)
 
 
 def explanation_lines(explanation: pb.Explanation) -> Iterator[str]:

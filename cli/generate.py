@@ -1,6 +1,5 @@
 """`pdserve generate` and `pdserve chat`: prompts in, text on stdout as it arrives."""
 
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
@@ -9,20 +8,15 @@ from google.protobuf.json_format import MessageToJson
 from ..proto import pdserve_pb2 as pb
 from .client import Client, CommandFailed
 from .coming_back import resuming_stream
+from .terminal import show
 from .timeline import timeline_lines
 
 Write = Callable[[str], None]
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line ends
 
 
 def write_out(text: str) -> None:
-    """Writes to stdout and flushes. No control character of a model's acts on a terminal."""
-    sys.stdout.write(_CONTROLS.sub(_escaped, text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
-
-
-def _escaped(control: re.Match[str]) -> str:
-    return ascii(control[0])[1:-1]
+    """Writes what a model says."""
+    show(text, end="")
 
 
 def text_prompt(text: str) -> pb.Prompt:

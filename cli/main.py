@@ -20,6 +20,7 @@ from .bench import bench
 from .ending import end_at_once
 from .entry import EXIT_SIGPIPE
 from .key import key_app
+from .terminal import show
 
 _MEANT = {  # what other tools call our commands
     "ps": "status",
@@ -44,7 +45,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except PdserveError as error:
-            print(f"pdserve: {error}", file=sys.stderr)
+            show(f"pdserve: {error}", file=sys.stderr)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise typer.Exit(130) from None

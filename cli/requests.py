@@ -8,6 +8,7 @@ from ..proto import pdserve_pb2 as pb
 from .client import Client
 from .explain import milliseconds
 from .status import age, aligned
+from .terminal import show
 
 COLUMNS = ("REQUEST", "OUTCOME", "TOKENS", "TTFT", "TIME", "AGE")
 WIDE_COLUMNS = (*COLUMNS, "PREFILL", "DECODE", "CLIENT")
@@ -21,7 +22,7 @@ def show_requests(client: Client, max_requests: int, output: str) -> None:
             MessageToJson(found, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
         )
         return
-    print(*request_lines(found.requests, output == "wide"), sep="\n")
+    show("\n".join(request_lines(found.requests, output == "wide")))
 
 
 def request_lines(requests: Sequence[pb.RequestSummary], wide: bool = False) -> Iterator[str]:

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from ..core.config_types import format_size
 from ..proto import pdserve_pb2 as pb
+from .terminal import harmless
 
 STATES = {
     pb.WORKER_STATE_STARTING: "Starting",
@@ -70,7 +71,7 @@ def as_text(status: pb.ClusterStatus, wide: bool, width: int) -> Text:
     table = as_table(status, wide)
     if max(map(len, table.splitlines())) > width:
         table = as_table(status, wide, gap=1 if any(one.num_restarts for one in status.workers) else 2)
-    text = Text(table, no_wrap=True, overflow="ellipsis")
+    text = Text(harmless(table), no_wrap=True, overflow="ellipsis")
     for style, words in STYLES.items():
         text.highlight_regex(rf"\b({'|'.join(words)})\b(\(\d+%\))?", style)
     return text

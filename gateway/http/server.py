@@ -2,7 +2,8 @@
 
 Connections are accepted here and not by asyncio: each needs a place before any work is done for it, and until
 its first byte arrives it is only a socket, so that a flood of connections costs little. With TLS this holds
-until its first record is complete."""
+until its first record is complete and its handshake has its turn: one begins in each turn of the loop, of one
+address after the other."""
 
 import asyncio
 import itertools
@@ -20,6 +21,7 @@ from ...core.peer_log import peer_log
 from ..auth.tls import ServerTls
 from ..connections import places_for
 from ..places import FairPlaces, NoPlace, address_group
+from ..turns import Turns
 from . import connection
 from .connection import KEEP_ALIVE_S, MAX_HEADER_BYTES, Connection
 from .feeder import Feeder
@@ -45,6 +47,8 @@ class HttpServer:
         self._silent: dict[int, float] = {}  # connections that have not begun, and since when; oldest first
         self._hellos: dict[int, bytearray] = {}  # the first bytes of TLS connections
         self._feeder = Feeder()
+        self._turns: Turns[int] = Turns()  # connections whose handshakes have yet to begin
+        self._turn: asyncio.Handle | None = None
         self._handshakes: set[asyncio.Task[None]] = set()
         self._context = None if tls is None else tls.ssl_context()
         self._config = Config(
@@ -138,9 +142,12 @@ class HttpServer:
         loop = asyncio.get_running_loop()
         self._sockets[number], self._silent[number] = sock, loop.time()
         sock.setblocking(False)
-        loop.add_reader(sock, self._on_first_byte if self._context is None else self._on_hello_bytes, number)
+        if self._context is None:
+            loop.add_reader(sock, self._on_first_byte, number)
+        else:
+            loop.add_reader(sock, self._on_hello_bytes, number, group)
 
-    def _on_hello_bytes(self, number: int) -> None:
+    def _on_hello_bytes(self, number: int, group: str) -> None:
         try:
             received = self._sockets[number].recv(MAX_RECORD_BYTES)
         except (BlockingIOError, InterruptedError):
@@ -153,7 +160,25 @@ class HttpServer:
         hello = self._hellos.setdefault(number, bytearray())
         hello += received
         if whole_records(hello)[0]:
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._sockets[number])
+            self._turns.add(group, number)
+            self._turn = self._turn or loop.call_soon(self._next_handshake)
+
+    def _next_handshake(self) -> None:
+        """Begins the next handshake; a signature takes as long as many tokens do."""
+        self._turn = None
+        while self._turns:
+            number = self._turns.next()
+            if number not in self._silent:
+                continue  # it has lost its place
+            if _has_left(self._sockets[number]):
+                self._end(number)
+                continue
             self._on_first_byte(number)
+            break
+        if self._turns:
+            self._turn = asyncio.get_running_loop().call_soon(self._next_handshake)
 
     def _on_first_byte(self, number: int) -> None:
         loop, sock = asyncio.get_running_loop(), self._sockets[number]
@@ -240,3 +265,13 @@ def _listen(address: str) -> socket.socket:
         listener.close()
         raise ConfigError(f"listen.http: cannot listen on {address}: {error.strerror}") from error
     return listener
+
+
+def _has_left(sock: socket.socket) -> bool:
+    """Whether the peer of a connection that has sent its hello has hung up."""
+    try:
+        return not sock.recv(1, socket.MSG_PEEK)
+    except (BlockingIOError, InterruptedError):
+        return False
+    except OSError:
+        return True

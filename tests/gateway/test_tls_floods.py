@@ -116,6 +116,41 @@ async def test_half_a_client_hello_costs_only_its_bytes(https: HttpServer, trust
     hang_up(opened)
 
 
+async def test_hellos_of_one_address_do_not_delay_anothers(
+    https: HttpServer, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+    begin = https._on_first_byte
+    monkeypatch.setattr(https, "_on_first_byte", lambda number: (begun.append(number), begin(number)))
+    hellos = [Client(trusting).hello() for _ in range(20)]
+    opened = await connect(https.address, len(hellos))
+    await until(lambda: len(https._sockets) == len(hellos))
+    *flood, other = https._sockets
+    for number, hello in zip(https._sockets, hellos, strict=True):  # as if all had come in one turn
+        https._hellos[number] = bytearray(hello)
+        https._turns.add("other" if number == other else "flood", number)
+    https._next_handshake()
+    await until(lambda: len(begun) == len(hellos))
+    assert begun.index(other) <= 1 and [number for number in begun if number != other] == flood
+    hang_up(opened)
+
+
+async def test_no_handshake_begins_for_a_peer_that_has_left(
+    https: HttpServer, trusting: ssl.SSLContext
+) -> None:
+    opened = await connect(https.address, 20)
+    await until(lambda: len(https._sockets) == 20)
+    numbers = list(https._sockets)
+    hang_up(opened)
+    for number in numbers:
+        asyncio.get_running_loop().remove_reader(https._sockets[number])
+        https._hellos[number] = bytearray(Client(trusting).hello())
+        https._turns.add("flood", number)
+    https._next_handshake()
+    await until(lambda: not https._sockets)
+    assert not https._handshakes and not https._protocols
+
+
 async def test_a_hello_in_pieces_is_answered(https: HttpServer, trusting: ssl.SSLContext) -> None:
     ((reader, writer),) = await connect(https.address, 1)
     for byte in Client(trusting).hello():

@@ -199,6 +199,10 @@ class Router:
             now_s=now_s,
         )
 
+    def num_running(self, client: str) -> int:
+        """Returns the number of choices that workers have of the client."""
+        return self._ledger.num_running[client]
+
     @property
     def token_gaps(self) -> TokenGaps:
         """Returns the times between tokens since the router's start."""

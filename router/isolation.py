@@ -10,7 +10,9 @@ from .ledger import Ledger
 from .registry import RegisteredWorker, Registry
 
 SHARE = 2  # one worker in so many is set apart at a time, at least one
-PATIENCE_S = 5.0  # how long suspects wait for a worker that is starting, before one with long streams empties
+EMPTY_AFTER_S = (
+    5.0  # how long suspects wait for a worker that is starting, before one with long streams empties
+)
 
 
 class Isolation:
@@ -42,7 +44,7 @@ class Isolation:
             if worker.capacity_tokens >= job.num_total_tokens:
                 self._emptying.remove(worker)
                 return None
-        worker_or_none = self._best(job, num_expected > 0 and now_s - job.ready_s < PATIENCE_S)
+        worker_or_none = self._best(job, num_expected > 0 and now_s - job.ready_s < EMPTY_AFTER_S)
         if worker_or_none is None:
             return None
         self._registry.set_apart(worker_or_none)

@@ -152,9 +152,13 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
         return _with_standing_router(still, scenario)
     special = Random(f"special of {seed}")
     if num_requests is None and special.random() < 0.04:
-        return special.choice((_with_gray_worker, _with_large_request))(special, scenario)
-    if num_requests is None and special.random() < 0.06:
-        return special.choice((_with_deadly_request, _with_contest, _with_priorities))(special, scenario)
+        drawn = special.choice((_with_gray_worker, _with_large_request))
+        if with_faults or drawn is _with_large_request:
+            return drawn(special, scenario)
+    elif num_requests is None and special.random() < 0.06:
+        drawn = special.choice((_with_deadly_request, _with_contest, _with_priorities))
+        if with_faults or drawn is not _with_deadly_request:
+            return drawn(special, scenario)
     return replace(scenario, max_running_per_client=special.choice((None, None, 1, 3)))
 
 

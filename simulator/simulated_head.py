@@ -289,7 +289,7 @@ class SimulatedHead:
         if not isinstance(command, Prefill | Serve):
             return
         limit, spec = self.router.config.max_running_per_client, command.spec
-        num_running = self.router._ledger.num_running[spec.client]
+        num_running = self.router.num_running(spec.client)
         counters = self.router.counters
         comes_back = counters.retried or counters.unread or counters.displaced or not self._is_first
         if limit is not None and not comes_back and limit < num_running > len(spec.choices):

@@ -117,7 +117,7 @@ async def test_a_workers_end_reaches_the_head_that_started_it(workers: FakeWorke
     workers.ends["decode-1"].set_result(None)
     assert await ends[1] == Outcome("the process ended")
     workers.ends["decode-0"].set_exception(RayError("lost"))
-    assert await ends[0] == Outcome("lost")
+    assert await ends[0] == Outcome("lost", has_died=True)
     assert not ends[2].done()
 
 

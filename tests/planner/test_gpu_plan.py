@@ -12,7 +12,7 @@ from pdserve.engine.gpu import GPU_MEMORY_FRACTION, DeviceInfo, Node
 from pdserve.planner.packing import Demand, Packing
 from pdserve.planner.plan import Plan, make_plan
 
-from .test_plan import GIB, checkpoint, messages
+from .support import GIB, checkpoint, messages
 
 H100 = "NVIDIA H100 80GB HBM3"
 HALF = {"prefill": {"gpus_per_instance": 0.5}, "decode": {"gpus_per_instance": 0.5}}

@@ -9,39 +9,15 @@ import pytest
 from hypothesis import given, strategies as st
 
 from pdserve.cli.plan import plan_json, plan_text
-from pdserve.core.checkpoint_files import FileStamp
 from pdserve.core.config import ClusterConfig
 from pdserve.core.errors import CapacityError, CheckpointError, ConfigError
 from pdserve.core.messages import Role
 from pdserve.engine.checkpoint import Checkpoint
 from pdserve.engine.gpu import Node
-from pdserve.engine.model_config import parse_model_config
-from pdserve.engine.safetensors_header import TensorInfo
-from pdserve.engine.tensor_names import expected_tensors
 from pdserve.planner.packing import Demand, Packing
 from pdserve.planner.plan import AUTO_KV_MAX_BYTES, RUNTIME_BYTES, Plan, make_plan, plan
 
-GIB = 1 << 30
-LLAMA_8B: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "torch_dtype": "bfloat16",
-}
-
-
-def checkpoint(**changes: Any) -> Checkpoint:
-    config = parse_model_config(LLAMA_8B | changes)
-    infos = {
-        name: TensorInfo(Path("f"), "BF16", shape, FileStamp(0, 0, 0, 0))
-        for name, shape in expected_tensors(config).items()
-    }
-    return Checkpoint(Path("llama"), config, infos)
+from .support import GIB, checkpoint, messages
 
 
 def node(cores: int = 2, available_gib: float = 64, name: str = "here") -> Node:
@@ -50,10 +26,6 @@ def node(cores: int = 2, available_gib: float = 64, name: str = "here") -> Node:
 
 def planned(*nodes: Node, model: Checkpoint | None = None, config: dict[str, Any] | None = None) -> Plan:
     return make_plan(ClusterConfig.model_validate(config or {}), model or checkpoint(), nodes or (node(),))
-
-
-def messages(result: Plan) -> list[str]:
-    return [finding.message for finding in result.findings]
 
 
 def test_the_arithmetic_of_a_known_model() -> None:

@@ -102,7 +102,7 @@ def logging_here(
 
 @dataclass(frozen=True)
 class Shown:
-    """What a start shows beside the workers' states. `clean_ups` ends that in a process that ends at once."""
+    """The lines of a start beside the workers' states. `clean_ups` ends it in a process that ends at once."""
 
     http_address: str | None = None
     weights_bytes: int | None = None  # what each instance loads

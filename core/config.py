@@ -207,8 +207,8 @@ class LimitsSection(ConfigSection):
     max_stop_strings: NotNegative = 16
     """Stop strings of one request."""
     unknown_fields: Literal["refuse", "ignore"] = "refuse"
-    """What becomes of an HTTP body's fields that this server does not know: refuse names them; ignore, as in
-    vLLM, serves the rest of the request."""
+    """How an HTTP body with unknown fields is handled: refuse names them; ignore, as in vLLM, serves the rest
+    of the request."""
     max_message_bytes: Positive = 16 << 20
     """Bytes of one gRPC message, or of the body of an HTTP request; fixed while the cluster runs."""
 

@@ -234,7 +234,7 @@ class Router:
             raise NoWorkerAvailable(CLOSING)
         self._requests.deaths.num_under(request, now_s)
         num_tokens = len(request.prompt_token_ids) + request.sampling.max_tokens
-        if not (self._is_worker_expected or self._registry.can_hold(num_tokens)):
+        if not (self._registry.can_hold(num_tokens) or self._is_worker_expected):
             raise NoWorkerAvailable(
                 f"no worker is ready that can hold the {num_tokens} tokens of the request"
             )
@@ -288,10 +288,10 @@ class Router:
             elif self._is_worker_expected:
                 self._queue.strand_head()
             else:
-                commands += self._strand(job, now_s)
+                commands += self._end_unservable(job, now_s)
         return commands
 
-    def _strand(self, job: Job, now_s: float) -> list[RouterCommand]:
+    def _end_unservable(self, job: Job, now_s: float) -> list[RouterCommand]:
         error = CLOSING if self._is_closing else "no worker is left that can serve the request"
         return self._requests.handle(job.live, End(FinishReason.ERROR, error), now_s)
 
@@ -306,7 +306,7 @@ class Router:
             if job not in self._queue.suspects or any(one.is_alone for one in job.live.running()):
                 continue
             if not self._registry.can_hold(job.num_total_tokens):
-                commands += [] if self._is_worker_expected else self._strand(job, now_s)
+                commands += [] if self._is_worker_expected else self._end_unservable(job, now_s)
                 continue
             worker = self._isolation.worker_for(job, self._num_expected, now_s)
             if worker is not None:

@@ -25,7 +25,7 @@ MAX_CLIENTS = 8192  # whose counters are kept
 
 
 class TokenCounters:
-    """What each client has had. A client whose counter is forgotten begins where the others are."""
+    """The tokens that each client has had. One whose counter is forgotten starts level with the others."""
 
     def __init__(self) -> None:
         self._counters: dict[str, float] = {}

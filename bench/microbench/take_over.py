@@ -1,4 +1,4 @@
-"""What a take-over costs the new router: for each worker, and in the longest turn of its loop.
+"""The cost of a take-over to the new router: for each worker, and in the longest turn of its loop.
 
 python -m bench.microbench.take_over
 """

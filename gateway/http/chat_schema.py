@@ -135,7 +135,7 @@ class ChatCompletionRequest(GenerationBody):
     reasoning_effort: str | None = None
     """A variable for the chat template, unless `chat_template_kwargs` has it."""
     documents: Annotated[list[dict[str, str]], FailFast()] = Field(default=NO_ITEMS)
-    """What the answer may draw upon, if the chat template has a place for documents."""
+    """Texts that the answer may draw upon, if the chat template has a place for documents."""
     echo: Literal[False] = False
     """Only false, as `add_special_tokens`: chat templates write their own."""
     add_special_tokens: Literal[False] = False

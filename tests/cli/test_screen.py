@@ -1,4 +1,4 @@
-"""What takes its time is seen to move on a terminal, and interrupted it leaves one line."""
+"""A terminal shows progress during long operations, and one line when they are interrupted."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What libraries beside the official client make of answers: litellm and LangChain of a context that is too
+"""How libraries beside the official client read answers: litellm and LangChain of a context that is too
 long, lm-eval of a scored prompt.
 
 They run in an environment of their own (`make clients`, or CLIENTS_PYTHON names its interpreter). Without it

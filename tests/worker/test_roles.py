@@ -252,13 +252,20 @@ def test_waiting_sequences_are_admitted_by_priority_and_one_in_eight_of_the_lowe
     assert 0 < ended.index("low0") < ended.index("low1") < 24
 
 
-def test_preempted_sequences_do_not_stand_before_a_client_that_has_none() -> None:
-    pair = Pair(decode_blocks=17)
-    for number in range(4):
-        pair.decode.serve(Serve(spec=spec(f"r{number}", range(number, number + 8), 40, client="many")))
-    scheduler = pair.decode.scheduler
-    while scheduler.num_preemptions < 2:
+def crowded(*, decode_blocks: int, num_sequences: int, max_tokens: int, num_preemptions: int) -> Pair:
+    """Returns a pair in which the sequences of client "many" have begun to preempt each other."""
+    pair = Pair(decode_blocks=decode_blocks)
+    for number in range(num_sequences):
+        prompt = range(number, number + 8)
+        pair.decode.serve(Serve(spec=spec(f"r{number}", prompt, max_tokens, client="many")))
+    while pair.decode.scheduler.num_preemptions < num_preemptions:
         assert pair.decode.step()
+    return pair
+
+
+def test_preempted_sequences_do_not_stand_before_a_client_that_has_none() -> None:
+    pair = crowded(decode_blocks=17, num_sequences=4, max_tokens=40, num_preemptions=2)
+    scheduler = pair.decode.scheduler
     pair.decode.serve(Serve(spec=spec("one", range(50, 58), 40, client="one")))
     while any(seq.spec.client == "one" for seq in scheduler._waiting):
         before = set(scheduler._running)
@@ -270,12 +277,8 @@ def test_preempted_sequences_do_not_stand_before_a_client_that_has_none() -> Non
 
 def test_a_client_that_has_nothing_gets_room_from_one_that_has_all() -> None:
     """Running sequences would grow into every block that becomes free."""
-    pair = Pair(decode_blocks=24)
-    for number in range(8):
-        pair.decode.serve(Serve(spec=spec(f"r{number}", range(number, number + 8), 400, client="many")))
+    pair = crowded(decode_blocks=24, num_sequences=8, max_tokens=400, num_preemptions=3)
     scheduler = pair.decode.scheduler
-    while scheduler.num_preemptions < 3:
-        assert pair.decode.step()
     pair.decode.serve(Serve(spec=spec("one", range(50, 58), 4, client="one")))
     assert pair.decode.step()
     assert any(seq.spec.client == "one" for seq in scheduler._running)

@@ -51,6 +51,8 @@ def router_config(config: ClusterConfig) -> RouterConfig:
         max_running_per_client=config.limits.max_running_per_client,
         max_unread_tokens=config.limits.max_unread_tokens,
         itl_slo_s=config.slo.itl_ms / 1e3,
+        enforces_itl=config.slo.enforce,
+        max_wait_for_worker_s=config.limits.max_wait_for_worker_s,
         prefill_on_decode_factor=None
         if config.routing.prefill_on_decode == "never"
         else defaults.prefill_on_decode_factor,

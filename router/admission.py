@@ -31,6 +31,7 @@ class JobQueue:
         self._returning: list[Job] = []  # in front at the next `wake`, in this order
         self._backing_off: list[tuple[float, int, Job]] = []
         self._stranded: list[Job] = []
+        self._awaiting: deque[Job] = deque()  # those, and suspects: the one that waits longest is first
         self._suspects: list[Job] = []  # run alone, apart from all others
         self._sequence = count()
         self._last_dispatch_s: float | None = None
@@ -60,8 +61,7 @@ class JobQueue:
 
     def retry_after_s(self, now_s: float, job_s: float) -> float:
         """Returns the seconds until the present backlog has drained at the recent pace."""
-        expected_s = len(self) * self._pace_s(now_s, job_s)
-        return min(max(expected_s, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S)
+        return retry_delay_s(len(self) * self._pace_s(now_s, job_s))
 
     def _pace_s(self, now_s: float, job_s: float) -> float:
         """Returns the seconds between dispatches; a longer wait since the last one counts as if a dispatch
@@ -191,11 +191,31 @@ class JobQueue:
         self._backing_off = [entry for entry in self._backing_off if entry[2] is not job]
         heapify(self._backing_off)
 
-    def strand_head(self) -> None:
+    def strand_head(self, now_s: float) -> None:
         job = self.head()
         assert job is not None
         self.remove(job)
         self._stranded.append(job)
+        self.await_worker(job, now_s)
+
+    def await_worker(self, job: Job, now_s: float) -> None:
+        """Counts from now, unless it does already, how long no ready worker could ever serve the job."""
+        if job.awaits_worker_since_s is None:
+            job.awaits_worker_since_s = now_s
+            self._awaiting.append(job)
+
+    def awaiting_since(self, begin_s: float) -> Iterator[Job]:
+        """Takes out the jobs that have waited for a worker since `begin_s` or longer."""
+        while (since_s := self.longest_awaiting_s()) is not None and since_s <= begin_s:
+            job = self._awaiting.popleft()
+            job.awaits_worker_since_s = None
+            yield job
+
+    def longest_awaiting_s(self) -> float | None:
+        """Returns since when the job that waits longest for a worker does so."""
+        while self._awaiting and self._awaiting[0] not in self._awaiting[0].live.jobs:
+            self._awaiting.popleft()  # placed, or its request has ended
+        return self._awaiting[0].awaits_worker_since_s if self._awaiting else None
 
     def unstrand(self) -> None:
         """Re-examines stranded jobs, in their order, after workers have changed."""
@@ -219,6 +239,11 @@ class JobQueue:
 
     def next_wake_s(self) -> float | None:
         return self._backing_off[0][0] if self._backing_off else None
+
+
+def retry_delay_s(expected_s: float) -> float:
+    """Returns the retry delay for a client that could be served in `expected_s`."""
+    return min(max(expected_s, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S)
 
 
 class Deadlines:

@@ -63,13 +63,20 @@ class Ledger:
         worker.num_sequences += len(spec.choices)
         worker.num_context_tokens += len(spec.choices) * spec.num_tokens
         worker.num_reserved_blocks += dispatch.num_reserved_blocks
+        dispatch.num_expected_tokens = len(spec.choices) * dispatch.job.num_expected_tokens
+        worker.num_expected_tokens += dispatch.num_expected_tokens
         worker.num_pending_blocks += dispatch.num_reserved_blocks
         self._registry.rank(worker)
 
     def note_report(self, worker: RegisteredWorker, report: StepReport, now_s: float) -> None:
         """Records a worker's load and the progress of its step."""
+        if report.load.num_preemptions > worker.load.num_preemptions:
+            worker.widen_growth()
         worker.load = report.load
         worker.note_step(report.timing is not None, now_s)
+        if report.timing is None and not report.load.num_running:
+            worker.speed.forget()
+            self._registry.rank(worker)
         if report.timing is not None and report.timing.num_prefill_tokens:
             worker.progress(report.timing.duration_s)
         worker.count_tokens(len(report.outputs), now_s)
@@ -100,6 +107,14 @@ class Ledger:
             dispatch.num_grown_tokens += num_tokens
             worker.num_grown_tokens += num_tokens
             worker.num_context_tokens += num_tokens
+            if dispatch.num_expected_tokens:
+                self._expect(dispatch, max(0, dispatch.num_expected_tokens - num_tokens))
+
+    def _expect(self, dispatch: Dispatch, num_tokens: int) -> None:
+        """The dispatch is expected to bring `num_tokens` from now on."""
+        assert dispatch.decode is not None
+        dispatch.decode.num_expected_tokens += num_tokens - dispatch.num_expected_tokens
+        dispatch.num_expected_tokens = num_tokens
 
     def _end_prefill(self, dispatch: Dispatch) -> None:
         dispatch.is_prefilling = False
@@ -114,6 +129,8 @@ class Ledger:
         self._close_running(dispatch, 1)
         if dispatch.decode is not None and Leg.DECODE in dispatch.open_legs:
             dispatch.decode.num_sequences -= 1
+            num_left = dispatch.num_expected_tokens * dispatch.num_booked // (dispatch.num_booked + 1)
+            self._expect(dispatch, num_left)
             self._registry.rank(dispatch.decode)
 
     def close(self, dispatch: Dispatch, leg: Leg) -> RegisteredWorker:
@@ -152,6 +169,8 @@ class Ledger:
         worker.num_context_tokens -= len(spec.choices) * spec.num_tokens + dispatch.num_grown_tokens
         worker.num_reserved_blocks -= dispatch.num_reserved_blocks
         worker.num_grown_tokens -= dispatch.num_grown_tokens
+        self._expect(dispatch, 0)
+        worker.relax_growth()
         self._registry.rank(worker)
 
     def check_integrity(self) -> None:
@@ -177,6 +196,7 @@ class Ledger:
                 ),
                 "num_reserved_blocks": sum(d.num_reserved_blocks for d in decoding),
                 "num_grown_tokens": sum(d.num_grown_tokens for d in decoding),
+                "num_expected_tokens": sum(d.num_expected_tokens for d in decoding),
                 "num_pending_blocks": sum(d.num_reserved_blocks for d in decoding if not d.decode_started),
             }
             actual = {name: getattr(worker, name) for name in expected}

@@ -9,7 +9,16 @@ import msgspec
 from ..core.automaton import Automaton
 from ..core.messages import Role, WorkerInfo, WorkerLoad
 from ..core.request import TransferId
+from ..core.worker_speed import WorkerSpeed
 from .ranking import Ranking
+
+# in the order of the rankings a slow worker comes behind faster ones that have somewhat more to do
+PROMPT_S = 0.1  # counted for a prompt, whatever its length
+# a part of the expected growth of a worker's sequences, as others end meanwhile: more where some have been
+# preempted
+GROWTH_SHARE = 0.1
+GROWTH_STEP = 0.1
+IDLE_LOAD = 0.1  # counted beside the load, as a step takes time even for one sequence
 
 
 class RoutingState(enum.Enum):
@@ -46,12 +55,14 @@ class RegisteredWorker(Automaton[RoutingState]):
         "_window_start_s",
         "_window_tokens",
         "capacity_tokens",
+        "growth_share",
         "info",
         "is_away",
         "layout",
         "load",
         "num_cached_tokens",
         "num_context_tokens",
+        "num_expected_tokens",
         "num_grown_tokens",
         "num_held_blocks",
         "num_held_sequences",
@@ -64,6 +75,7 @@ class RegisteredWorker(Automaton[RoutingState]):
         "open_legs",
         "queued_prefill_s",
         "role",
+        "speed",
         "tokens_per_s",
         "trial_limit",
         "worker_id",
@@ -77,6 +89,7 @@ class RegisteredWorker(Automaton[RoutingState]):
         self.layout = layout  # equal for workers that can exchange KV
         self.capacity_tokens = min(info.max_model_len, info.num_blocks * info.layout.block_size)
         self.load = WorkerLoad(num_free_blocks=info.num_blocks)
+        self.speed = WorkerSpeed()
         self._stepped_s: float | None = None  # when a step last ended, or there was nothing to do
         self.is_away = False  # it goes on with its legs without a connection, and is expected back
         self.open_legs: dict[TransferId, None] = {}  # ordered, so that a loss is handled in order of dispatch
@@ -88,6 +101,8 @@ class RegisteredWorker(Automaton[RoutingState]):
         self.num_context_tokens = 0  # of those, prompt and output
         self.num_reserved_blocks = 0  # that those took at dispatch
         self.num_grown_tokens = 0  # that they have produced since
+        self.num_expected_tokens = 0  # that they are still expected to produce
+        self.growth_share = GROWTH_SHARE
         # reserved by legs that have not begun to decode: reports may not include them yet
         self.num_pending_blocks = 0
         self.num_held_blocks = 0  # for a job that waits; not part of the account
@@ -128,6 +143,20 @@ class RegisteredWorker(Automaton[RoutingState]):
         """Returns the number of blocks of a prompt whose choices share it and grow by a block each."""
         return -(-num_tokens // self.info.layout.block_size) + num_choices
 
+    def blocks_wanted(self, num_tokens: int, num_choices: int, num_expected_tokens: int) -> int:
+        """Returns the number of blocks that a job takes now, and those that are to be kept for its growth, of
+        `num_expected_tokens` a choice."""
+        num_growth_tokens = int(self.growth_share * num_choices * num_expected_tokens)
+        return self.blocks_for(num_tokens, num_choices) + num_growth_tokens // self.info.layout.block_size
+
+    def widen_growth(self) -> None:
+        """A sequence was preempted: more is kept for growth from now on."""
+        self.growth_share = min(1.0, self.growth_share + GROWTH_STEP)
+
+    def relax_growth(self) -> None:
+        """A sequence has ended: a little less is kept for growth."""
+        self.growth_share = max(GROWTH_SHARE, self.growth_share - GROWTH_STEP / 20)
+
     def has_prefill_room(self, limit_tokens: int | None) -> bool:
         if not self._is_within_trial:
             return False
@@ -136,8 +165,9 @@ class RegisteredWorker(Automaton[RoutingState]):
             self.num_queued_tokens < limit and self.num_prefilling < max(1, self.info.max_batch_size)
         )
 
-    def has_decode_room(self, num_tokens: int, num_choices: int) -> bool:
-        """Whether the worker has room now. An idle worker has room for anything that it can hold at all."""
+    def has_decode_room(self, num_tokens: int, num_choices: int, num_expected_tokens: int = 0) -> bool:
+        """Whether the worker has room now, also for a part of the tokens that it is expected to produce. An
+        idle worker has room for anything that it can hold at all."""
         if not self.open_legs:
             return True
         if (
@@ -145,7 +175,9 @@ class RegisteredWorker(Automaton[RoutingState]):
             or not self._is_within_trial
         ):
             return False
-        return self.blocks_for(num_tokens, num_choices) <= self.num_free_blocks - self.num_held_blocks
+        num_blocks = self.blocks_wanted(num_tokens, num_choices, num_expected_tokens)
+        num_growth_blocks = int(self.growth_share * self.num_expected_tokens) // self.info.layout.block_size
+        return num_blocks <= self.num_free_blocks - self.num_held_blocks - num_growth_blocks
 
     @property
     def _is_within_trial(self) -> bool:
@@ -188,7 +220,8 @@ class RegisteredWorker(Automaton[RoutingState]):
 
 
 class Registry:
-    """Current incarnations by name, and two rankings per capacity: by queued prefill, and by decode load."""
+    """Current incarnations by name, and two rankings per capacity, in view of the workers' speeds: by queued
+    prefill, and by decode load."""
 
     def __init__(self) -> None:
         self._workers: dict[str, RegisteredWorker] = {}
@@ -284,7 +317,7 @@ class Registry:
         worker.num_held_blocks, worker.num_held_sequences = num_blocks, num_sequences
 
     def with_decode_room(
-        self, job_tokens: int, total_tokens: int, num_choices: int, count: int
+        self, job_tokens: int, total_tokens: int, num_choices: int, num_expected_tokens: int, count: int
     ) -> list[RegisteredWorker]:
         """Returns `count` of the least loaded ready decode workers that have room for `job_tokens`
         now and can hold `total_tokens`. Looks at all workers."""
@@ -294,7 +327,7 @@ class Registry:
             if worker.takes_work
             and worker.role.decodes
             and worker.capacity_tokens >= total_tokens
-            and worker.has_decode_room(job_tokens, num_choices)
+            and worker.has_decode_room(job_tokens, num_choices, num_expected_tokens)
         ]
         return nsmallest(count, workers, key=lambda worker: (decode_load(worker), worker.worker_id))
 
@@ -312,10 +345,12 @@ class Registry:
             return
         if worker.role.prefills:
             ranking = self._by_prefill.setdefault(worker.capacity_tokens, Ranking())
-            ranking.put(worker.worker_id, worker.queued_prefill_s, worker)
+            key = worker.queued_prefill_s + PROMPT_S * worker.speed.prefill_factor
+            ranking.put(worker.worker_id, key, worker)
         if worker.role.decodes:
             ranking = self._by_decode.setdefault(worker.capacity_tokens, Ranking())
-            ranking.put(worker.worker_id, decode_load(worker), worker)
+            key = (decode_load(worker) + IDLE_LOAD) * worker.speed.decode_factor
+            ranking.put(worker.worker_id, key, worker)
 
     def _unrank(self, worker: RegisteredWorker) -> None:
         for rankings in (self._by_prefill, self._by_decode):

@@ -52,7 +52,7 @@ class WorkerReports:
             return []
         self._ledger.note_report(worker, report, now_s)
         if report.timing is not None:
-            self._model.observe_step(report.timing)
+            self._model.observe_step(report.timing, worker.speed)
         commands = self.on_tokens(worker, report.outputs, now_s)
         self._requests.counters.tokens += self.gaps.close(now_s)
         if report.blocks_added or report.blocks_evicted:

@@ -31,7 +31,7 @@ class RoomMaker:
         """Whether no worker has a place for the job's sequences; otherwise it waits for others' prompts,
         which end soon."""
         return job.needs_decode and not any(
-            worker.has_decode_room(job.num_tokens, len(job.choices))
+            worker.has_decode_room(job.num_tokens, len(job.choices), job.num_expected_tokens)
             for worker in self._registry.able_to_decode(job.num_total_tokens)
         )
 

@@ -94,7 +94,7 @@ class RouterService:
         """Yields the request's stream: tokens, the end of each choice, then one EmitEnd. Closing the iterator
         cancels.
 
-        Raises QueueFull, DuplicateRequest or NoWorkerAvailable before the first event.
+        Raises Overloaded, DuplicateRequest or NoWorkerAvailable before the first event.
         """
         if request.request_id in self._streams:
             raise DuplicateRequest(request.request_id)

@@ -1,7 +1,8 @@
 """The scenario of one seed: a cluster, its clients, and its faults. All of it is drawn here, before anything
 runs."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import msgspec
@@ -32,6 +33,7 @@ class PlannedRequest:
     unread_after_tokens: int | None = None  # of choice 0: the client does not read for a while then
     unread_s: float = 0.0
     first_token_within_s: float | None = None  # promised to this client
+    ends_within_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,17 @@ class Deadly:
 
     request_id: str
     index: int
+
+
+@dataclass(frozen=True)
+class Inequality:
+    """How a worker differs from its pool's shape."""
+
+    slowness: float = 1.0  # its steps take so many times as long
+    num_blocks: float = 1.0  # it has so many times as many
+
+
+EQUAL = Inequality()
 
 
 @dataclass(frozen=True)
@@ -69,9 +82,23 @@ class Scenario:
     requests: tuple[PlannedRequest, ...]
     accidents: tuple[PlannedAccident, ...]
     gray_worker: str | None = None  # fails to read or write any block, at once
+    unequal: Mapping[str, Inequality] = field(
+        default_factory=dict
+    )  # by worker; others are as their pool's shape
     deadly: Deadly | None = None
     contest: tuple[str, ...] = ()  # clients that always have something queued, and get shares by weight
     max_running_per_client: int | None = None
+    enforces_itl: bool = False
+
+    def shape_of(self, role: Role, worker_id: str) -> WorkerShape:
+        """Returns the limits of one worker; a slow one takes longer for each step."""
+        shape, unequal = self.shapes[role], self.unequal.get(worker_id, EQUAL)
+        return replace(
+            shape,
+            num_blocks=int(shape.num_blocks * unequal.num_blocks),
+            step_s=shape.step_s * unequal.slowness,
+            token_s=shape.token_s * unequal.slowness,
+        )
 
     @property
     def end_of_faults_s(self) -> float:
@@ -159,7 +186,15 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
         drawn = special.choice((_with_deadly_request, _with_contest, _with_priorities))
         if with_faults or drawn is not _with_deadly_request:
             return drawn(special, scenario)
-    return replace(scenario, max_running_per_client=special.choice((None, None, 1, 3)))
+    gray = Random(f"gray of {seed}")
+    if with_faults and num_requests is None and gray.random() < 0.03:
+        return _with_slow_worker(gray, scenario)
+    return replace(
+        scenario,
+        unequal=_draw_unequal(Random(f"unequal workers of {seed}"), sum(pools.values())),
+        max_running_per_client=special.choice((None, None, 1, 3)),
+        enforces_itl=Random(f"objective of {seed}").random() < 0.1,
+    )
 
 
 def _with_greedy_client(rng: Random, scenario: Scenario) -> Scenario:
@@ -210,6 +245,37 @@ def _with_gray_worker(rng: Random, scenario: Scenario) -> Scenario:
             for number in range(60)
         ),
         gray_worker=f"worker-{rng.randrange(6)}",
+    )
+
+
+def _with_slow_worker(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without other faults in which one of three workers of a pool takes ten or twenty
+    times as long for each step. Once that is known, no request has to wait for it."""
+    start_s, known_s = 2.0, 4.0
+    plans = [
+        _plain_request(
+            rng,
+            f"r{number}",
+            f"c{number % 4}",
+            start_s + rng.uniform(0.0, 4.0),
+            20,
+            1,
+            num_tokens=rng.choice((9, 60)),
+        )
+        for number in range(50)
+    ]
+    return replace(
+        scenario,
+        pools={Role.PREFILL: 3, Role.DECODE: 3},
+        shapes=_roomy(scenario, num_blocks=10 * MAX_MODEL_LEN),
+        hosts=(PlannedHost(64, 0.0),),
+        start_s=0.1,
+        rates=FaultRates(),
+        accidents=(),
+        max_queued_requests=1024,
+        prefill_on_decode=False,
+        requests=tuple(replace(plan, ends_within_s=3.0 if plan.at_s >= known_s else None) for plan in plans),
+        unequal={f"worker-{rng.randrange(6)}": Inequality(slowness=rng.choice((10.0, 20.0)))},
     )
 
 
@@ -413,6 +479,16 @@ def _draw_hosts(rng: Random, num_workers: int) -> tuple[PlannedHost, ...]:
     while sum(host.num_cores for host in hosts) < num_workers or len(hosts) < 2:
         hosts.append(PlannedHost(rng.choice((1, 2, 3)), rng.choice((0.0, rng.uniform(0.0, 4.0)))))
     return tuple(hosts)
+
+
+def _draw_unequal(rng: Random, num_workers: int) -> Mapping[str, Inequality]:
+    """Draws how each worker differs from the others of its pool: mostly not at all."""
+    if rng.random() < 0.6:
+        return {}
+    return {
+        f"worker-{number}": Inequality(rng.choice((1.0, 1.0, 2.0, 5.0)), rng.choice((1.0, 1.0, 2.0)))
+        for number in range(num_workers)
+    }
 
 
 def _draw_shapes(rng: Random, is_crowded: bool) -> dict[Role, WorkerShape]:

@@ -187,6 +187,7 @@ class Simulation:
                 prefill_on_decode_factor=2.0 if scenario.prefill_on_decode else None,
                 max_attempts=scenario.max_attempts,
                 max_running_per_client=scenario.max_running_per_client,
+                enforces_itl=scenario.enforces_itl,
                 claim_timeout_s=10.0,  # longer than the router freezes
                 take_over_tokens=TAKE_OVER_TOKENS,
             ),
@@ -246,7 +247,12 @@ class Simulation:
             chunk_bytes=scenario.chunk_bytes, ring_slots=scenario.ring_slots, lease_s=scenario.lease_s
         )
         worker = SimulatedWorker(
-            self, spec, placement, scenario.shapes[spec.role], scenario.transport, config
+            self,
+            spec,
+            placement,
+            scenario.shape_of(spec.role, spec.worker_id),
+            scenario.transport,
+            config,
         )
         self.workers[spec.key] = worker
         self._num_started[spec.worker_id] += 1

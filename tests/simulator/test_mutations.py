@@ -16,6 +16,7 @@ from pdserve.core.hosts import HostState
 from pdserve.core.latency import LatencyModel
 from pdserve.core.messages import HeldLeg, WorkerInfo
 from pdserve.core.request import TransferId
+from pdserve.core.worker_speed import Correction
 from pdserve.decode_worker.scheduler import DecodeScheduler, Emission
 from pdserve.decode_worker.worker import DecodeWorker
 from pdserve.engine import sequence
@@ -482,6 +483,10 @@ def end_workers_with_the_router() -> Planted:
 
 def give_a_gray_worker_as_much_as_others() -> Planted:
     return patch.object(Health, "failed", lambda self, worker, error, now_s: None)
+
+
+def expect_of_a_slow_worker_what_others_do() -> Planted:
+    return patch.object(Correction, "observe", lambda self, ratio: None)
 
 
 def let_nobody_pass_a_large_request() -> Planted:

@@ -384,6 +384,11 @@ class Dispatch(Automaton[DispatchState]):
         return self.prefill is self.decode
 
     @property
+    def is_pair(self) -> bool:
+        """Whether KV goes from one worker to another."""
+        return self.decode is not None and self.decode is not self.prefill
+
+    @property
     def pair(self) -> tuple[RegisteredWorker, RegisteredWorker | None]:
         return self.prefill, self.decode
 

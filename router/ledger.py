@@ -51,6 +51,8 @@ class Ledger:
         dispatch.live.num_open_legs += len(dispatch.open_legs)
         dispatch.prefill.start_prefill(dispatch.num_new_tokens, dispatch.prefill_s)
         dispatch.prefill.open_legs[dispatch.transfer] = None
+        if dispatch.is_pair:
+            dispatch.prefill.num_sending += 1
         if dispatch.decode is not None:
             self._open_decode(dispatch, dispatch.decode)
         self._registry.rank(dispatch.prefill)
@@ -104,6 +106,8 @@ class Ledger:
             if not dispatch.decode_started:
                 dispatch.decode_started = True
                 worker.num_pending_blocks -= dispatch.num_reserved_blocks
+                if worker.role.prefills:
+                    self._registry.rank(worker)
             dispatch.num_grown_tokens += num_tokens
             worker.num_grown_tokens += num_tokens
             worker.num_context_tokens += num_tokens
@@ -144,6 +148,9 @@ class Ledger:
             self._end_prefill(dispatch)
         if leg is Leg.DECODE:
             self._close_decode(dispatch, worker)
+        elif dispatch.is_pair:
+            worker.num_sending -= 1
+            self._registry.rank(worker)
         if not dispatch.open_legs:
             del self._dispatches[dispatch.transfer]
             self._close_running(dispatch, dispatch.num_booked)
@@ -187,7 +194,9 @@ class Ledger:
         for worker in self._registry:
             decoding = [d for d in self.at(worker) if d.decode is worker and Leg.DECODE in d.open_legs]
             prefilling = [d for d in self._dispatches.values() if d.prefill is worker and d.is_prefilling]
+            sending = [d for d in self.at(worker) if d.prefill is worker and Leg.PREFILL in d.open_legs]
             expected = {
+                "num_sending": sum(d.is_pair for d in sending),
                 "num_prefilling": len(prefilling),
                 "num_queued_tokens": sum(d.num_new_tokens for d in prefilling),
                 "num_sequences": sum(d.num_booked for d in decoding),

@@ -108,7 +108,7 @@ class Placer:
         count = self.config.num_candidates
         num_decode_tokens = job.num_total_tokens
         decodes = self._registry.best_decode(num_decode_tokens, count)
-        if decodes and not any(_has_decode_room(job, worker) for worker in decodes):
+        if decodes and not any(_has_decode_room(job, worker) and worker.may_receive for worker in decodes):
             # the load weighs sequences and blocks: others may have room for this job
             others = self._registry.with_decode_room(
                 job.num_tokens, num_decode_tokens, len(job.choices), job.num_expected_tokens, count
@@ -206,14 +206,18 @@ class Placer:
     ) -> list[Candidate]:
         candidates: list[Candidate] = []
         for decode in decodes:
-            if not _has_decode_room(job, decode):
+            if not _has_decode_room(job, decode) or not decode.may_receive:
                 continue
             held = self._cached_tokens(job, decode, depths)
             num_bytes = (job.num_tokens - held) * decode.info.layout.wire_bytes_per_token
             itl_s, load = self._decode_itl_s(job, decode), decode_load(decode)
             decode_s = self._decode_cost_s(job, decode)
             for option in options:
-                if option.worker is not decode and option.worker.layout == decode.layout:
+                if (
+                    option.worker is not decode
+                    and option.worker.layout == decode.layout
+                    and option.worker.may_send
+                ):
                     transfer_s = self._model.exposed_transfer_s(num_bytes, option.compute_s)
                     cost_s = option.ttft_s + transfer_s + decode_s
                     score = self._score(job, option, decode, itl_s, cost_s, load)

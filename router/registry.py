@@ -18,6 +18,7 @@ PROMPT_S = 0.1  # counted for a prompt, whatever its length
 # preempted
 GROWTH_SHARE = 0.1
 GROWTH_STEP = 0.1
+LAST = 1e9  # in the order of the rankings: just now it cannot be one of a pair
 IDLE_LOAD = 0.1  # counted beside the load, as a step takes time even for one sequence
 
 
@@ -71,6 +72,7 @@ class RegisteredWorker(Automaton[RoutingState]):
         "num_prompt_tokens",
         "num_queued_tokens",
         "num_reserved_blocks",
+        "num_sending",
         "num_sequences",
         "open_legs",
         "queued_prefill_s",
@@ -97,6 +99,7 @@ class RegisteredWorker(Automaton[RoutingState]):
         self.num_queued_tokens = 0  # uncached prompt tokens of those
         self.queued_prefill_s = 0.0  # predicted compute of those
         self._progress_s = 0.0  # the part of that which is already computed
+        self.num_sending = 0  # open prefill legs whose KV goes to another worker
         self.num_sequences = 0  # choices of open decode legs that have not ended
         self.num_context_tokens = 0  # of those, prompt and output
         self.num_reserved_blocks = 0  # that those took at dispatch
@@ -138,6 +141,17 @@ class RegisteredWorker(Automaton[RoutingState]):
         counts reservations twice while they are pending."""
         ours = self.num_reserved_blocks + self.num_grown_tokens // self.info.layout.block_size
         return max(self.info.num_blocks - ours, self.load.num_free_blocks - self.num_pending_blocks)
+
+    @property
+    def may_send(self) -> bool:
+        """Whether it may prefill for another worker: it waits for no KV itself. Otherwise, once workers swap
+        roles, each could hold blocks for KV that another has no blocks left to compute."""
+        return not self.num_pending_blocks
+
+    @property
+    def may_receive(self) -> bool:
+        """Whether another worker may prefill for it: it holds no KV for another one. See `may_send`."""
+        return not self.num_sending
 
     def blocks_for(self, num_tokens: int, num_choices: int) -> int:
         """Returns the number of blocks of a prompt whose choices share it and grow by a block each."""
@@ -329,7 +343,9 @@ class Registry:
             and worker.capacity_tokens >= total_tokens
             and worker.has_decode_room(job_tokens, num_choices, num_expected_tokens)
         ]
-        return nsmallest(count, workers, key=lambda worker: (decode_load(worker), worker.worker_id))
+        return nsmallest(
+            count, workers, key=lambda worker: (worker.num_sending > 0, decode_load(worker), worker.worker_id)
+        )
 
     def assign(self, worker: RegisteredWorker, role: Role) -> None:
         """Makes the worker ready, as `role`."""
@@ -346,10 +362,12 @@ class Registry:
         if worker.role.prefills:
             ranking = self._by_prefill.setdefault(worker.capacity_tokens, Ranking())
             key = worker.queued_prefill_s + PROMPT_S * worker.speed.prefill_factor
+            key += 0.0 if worker.may_send else LAST
             ranking.put(worker.worker_id, key, worker)
         if worker.role.decodes:
             ranking = self._by_decode.setdefault(worker.capacity_tokens, Ranking())
             key = (decode_load(worker) + IDLE_LOAD) * worker.speed.decode_factor
+            key += 0.0 if worker.may_receive else LAST
             ranking.put(worker.worker_id, key, worker)
 
     def _unrank(self, worker: RegisteredWorker) -> None:

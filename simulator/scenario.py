@@ -18,6 +18,7 @@ from .simulated_worker import WorkerShape
 MAX_MODEL_LEN = 128
 CALM_S = 6.0  # faults end here
 SOON_S = 1.0  # deadline for the first token of a request that others must not delay
+ONE_EACH, ALL_PREFILL = 0.0, 1.0  # draws of `Accident.SCALE`
 MAX_GRAY_FAILURES = 12  # dispatches that a gray worker may cost before it is left alone
 
 
@@ -81,7 +82,8 @@ class Scenario:
     rates: FaultRates
     requests: tuple[PlannedRequest, ...]
     accidents: tuple[PlannedAccident, ...]
-    gray_worker: str | None = None  # fails to read or write any block, at once
+    gray_worker: str | None = None  # fails to read or write a block, at once
+    gray_rate: float = 1.0  # how often
     unequal: Mapping[str, Inequality] = field(
         default_factory=dict
     )  # by worker; others are as their pool's shape
@@ -188,7 +190,10 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
             return drawn(special, scenario)
     gray = Random(f"gray of {seed}")
     if with_faults and num_requests is None and gray.random() < 0.03:
-        return _with_slow_worker(gray, scenario)
+        return gray.choice((_with_slow_worker, _with_slow_worker, _with_swap))(gray, scenario)
+    if num_requests is None and gray.random() < 0.03:
+        pools = {Role.PREFILL: gray.randint(1, 8), Role.DECODE: gray.randint(1, 8)}
+        scenario = replace(scenario, pools=pools, hosts=(PlannedHost(64, 0.0),))
     return replace(
         scenario,
         unequal=_draw_unequal(Random(f"unequal workers of {seed}"), sum(pools.values())),
@@ -245,6 +250,7 @@ def _with_gray_worker(rng: Random, scenario: Scenario) -> Scenario:
             for number in range(60)
         ),
         gray_worker=f"worker-{rng.randrange(6)}",
+        gray_rate=rng.choice((1.0, 1.0, 0.3)),
     )
 
 
@@ -276,6 +282,44 @@ def _with_slow_worker(rng: Random, scenario: Scenario) -> Scenario:
         prefill_on_decode=False,
         requests=tuple(replace(plan, ends_within_s=3.0 if plan.at_s >= known_s else None) for plan in plans),
         unequal={f"worker-{rng.randrange(6)}": Inequality(slowness=rng.choice((10.0, 20.0)))},
+    )
+
+
+def _with_swap(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without other faults in which the decode worker, `worker-0`, and the prefill worker
+    swap roles amid prompts that each hardly holds beside another."""
+    at_s = 3.0
+    return replace(
+        scenario,
+        pools={Role.PREFILL: 1, Role.DECODE: 1},
+        shapes={
+            role: replace(shape, max_batch_tokens=12, runs_ahead=False)
+            for role, shape in _roomy(scenario, num_blocks=32).items()
+        },
+        hosts=(PlannedHost(64, 0.0),),
+        start_s=0.1,
+        rates=FaultRates(),
+        accidents=(
+            PlannedAccident(at_s + 0.01, Accident.SCALE, ALL_PREFILL, 0.0),
+            PlannedAccident(at_s + rng.uniform(0.012, 0.03), Accident.SCALE, ONE_EACH, 0.0),
+        ),
+        max_queued_requests=1024,
+        lease_s=30.0,
+        prefill_on_decode=False,
+        requests=tuple(
+            _plain_request(
+                rng, f"r{number}", f"c{number}", at_s + after_s, max_tokens, 1, num_tokens=num_tokens
+            )
+            for number, (after_s, num_tokens, max_tokens) in enumerate(
+                (
+                    (0.0, 20, 3),
+                    (0.001, 100, 2),
+                    (0.035 + rng.uniform(0.0, 0.01), 36, 2),
+                    (0.05, rng.choice((24, 36)), 2),
+                )
+            )
+        ),
+        unequal={"worker-1": Inequality(num_blocks=28 / 32)},
     )
 
 

@@ -8,10 +8,11 @@ import msgspec
 import pytest
 
 from pdserve.core.latency import LatencyModel, LatencyPriors
-from pdserve.core.messages import Leg, Prefill, Reserve, Serve, StepReport, StepTiming, WorkerLoad
-from pdserve.core.request import Request
+from pdserve.core.messages import Leg, Prefill, Reserve, Role, Serve, StepReport, StepTiming, WorkerLoad
+from pdserve.core.request import Request, TransferId
 from pdserve.router.config import RouterConfig
 from pdserve.router.core import Router
+from pdserve.router.events import WorkerRole
 
 from .cluster import Cluster, make_request, prefix_hashes, worker_info
 
@@ -213,6 +214,34 @@ def test_a_fast_worker_is_seen_beside_many_slow_ones_that_are_idle() -> None:
     cluster.submit(make_request("first", num_tokens=10))
     cluster.submit(make_request("second", num_tokens=400, first_token=5000))
     assert cluster.spec("prefill-4").transfer.request_id == "second"
+
+
+def test_workers_that_swap_roles_hold_no_blocks_for_each_other() -> None:
+    """Each would compute prompts for the other, with no blocks left beside those that it keeps for KV of the
+    other."""
+    cluster = Cluster("prefill-0", "decode-0", config=PAIRS_ONLY)
+    cluster.submit(make_request("first", num_tokens=100))
+    cluster.handle(WorkerRole("decode-0", Role.PREFILL))
+    cluster.handle(WorkerRole("prefill-0", Role.DECODE))
+    cluster.submit(make_request("second", num_tokens=100, first_token=5000))
+    assert cluster.num_legs() == {"prefill-0": 1, "decode-0": 1}
+    transfer = TransferId("first", 0)
+    cluster.output("prefill-0", transfer, 0)
+    cluster.leg_ended("prefill-0", Leg.PREFILL, transfer=transfer)
+    assert cluster.num_legs() == {"prefill-0": 0, "decode-0": 1}
+    cluster.output("decode-0", transfer, 1)
+    assert isinstance(cluster.last("decode-0"), Prefill)
+    assert cluster.spec("prefill-0").transfer.request_id == "second"
+
+
+def test_a_worker_that_still_sends_is_passed_over_for_one_that_does_not() -> None:
+    cluster = Cluster("prefill-0", "prefill-1", "decode-0", "decode-1", config=PAIRS_ONLY)
+    cluster.submit(make_request("first", num_tokens=100))
+    cluster.submit(make_request("other", num_tokens=100, first_token=3000))
+    cluster.handle(WorkerRole("prefill-0", Role.DECODE))
+    cluster.submit(make_request("second", num_tokens=100, first_token=5000))
+    assert not any(isinstance(command, Reserve) for command in cluster.sent["prefill-0"])
+    assert cluster.spec("prefill-1").transfer.request_id == "second"
 
 
 def test_workers_of_another_model_are_never_paired() -> None:

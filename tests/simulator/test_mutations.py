@@ -489,6 +489,10 @@ def expect_of_a_slow_worker_what_others_do() -> Planted:
     return patch.object(Correction, "observe", lambda self, ratio: None)
 
 
+def let_workers_hold_blocks_for_each_other() -> Planted:
+    return patch.multiple(RegisteredWorker, may_send=True, may_receive=True)
+
+
 def let_nobody_pass_a_large_request() -> Planted:
     return patch.object(Reservation, "may_be_passed", lambda self, job: False)
 
@@ -572,6 +576,8 @@ FIRST_FOUND: dict[Mutation, int] = {
     leave_all_places_to_the_client_that_has_them: 54,
     give_a_gray_worker_as_much_as_others: 83,
     let_nobody_pass_a_large_request: 147,
+    expect_of_a_slow_worker_what_others_do: 68,
+    let_workers_hold_blocks_for_each_other: 61,
     compute_an_aborted_choice: 9,
     run_suspects_beside_others: 26,
     charge_prompts_alone: 3,

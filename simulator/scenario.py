@@ -194,6 +194,8 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
     if num_requests is None and gray.random() < 0.03:
         pools = {Role.PREFILL: gray.randint(1, 8), Role.DECODE: gray.randint(1, 8)}
         scenario = replace(scenario, pools=pools, hosts=(PlannedHost(64, 0.0),))
+    if num_requests is None and gray.random() < 0.01:
+        return _with_long_start(gray, scenario)
     return replace(
         scenario,
         unequal=_draw_unequal(Random(f"unequal workers of {seed}"), sum(pools.values())),
@@ -251,6 +253,23 @@ def _with_gray_worker(rng: Random, scenario: Scenario) -> Scenario:
         ),
         gray_worker=f"worker-{rng.randrange(6)}",
         gray_rate=rng.choice((1.0, 1.0, 0.3)),
+    )
+
+
+def _with_long_start(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without faults in which workers load for longer than they may without progress."""
+    return replace(
+        scenario,
+        pools={Role.PREFILL: 1, Role.DECODE: 1},
+        hosts=(PlannedHost(64, 0.0),),
+        start_s=rng.uniform(7.0, 12.0),
+        rates=FaultRates(),
+        accidents=(),
+        max_queued_requests=1024,
+        requests=tuple(
+            _plain_request(rng, f"r{number}", f"c{number % 4}", rng.uniform(0.0, CALM_S), 5, 1)
+            for number in range(8)
+        ),
     )
 
 

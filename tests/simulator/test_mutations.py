@@ -493,6 +493,11 @@ def let_workers_hold_blocks_for_each_other() -> Planted:
     return patch.multiple(RegisteredWorker, may_send=True, may_receive=True)
 
 
+def end_a_load_that_takes_long() -> Planted:
+    original = RouterSession.progress
+    return patch.object(RouterSession, "progress", lambda self, phase, fraction: original(self, phase, 0.0))
+
+
 def let_nobody_pass_a_large_request() -> Planted:
     return patch.object(Reservation, "may_be_passed", lambda self, job: False)
 
@@ -562,9 +567,9 @@ FIRST_FOUND: dict[Mutation, int] = {
     announce_layers_before_they_are_computed: 0,
     share_kv_between_salts: 1,
     leave_workers_working_for_an_ended_request: 0,
-    decode_an_aborted_sequence: 6,
+    decode_an_aborted_sequence: 8,
     miss_a_deadline: 0,
-    stop_a_worker_without_draining_it: 7,
+    stop_a_worker_without_draining_it: 19,
     commit_a_chunk_that_never_left: 42,
     forget_tokens_computed_before_the_router_died: 78,
     forget_to_abort_the_broken_dispatches_that_a_new_router_finds: 680,
@@ -577,6 +582,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     give_a_gray_worker_as_much_as_others: 83,
     let_nobody_pass_a_large_request: 147,
     expect_of_a_slow_worker_what_others_do: 68,
+    end_a_load_that_takes_long: 48,
     let_workers_hold_blocks_for_each_other: 61,
     compute_an_aborted_choice: 9,
     run_suspects_beside_others: 26,

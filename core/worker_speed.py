@@ -9,7 +9,7 @@ from math import exp, log
 SMOOTHING = 0.02  # weight of the newest step, once a worker has taken more than 50
 MAX_SURPRISE = log(4.0)  # a single step counts as at most this much slower, or faster, than expected
 MAX_CORRECTION = log(32.0)
-FORGETTING = 1 / 240  # part of the correction that a heartbeat without a step takes back
+MEMORY_S = 120.0  # without a step, until most of what is known is forgotten
 
 
 class Correction:
@@ -29,9 +29,9 @@ class Correction:
         self.num_steps += 1
         self._set(self._log + weight * min(max(log(ratio), -MAX_SURPRISE), MAX_SURPRISE))
 
-    def forget(self) -> None:
+    def forget(self, idle_s: float) -> None:
         """Moves towards 1: what was slow once is tried again after some minutes without a step."""
-        self._set(self._log * (1.0 - FORGETTING))
+        self._set(self._log * exp(-idle_s / MEMORY_S))
 
     def _set(self, value: float) -> None:
         self._log = min(max(value, -MAX_CORRECTION), MAX_CORRECTION)
@@ -58,7 +58,7 @@ class WorkerSpeed:
         """Returns the factor by which decode steps take longer than predicted."""
         return (self.decode if self.decode.num_steps else self.prefill).factor
 
-    def forget(self) -> None:
-        """Called for each heartbeat without a step."""
-        self.prefill.forget()
-        self.decode.forget()
+    def forget(self, idle_s: float) -> None:
+        """The worker has had nothing to compute for `idle_s`, since the last call at most."""
+        self.prefill.forget(idle_s)
+        self.decode.forget(idle_s)

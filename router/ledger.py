@@ -77,8 +77,9 @@ class Ledger:
         worker.load = report.load
         worker.note_step(report.timing is not None, now_s)
         if report.timing is None and not report.load.num_running:
-            worker.speed.forget()
+            worker.speed.forget(max(0.0, now_s - worker.reported_s))
             self._registry.rank(worker)
+        worker.reported_s = now_s
         if report.timing is not None and report.timing.num_prefill_tokens:
             worker.progress(report.timing.duration_s)
         worker.count_tokens(len(report.outputs), now_s)

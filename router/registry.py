@@ -3,6 +3,7 @@
 import enum
 from collections.abc import Hashable, Iterator
 from heapq import nsmallest
+from math import inf
 
 import msgspec
 
@@ -76,6 +77,7 @@ class RegisteredWorker(Automaton[RoutingState]):
         "num_sequences",
         "open_legs",
         "queued_prefill_s",
+        "reported_s",
         "role",
         "speed",
         "tokens_per_s",
@@ -92,6 +94,7 @@ class RegisteredWorker(Automaton[RoutingState]):
         self.capacity_tokens = min(info.max_model_len, info.num_blocks * info.layout.block_size)
         self.load = WorkerLoad(num_free_blocks=info.num_blocks)
         self.speed = WorkerSpeed()
+        self.reported_s = inf  # when it last did
         self._stepped_s: float | None = None  # when a step last ended, or there was nothing to do
         self.is_away = False  # it goes on with its legs without a connection, and is expected back
         self.open_legs: dict[TransferId, None] = {}  # ordered, so that a loss is handled in order of dispatch

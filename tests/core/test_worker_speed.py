@@ -69,12 +69,10 @@ def test_an_idle_worker_is_tried_again_at_length() -> None:
     speed = WorkerSpeed()
     for _ in range(100):
         speed.decode.observe(8.0 / speed.decode_factor)
-    heartbeats = 2 * 60
-    for _ in range(heartbeats):
-        speed.forget()
+    for _ in range(120):
+        speed.forget(0.5)
     assert 2.0 < speed.decode_factor < 6.0
-    for _ in range(10 * heartbeats):
-        speed.forget()
+    speed.forget(600.0)
     assert speed.decode_factor < 1.1
 
 

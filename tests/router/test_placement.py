@@ -203,6 +203,31 @@ def test_a_slow_decode_worker_gets_fewer_streams() -> None:
     assert 0 < 2 * slow < fast, (slow, fast)
 
 
+def _slow_and_fast() -> Cluster:
+    cluster = Cluster("prefill-0", "prefill-1", worker_info("decode-0", num_blocks=10_000), config=PAIRS_ONLY)
+    _train(cluster, "prefill-1", slowness=1.0, prefills=True)
+    _train(cluster, "prefill-0", slowness=4.0, prefills=True)
+    return cluster
+
+
+def test_reports_without_a_step_do_not_let_a_slow_worker_be_forgotten() -> None:
+    cluster = _slow_and_fast()
+    for _ in range(1000):
+        cluster.report("prefill-0")
+    for index in range(5):
+        cluster.submit(make_request(f"r{index}", num_tokens=400, first_token=1000 * index))
+    assert [len(cluster.sent[f"prefill-{index}"]) for index in range(2)] == [1, 4]
+
+
+def test_a_slow_worker_that_was_idle_for_long_is_tried_again() -> None:
+    cluster = _slow_and_fast()
+    cluster.now_s += 600.0
+    cluster.report("prefill-0")
+    for index in range(4):
+        cluster.submit(make_request(f"r{index}", num_tokens=400, first_token=1000 * index))
+    assert [len(cluster.sent[f"prefill-{index}"]) for index in range(2)] == [2, 2]
+
+
 def test_a_fast_worker_is_seen_beside_many_slow_ones_that_are_idle() -> None:
     cluster = Cluster(
         *(f"prefill-{index}" for index in range(5)),

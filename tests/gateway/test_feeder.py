@@ -2,14 +2,21 @@
 
 import asyncio
 from collections import Counter
-from typing import cast
+from typing import Any, cast
 
 import httpx
 import pytest
 
 from pdserve.gateway.app import GatewayServer
-from pdserve.gateway.http.connection import MAX_HEADER_BYTES, MAX_HEADER_LINES, SLICE_BYTES, Connection
+from pdserve.gateway.http.connection import (
+    MAX_HEADER_BYTES,
+    MAX_HEADER_LINES,
+    REQUEST_COST,
+    SLICE_BYTES,
+    Connection,
+)
 from pdserve.gateway.http.feeder import TURN_BYTES, Feeder
+from pdserve.gateway.http.server import HttpServer
 from tests.gateway.support import ScriptedCluster
 
 
@@ -165,3 +172,33 @@ async def test_requests_that_wait_behind_another_are_answered_in_order(server: G
         assert answer.count(b"HTTP/1.1 200") <= 1
         assert await reader.readline() == b"%d\r\n" % number
     writer.close()
+
+
+async def test_few_requests_begin_in_a_turn_however_many_bodies_wait() -> None:
+    loop, turn, begun = asyncio.get_running_loop(), 0, Counter[int]()
+
+    def count_turns() -> None:
+        nonlocal turn
+        turn += 1
+        loop.call_soon(count_turns)
+
+    async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        while (await receive())["more_body"]:
+            pass
+        begun[turn] += 1
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    server = await HttpServer.open(app, "127.0.0.1:0", max_connections=1024)
+    host, _, port = server.address.rpartition(":")
+    opened = [await asyncio.open_connection(host, int(port)) for _ in range(300)]
+    count_turns()
+    for _, writer in opened:
+        writer.write(HEAD + b"content-length: 2\r\n\r\n{}")
+    for reader, _ in opened:
+        assert (await asyncio.wait_for(reader.readline(), 30)).startswith(b"HTTP/1.1 204 ")
+    assert sum(begun.values()) == 300
+    assert max(begun.values()) <= TURN_BYTES // REQUEST_COST + 1
+    for _, writer in opened:
+        writer.close()
+    await server.stop(0)

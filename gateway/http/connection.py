@@ -35,10 +35,12 @@ class Connection(H11Protocol):
         server_state: ServerState,
         app_state: dict[str, Any],
         feeder: Feeder,
+        group: str,
         on_lost: Callable[[], None],
     ) -> None:
         super().__init__(config, server_state, app_state)
         self._feeder = feeder
+        self.group = group
         self._pending = bytearray()
         self.num_received_bytes = 0
         self._head_bytes = 0  # of an incomplete head

@@ -23,9 +23,17 @@ from tests.gateway.support import ScriptedCluster
 class Bytes:
     """A connection whose bytes are all expensive."""
 
-    def __init__(self, name: str, count: int, fed: list[tuple[str, int]], is_urgent: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        count: int,
+        fed: list[tuple[str, int]],
+        is_urgent: bool = False,
+        group: str = "address",
+    ) -> None:
         self._name, self._left, self._fed = name, count, fed
         self.is_urgent = is_urgent
+        self.group = group
 
     def feed(self) -> int:
         piece = min(SLICE_BYTES, self._left)
@@ -71,6 +79,22 @@ async def test_heads_precede_chunks_that_wait_longer() -> None:
     before = len(fed)
     await asyncio.sleep(0)
     assert fed[before][0] == "newcomer"
+
+
+async def test_addresses_take_turns_however_many_connections_one_of_them_has() -> None:
+    fed: list[tuple[str, int]] = []
+    feeder = Feeder()
+    for index in range(1000):
+        feeder.run(Bytes(f"mallory{index}", 300, fed, is_urgent=True, group="mallory"))
+    for index in range(3):
+        feeder.run(Bytes(f"alice{index}", 300, fed, is_urgent=True, group="alice"))
+    before = len(fed)
+    await asyncio.sleep(0)
+    assert [name for name, _ in fed[before : before + 6] if name.startswith("alice")] == [
+        "alice0",
+        "alice1",
+        "alice2",
+    ]
 
 
 async def test_small_requests_are_parsed_at_once() -> None:

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from pdserve.core.codec import FrameError
+from pdserve.core.limited_child import Death
 from pdserve.grammar.messages import Advance, Close, FromProcess, GrammarRefused, Mask, OpenOutput, ToProcess
-from pdserve.grammar.outputs import MAX_DEATHS, WINDOW, WINDOW_EACH, Death, Outputs
+from pdserve.grammar.outputs import MAX_DEATHS, WINDOW, WINDOW_EACH, Outputs
 
 BAD = "dies of it"
 

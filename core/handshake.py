@@ -21,6 +21,7 @@ NONCE_BYTES = 32
 PROOF_BYTES = 32
 _PROTOCOL = b"pdserve-handshake-1\n"
 MAX_WAIT_S = 5.0  # for the whole of it
+MAX_UNPROVEN = 256  # connections of unauthenticated peers that an acceptor keeps; then the oldest is closed
 
 
 class Purpose(Enum):

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pdserve.proto import pdserve_pb2 as pb
 
 from .accidents import ROUTER, Accident
-from .streams import Stream
+from .streams import ObservedStream
 from .watch import Watch
 
 LONG_PAUSE_S = 8.0
@@ -38,7 +38,10 @@ class Account:
         self._router_kills_s: list[float] = []
 
     def add_round(
-        self, accidents: Sequence[Accident], streams: Sequence[Stream], undisturbed: Sequence[Stream]
+        self,
+        accidents: Sequence[Accident],
+        streams: Sequence[ObservedStream],
+        undisturbed: Sequence[ObservedStream],
     ) -> list[str]:
         """Returns the problems of a round as text."""
         self.num_rounds += 1
@@ -77,13 +80,13 @@ class Account:
         self._replaced |= new
         return [f"replaced for no accident: {name}" for name in new.values()]
 
-    def _has_reason_to_break(self, stream: Stream) -> bool:
+    def _has_reason_to_break(self, stream: ObservedStream) -> bool:
         """Whether the router had been killed just before each time its connection broke."""
         return all(
             any(0.0 <= at_s - kill_s < BREAK_S for kill_s in self._router_kills_s) for at_s in stream.breaks_s
         )
 
-    def _count_return(self, stream: Stream) -> None:
+    def _count_return(self, stream: ObservedStream) -> None:
         """Counts, for a resumed stream, the time from each kill that broke it to its next token, if one was
         missing."""
         self.num_returned += 1
@@ -99,7 +102,7 @@ class Account:
             if next_s is not None:
                 self.returned_s.append(next_s - kill_s)
 
-    def _count_resumptions(self, stream: Stream, accidents: Sequence[Accident]) -> None:
+    def _count_resumptions(self, stream: ObservedStream, accidents: Sequence[Accident]) -> None:
         for number, choice in stream.choices.items():
             attempts = [attempt for attempt in stream.attempts if number in attempt.choices]
             for failed, following in pairwise(attempts):
@@ -187,7 +190,7 @@ def _row(name: str, values: Sequence[float]) -> str:
     return f"{name:44} {len(values):6} {statistics.median(values):8.3f} {p95:8.3f} {ordered[-1]:8.3f}"
 
 
-def _story(stream: Stream) -> str:
+def _story(stream: ObservedStream) -> str:
     """A stream's attempts: their workers, and when each was queued, dispatched and got its first token."""
     attempts = [
         f"{a.attempt}: {a.prefill.worker} -> {a.decode.worker or '?'} with {a.prefill.num_tokens} tokens "
@@ -201,7 +204,7 @@ def _story(stream: Stream) -> str:
     )
 
 
-def slowness(streams: Sequence[Stream]) -> list[str]:
+def slowness(streams: Sequence[ObservedStream]) -> list[str]:
     """Reports streams that paused for longer than any accident justifies, as text."""
     slow = []
     for stream in streams:

@@ -29,7 +29,7 @@ class Victim:
 
 
 @dataclass
-class Accident:
+class InjectedAccident:
     """A planned fault; `at_s` and `victims` are set once it has been injected."""
 
     kind: str
@@ -55,12 +55,12 @@ class Accident:
         return f"{self.kind} {whom or 'nobody'}{lasting} {self.moment}"
 
 
-def draw(rng: random.Random, with_partitions: bool) -> Accident:
+def draw(rng: random.Random, with_partitions: bool) -> InjectedAccident:
     """A router is frozen for less than makes workers give it up; it is the other side of a worker that is cut
     off from it."""
     kind = rng.choice((*KINDS, *PARTITIONS) if with_partitions else KINDS)
     role = rng.choice(("prefill", "decode", ROUTER) if kind in KINDS else ("prefill", "decode"))
-    return Accident(
+    return InjectedAccident(
         kind=kind,
         role=role,
         moment=rng.choice(MOMENTS),
@@ -73,7 +73,7 @@ def draw(rng: random.Random, with_partitions: bool) -> Accident:
 
 
 def strike(
-    accident: Accident,
+    accident: InjectedAccident,
     streams: list[ObservedStream],
     watch: Watch,
     rng: random.Random,
@@ -106,7 +106,7 @@ def _candidates(role: str, watch: Watch) -> list[Victim]:
 
 
 def _begin(
-    accident: Accident, pids: list[int], watch: Watch, network: NetworkFaults
+    accident: InjectedAccident, pids: list[int], watch: Watch, network: NetworkFaults
 ) -> Callable[[], None] | None:
     """Returns what ends it."""
     if accident.kind in KINDS:
@@ -127,7 +127,7 @@ def _begin(
 
 
 def _cut_off(
-    accident: Accident, pids: list[int], watch: Watch, network: NetworkFaults
+    accident: InjectedAccident, pids: list[int], watch: Watch, network: NetworkFaults
 ) -> Callable[[], None] | None:
     """Cuts the link; None when one of the two sides is dead, or no link exists between them."""
     with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
@@ -152,7 +152,7 @@ def _other(role: str) -> str:
     return "decode" if role == "prefill" else "prefill"
 
 
-def _wait_for_moment(accident: Accident, streams: list[ObservedStream], rng: random.Random) -> None:
+def _wait_for_moment(accident: InjectedAccident, streams: list[ObservedStream], rng: random.Random) -> None:
     if accident.moment == "during the transfer":
         stream = max(streams, key=lambda stream: len(stream.template.prompt))
         _wait_until(stream, 1)

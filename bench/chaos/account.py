@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from pdserve.proto import pdserve_pb2 as pb
 
-from .accidents import ROUTER, Accident
+from .accidents import ROUTER, InjectedAccident
 from .streams import ObservedStream
 from .watch import Watch
 
@@ -34,12 +34,12 @@ class Account:
         self.resumed_s: defaultdict[str, list[float]] = defaultdict(list)
         self.num_returned = 0  # streams whose clients came back
         self.returned_s: list[float] = []  # the next token after the router was killed
-        self._timed: list[Accident] = []  # in rounds in which the router was spared
+        self._timed: list[InjectedAccident] = []  # in rounds in which the router was spared
         self._router_kills_s: list[float] = []
 
     def add_round(
         self,
-        accidents: Sequence[Accident],
+        accidents: Sequence[InjectedAccident],
         streams: Sequence[ObservedStream],
         undisturbed: Sequence[ObservedStream],
     ) -> list[str]:
@@ -102,7 +102,7 @@ class Account:
             if next_s is not None:
                 self.returned_s.append(next_s - kill_s)
 
-    def _count_resumptions(self, stream: ObservedStream, accidents: Sequence[Accident]) -> None:
+    def _count_resumptions(self, stream: ObservedStream, accidents: Sequence[InjectedAccident]) -> None:
         for number, choice in stream.choices.items():
             attempts = [attempt for attempt in stream.attempts if number in attempt.choices]
             for failed, following in pairwise(attempts):
@@ -168,11 +168,13 @@ class Account:
         return rows
 
 
-def _cause(failed: pb.Attempt, failed_s: float, accidents: Sequence[Accident]) -> Accident | None:
+def _cause(
+    failed: pb.Attempt, failed_s: float, accidents: Sequence[InjectedAccident]
+) -> InjectedAccident | None:
     """Returns the accident that ended an attempt: a kill is noticed at once, anything else later. An attempt
     without a token does not show which decode worker it had."""
 
-    def concerns(accident: Accident) -> bool:
+    def concerns(accident: InjectedAccident) -> bool:
         names = {victim.worker_id for victim in accident.victims}
         may_be_the_target = not failed.HasField("decode") and accident.role == "decode"
         return may_be_the_target or bool(names & {failed.prefill.worker, failed.decode.worker})

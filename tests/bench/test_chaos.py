@@ -10,7 +10,7 @@ import grpc
 import pytest
 from google.rpc import status_pb2
 
-from bench.chaos.accidents import Accident, Victim
+from bench.chaos.accidents import InjectedAccident, Victim
 from bench.chaos.account import Account
 from bench.chaos.streams import ObservedStream, Template, run_stream
 from bench.chaos.watch import Watch
@@ -101,7 +101,7 @@ class Unavailable(grpc.RpcError):
         return self._trailers
 
 
-class Router:
+class ScriptedStub:
     """Stands for a stub: plays one connection after the other."""
 
     def __init__(self, *connections: list[pb.GenerateEvent | grpc.RpcError]) -> None:
@@ -122,7 +122,7 @@ def run(
     *connections: list[pb.GenerateEvent | grpc.RpcError], num_choices: int = 1
 ) -> tuple[ObservedStream, list[list[int]]]:
     """The stream, and from where its client asked for it each time."""
-    router = Router(*connections)
+    router = ScriptedStub(*connections)
     template = Template(TEMPLATE.prompt, TEMPLATE.sampling | {"n": num_choices})
     stream = run_stream(router, ObservedStream(template, start_s=0.0), "a stream")  # type: ignore[arg-type]
     assert {request.request_id for request in router.requests} == {"a stream"}
@@ -195,9 +195,9 @@ def test_a_stream_that_the_router_itself_gave_up_is_lost() -> None:
     assert lost.outcome(UNDISTURBED) == "lost"
 
 
-def killed(role: str, at_s: float) -> Accident:
+def killed(role: str, at_s: float) -> InjectedAccident:
     name = "router" if role == "router" else f"{role}-0"
-    return Accident("kill", role, "mid decode", **KILL, at_s=at_s, victims=[Victim(name, 1)])  # type: ignore[arg-type]
+    return InjectedAccident("kill", role, "mid decode", **KILL, at_s=at_s, victims=[Victim(name, 1)])  # type: ignore[arg-type]
 
 
 def came_back(broken_s: list[float], arrivals_s: list[float]) -> ObservedStream:

@@ -9,19 +9,19 @@ from pdserve.engine.batch import Batch, CompletedStep
 
 from .ahead_engine import AheadEngine
 from .chain_model import expected_tokens, spec
-from .test_roles import Pair
+from .test_roles import WorkerPair
 
 
-def ahead_pair(seed: int = 0, **sizes: int) -> Pair:
-    return Pair(seed, engine=AheadEngine, **sizes)
+def ahead_pair(seed: int = 0, **sizes: int) -> WorkerPair:
+    return WorkerPair(seed, engine=AheadEngine, **sizes)
 
 
-def engine_of(pair: Pair) -> AheadEngine:
+def engine_of(pair: WorkerPair) -> AheadEngine:
     assert isinstance(pair.d, AheadEngine)
     return pair.d
 
 
-def drain(pair: Pair) -> None:
+def drain(pair: WorkerPair) -> None:
     while pair.decode.step():
         pass
 
@@ -141,7 +141,7 @@ def test_chunks_of_a_long_prompt_do_not_wait_for_each_other() -> None:
 
 
 def test_a_step_completed_at_launch_is_collected_at_once() -> None:
-    pair, request = Pair(), spec("a", range(4), 3)
+    pair, request = WorkerPair(), spec("a", range(4), 3)
     pair.decode.serve(Serve(spec=request))
     for num_reported in range(1, 4):
         assert pair.decode.step() and len(pair.d_box.outputs) == num_reported

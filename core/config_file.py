@@ -23,11 +23,6 @@ ROOT: KeyPath = ("metadata", "pdserve")
 _KEY = re.compile(r"[a-z_]+(\.[a-z_]+)*")
 
 
-def load_cluster_config(path: str | Path) -> ClusterConfig:
-    """The configuration in the file `path`. Raises ConfigError."""
-    return ConfigSource.read(Path(path)).config()
-
-
 def parse_cluster_config(text: str, filename: str = "cluster.yaml") -> ClusterConfig:
     """The configuration in `text`; `filename` is for messages. Raises ConfigError: a line a mistake, in line
     order."""

@@ -128,8 +128,3 @@ class SequenceSpec(msgspec.Struct, frozen=True, kw_only=True):
         """They belong to the first token of choice 0, and travel with it; the whole prompt has to be computed
         for them."""
         return self.sampling.prompt_logprobs is not None and 0 in self.choices and not self.output_token_ids
-
-    @property
-    def num_remaining_tokens(self) -> int:
-        """The number of tokens that each choice may still produce."""
-        return self.sampling.max_tokens - len(self.output_token_ids)

@@ -69,17 +69,6 @@ def check_prompt_length(num_tokens: int, limits: LimitsSection, max_model_len: i
     raise context_length_exceeded("prompt", f"{num_tokens} tokens", expected, max_model_len)
 
 
-def validate_request(
-    prompt_token_ids: Sequence[int],
-    sampling: SamplingParams,
-    limits: LimitsSection,
-    max_model_len: int,
-    vocab_size: int,
-) -> None:
-    """Raises InvalidRequest for everything that cannot be served."""
-    refuse(request_problems(prompt_token_ids, sampling, limits, max_model_len, vocab_size))
-
-
 def request_problems(
     prompt_token_ids: Sequence[int],
     sampling: SamplingParams,

@@ -5,8 +5,8 @@ takes nobody with it. Pure; only this file sets workers apart.
 READY --first suspect waits--> APART (empties) --last leg ends--> APART (one suspect) --none waits--> READY
 """
 
-from .dispatch import DispatchState, Job
 from .ledger import Ledger
+from .live_request import DispatchState, Job
 from .registry import RegisteredWorker, Registry
 
 SHARE = 2  # one worker in so many is set apart at a time, at least one

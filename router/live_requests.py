@@ -13,9 +13,9 @@ from ..core.request import FinishReason, Request
 from .admission import Deadlines, JobQueue
 from .config import RouterConfig
 from .deaths import Deaths
-from .dispatch import Dispatch, DispatchState, LiveRequest
 from .events import Cancel, LossCause, RouterCommand, StreamRead, StreamUnread, Timeline, WorkerLost
 from .ledger import Ledger
+from .live_request import Dispatch, DispatchState, LiveRequest
 from .registry import RegisteredWorker
 from .request_events import Abandoned, CancelChoice, Claimed, Due, End, Judged, LegOver, RequestEvent
 from .request_life import VERDICT_S, RequestLife

@@ -15,7 +15,6 @@ from ..core.request import FinishReason
 from .admission import JobQueue
 from .config import RouterConfig
 from .deaths import Deaths
-from .dispatch import Dispatch, DispatchState, Job, LiveRequest
 from .events import (
     EmitChoiceEnd,
     EmitEnd,
@@ -28,6 +27,7 @@ from .events import (
     WorkerIdle,
 )
 from .ledger import Ledger
+from .live_request import Dispatch, DispatchState, Job, LiveRequest
 from .registry import RegisteredWorker, RoutingState
 from .request_events import (
     Abandoned,

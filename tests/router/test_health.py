@@ -13,8 +13,8 @@ from pdserve.core.failures import FailureKind
 from pdserve.core.messages import Abort, Leg, Prefill, Serve
 from pdserve.core.request import FinishReason, TransferId
 from pdserve.router.config import RouterConfig
-from pdserve.router.dispatch import PROGRESS_TOKENS
 from pdserve.router.health import EJECTION_S, FULL_TRIAL, MAX_EJECTION_S, NUM_FAILURES, Health
+from pdserve.router.live_request import PROGRESS_TOKENS
 from pdserve.router.registry import RegisteredWorker, Registry, RoutingState
 
 from .cluster import Cluster, make_request, worker_info

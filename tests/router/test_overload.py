@@ -7,7 +7,6 @@ from pdserve.core.errors import NoWorkerAvailable, QueueFull
 from pdserve.core.messages import Leg, Reserve, StepReport, StepTiming, WorkerLoad
 from pdserve.core.request import FinishReason, Request, SequenceSpec, TransferId
 from pdserve.router.config import RouterConfig
-from pdserve.router.dispatch import DispatchState
 from pdserve.router.events import (
     Cancel,
     Closing,
@@ -17,6 +16,7 @@ from pdserve.router.events import (
     WorkerIdle,
     WorkersExpected,
 )
+from pdserve.router.live_request import DispatchState
 
 from .cluster import Cluster, make_request, worker_info
 

@@ -181,9 +181,8 @@ class _Supervisor:
         self._folder = folder
         self._ray_folder = Path(_option(ray_start, TEMP_DIR) or "/tmp/ray")
         self._at_reboot = AtReboot(folder / "at_reboot")
-        self._copy = Path(
-            _option(ray_start, AUTOSCALING_CONFIG) or file
-        )  # the file as it was when it was last found good
+        # the file as it was when it was last found good
+        self._copy = Path(_option(ray_start, AUTOSCALING_CONFIG) or file)
 
     def take_file(self) -> None:
         """Ray and `pdserve up` read a copy: a `ray up` with a file that is refused leaves what a crash starts

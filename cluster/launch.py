@@ -142,9 +142,8 @@ class LaunchedCluster:
     def __init__(
         self, config: ClusterConfig, log_settings: LogSettings | None, on_step: Callable[[str], None]
     ) -> None:
-        self._folder = Path(
-            tempfile.mkdtemp(prefix="pdserve-", dir="/tmp")
-        )  # for this user alone; sockets need short paths
+        # for this user alone; sockets need short paths
+        self._folder = Path(tempfile.mkdtemp(prefix="pdserve-", dir="/tmp"))
         self._endpoints: Endpoints | None = None
         self._is_launched = False
         _running.append(self)

@@ -44,9 +44,8 @@ def open_regular(file: Path) -> BinaryIO:
     """Opens `file` to read. Raises CheckpointError where it is missing, unreadable, or a pipe, a device or a
     directory."""
     try:
-        number = os.open(
-            file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-        )  # a pipe that nobody writes to would block
+        # a pipe that nobody writes to would block
+        number = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a name with NUL

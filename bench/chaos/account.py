@@ -28,9 +28,8 @@ class Account:
         self.hits: Counter[str] = Counter()  # where in its life a stream was when its worker went
         self.unexplained: Counter[str] = Counter()
         self.leaks: list[str] = []
-        self.acted_s: defaultdict[str, list[float]] = defaultdict(
-            list
-        )  # the router had taken the choice back
+        # the router had taken the choice back
+        self.acted_s: defaultdict[str, list[float]] = defaultdict(list)
         self.resumed_s: defaultdict[str, list[float]] = defaultdict(list)
         self.num_returned = 0  # streams whose clients came back
         self.returned_s: list[float] = []  # the next token after the router was killed
@@ -51,9 +50,8 @@ class Account:
             self._victims |= {victim.pid for victim in accident.victims}
             if accident.role == ROUTER and accident.kind == "kill":
                 self._router_kills_s.append(accident.at_s or 0.0)
-        is_timed = not any(
-            accident.role == ROUTER for accident in struck
-        )  # else it is not clear what followed from what
+        # with a router among them, it is not clear what followed from what
+        is_timed = not any(accident.role == ROUTER for accident in struck)
         if is_timed:
             self._timed += struck
         problems = []

@@ -48,7 +48,7 @@ from .request_states import RequestState
 from .status import Counters
 from .stream import ChoiceStream
 
-VERDICT_S = 1.0  # how long a job waits to be told whether a lost worker has died
+VERDICT_S = 1.0  # how long a job waits for the verdict whether a lost worker has died
 PEER_DEATH_S = 0.1  # by which the end of a transfer may be reported before the death that caused it
 
 Commands = list[RouterCommand]

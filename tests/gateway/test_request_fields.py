@@ -319,8 +319,8 @@ async def test_a_silent_request_gets_the_models_defaults(cluster: ScriptedCluste
         (model,) = (await http.get("/v1/models")).json()["data"]
         assert model["default_sampling"] == (await http.get("/v1/models/tiny")).json()["default_sampling"]
         assert model["default_sampling"] == defaults.stated
-        told = (await generation.GetModelInfo(pb.GetModelInfoRequest())).default_sampling
-        assert {descriptor.name: value for descriptor, value in told.ListFields()} == defaults.stated
+        reported = (await generation.GetModelInfo(pb.GetModelInfoRequest())).default_sampling
+        assert {descriptor.name: value for descriptor, value in reported.ListFields()} == defaults.stated
     await server.stop(0)
 
 

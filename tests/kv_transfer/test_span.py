@@ -80,7 +80,7 @@ def test_small_layers_leave_together_once_they_fill_a_chunk() -> None:
     assert planner.take(flush=True) == (Span(6, 8, 0, 4), 7)
 
 
-def test_layers_that_wait_for_slots_are_not_held_up_by_the_last_of_them() -> None:
+def test_the_last_layer_does_not_delay_those_that_wait_for_slots() -> None:
     planner = ChunkPlanner(Span(0, 4, 0, 10), bytes_per_cell=1, chunk_bytes=10)
     for layer in range(4):
         planner.add(Span(layer, layer + 1, 0, 10), mark=layer)

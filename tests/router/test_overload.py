@@ -199,7 +199,7 @@ def with_priority(request: Request, priority: int) -> Request:
     return msgspec.structs.replace(request, priority=priority)
 
 
-def test_a_lower_number_is_dispatched_first_and_takes_the_place_of_a_higher_one() -> None:
+def test_a_lower_number_is_served_first_and_displaces_a_higher_one() -> None:
     cluster = Cluster(worker_info("both-0", max_batch_size=1))
     cluster.submit(with_priority(request_of("a", "low", max_tokens=40), 5))
     cluster.submit(request_of("b", "middle"))

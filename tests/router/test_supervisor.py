@@ -131,7 +131,7 @@ def test_a_host_is_suspected_before_another_process_gets_a_place() -> None:
     assert commands.index(SuspectHost("node")) < commands.index(launch)
 
 
-def test_a_full_host_is_named_by_the_place_of_the_worker_that_reports_it() -> None:
+def test_a_full_host_is_the_one_of_the_reporting_worker() -> None:
     world = World()
     world.up()
     full = (("/dev/shm", 64 << 20),)

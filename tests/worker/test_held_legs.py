@@ -23,7 +23,7 @@ def token(name: str, index: int) -> TokenOutput:
     return TokenOutput(TransferId(name, 0), 0, index, 7)
 
 
-def test_a_leg_is_reported_with_all_tokens_for_a_while_after_its_end() -> None:
+def test_an_ended_leg_is_reported_with_all_tokens_for_a_while() -> None:
     clock = ManualClock()
     legs = HeldLegs(clock)
     legs.accepted(spec("a", range(4)), Leg.DECODE, has_partner=True)

@@ -241,7 +241,7 @@ def test_sequences_of_lower_priority_are_preempted_first_and_finish_all_the_same
     pair.check_at_rest()
 
 
-def test_waiting_sequences_are_admitted_by_priority_and_one_in_eight_of_the_lowest() -> None:
+def test_admission_is_by_priority_with_one_in_eight_of_the_lowest() -> None:
     pair = WorkerPair(decode_blocks=200)
     low = [msgspec.structs.replace(spec(f"low{n}", range(4), 2), priority=3) for n in range(2)]
     for request in (*low, *(spec(f"high{n}", range(n, n + 4), 2) for n in range(40))):
@@ -297,7 +297,7 @@ def test_a_large_request_takes_no_room_from_clients_that_have_less() -> None:
     assert len(pair.tokens(spec("large", range(60), 4, client="d"))) == 4
 
 
-def test_a_small_sequence_does_not_wait_behind_a_preempted_one_that_does_not_fit() -> None:
+def test_a_small_sequence_passes_a_preempted_one_that_does_not_fit() -> None:
     """Two clients with one long sequence each, of which only one fits at the end."""
     pair = WorkerPair(decode_blocks=24)
     for start, client in enumerate("ab"):
@@ -312,7 +312,7 @@ def test_a_small_sequence_does_not_wait_behind_a_preempted_one_that_does_not_fit
     pair.check_at_rest()
 
 
-def test_small_sequences_pass_one_that_does_not_fit_a_bounded_number_of_times(
+def test_small_sequences_pass_a_large_one_a_bounded_number_of_times(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(scheduler_module, "MAX_PASSES", 3)
@@ -333,7 +333,7 @@ def test_small_sequences_pass_one_that_does_not_fit_a_bounded_number_of_times(
     pair.check_at_rest()
 
 
-def test_a_client_that_has_little_takes_room_from_one_that_has_much_more() -> None:
+def test_a_client_with_little_takes_room_from_one_with_much() -> None:
     pair = WorkerPair(decode_blocks=40)
     for number in range(6):
         prompt = range(10 * number, 10 * number + 8)
@@ -365,7 +365,7 @@ def test_an_abort_at_any_point_frees_everything_on_both_workers(steps: int) -> N
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("choice", range(3))
 @pytest.mark.parametrize("steps", range(14))
-def test_an_aborted_choice_gets_no_more_tokens_and_its_siblings_all_of_theirs(
+def test_aborting_a_choice_leaves_its_siblings_all_their_tokens(
     steps: int, choice: int, both: bool, engine: type[ChainEngine]
 ) -> None:
     pair, request = WorkerPair(seed=steps, budget=4, engine=engine), spec("a", range(14), 9, n=3)

@@ -29,7 +29,7 @@ def fail_masks(pair: WorkerPair, kind: FailureKind) -> None:
         port.due.clear()
 
 
-def test_a_prompt_is_computed_up_to_its_last_token_while_awaiting_the_mask() -> None:
+def test_all_but_a_prompts_last_token_are_computed_before_its_mask() -> None:
     pair, request = WorkerPair(budget=16), constrained("a", 10)
     pair.prefill.prefill(Prefill(spec=request, target=None))
     assert pair.prefill.step()
@@ -61,7 +61,7 @@ def test_a_prompt_of_one_token_waits_too() -> None:
     assert pair.tokens(request) == expected_tokens(range(1), 0, 6)
 
 
-def test_a_mask_may_arrive_during_the_step_and_a_late_one_costs_a_step() -> None:
+def test_a_mask_in_time_is_used_and_a_late_one_costs_a_step() -> None:
     pair, request = WorkerPair(), constrained("a", 3, 3)
     pair.decode.serve(Serve(spec=request))
     pair.d_port.deliver(pair.rng, pair.d_masks)

@@ -201,7 +201,7 @@ class Version(ResponseModel):
     version: str
 
 
-class HealthAnswer(ResponseModel):
+class Health(ResponseModel):
     """The health of the cluster."""
 
     status: str

@@ -68,9 +68,9 @@ def http_app(serving: Serving, hosts: AllowedHosts | None = None) -> AuthMiddlew
     app.add_api_route("/metrics", probes.metrics, name="metrics", response_class=PlainTextResponse)
     app.add_api_route("/metrics", probes.metrics, methods=["HEAD"], include_in_schema=False)
     _get(app, "/version", _version, answers.Version)
-    _get(app, "/health", probes.health, answers.HealthAnswer, {503: {"model": answers.HealthAnswer}})
-    _get(app, "/livez", probes.live, answers.HealthAnswer)
-    _get(app, "/readyz", probes.ready, answers.HealthAnswer, {503: {"model": answers.HealthAnswer}})
+    _get(app, "/health", probes.health, answers.Health, {503: {"model": answers.Health}})
+    _get(app, "/livez", probes.live, answers.Health)
+    _get(app, "/readyz", probes.ready, answers.Health, {503: {"model": answers.Health}})
     _get(app, "/startupz", probes.startup, answers.Startup, {503: {"model": answers.Startup}})
     app.openapi = _described(app.openapi)  # type: ignore[method-assign]
     pages = Pages(serving.model.name, app.openapi)

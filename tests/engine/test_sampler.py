@@ -16,8 +16,8 @@ from transformers import (
 from pdserve.core.request import SamplingParams
 from pdserve.engine.batch import SampledToken, ScheduledChunk
 from pdserve.engine.distribution import draw
-from pdserve.engine.random_numbers import uniform
 from pdserve.engine.sampler import Sampler
+from pdserve.kernels.random_numbers import uniform
 from pdserve.kernels.reference import TorchKernels
 from tests.engine.chunks import VOCAB_SIZE, follow, make_chunk, random_logits
 

@@ -27,12 +27,6 @@ CHAT: dict[str, Any] = {"messages": [USER], "max_tokens": 4}
 TEXT: dict[str, Any] = {"prompt": "hello", "max_tokens": 4}
 
 
-@pytest.fixture
-async def http(server: GatewayServer) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as client:
-        yield client
-
-
 async def ask(http: httpx.AsyncClient, body: dict[str, Any], **headers: str) -> httpx.Response:
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     content = json.dumps(body)

@@ -23,7 +23,7 @@ class StreamingCall(Protocol[Received]):
 
 @contextmanager
 def interruptible(stream: StreamingCall[Message]) -> Iterator[Iterator[Message]]:
-    """Its messages; they end, or raise, as it does. It is cancelled when the block ends."""
+    """Yields a call's messages; they end, or raise, as it does. It is cancelled when the block ends."""
     arrived: queue.SimpleQueue[Message | _End] = queue.SimpleQueue()
 
     def read() -> None:

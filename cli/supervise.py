@@ -331,8 +331,8 @@ def _allow_open_files() -> None:
 
 
 def _log_to(log: Path, is_new: bool) -> None:
-    """This process's output goes to the log, a new one while the last one stays beside it, or that of a
-    `pdserve up` that goes on; its input comes from nowhere."""
+    """Sends this process's output to a new log, beside which the last one stays, or to that of a `pdserve up`
+    that goes on; its input is empty."""
     with suppress(FileNotFoundError):
         if is_new:
             log.replace(log.with_suffix(".log.1"))

@@ -382,7 +382,7 @@ def _check_keeper(living: "ray.ObjectRef[None]") -> None:
 
 
 def _check_node() -> None:
-    """On a host whose raylet is gone, a new head would wait for ever. Raises LaunchError."""
+    """Raises LaunchError on a host whose raylet is gone, where a new head would wait for ever."""
     if any(node["NodeID"] == _this_node() and not node["Alive"] for node in ray.nodes()):
         raise LaunchError("Ray has declared this host dead")
 

@@ -49,7 +49,7 @@ class Override:
 
 @dataclass(frozen=True)
 class ConfigSource:
-    """Where a configuration comes from: a file, or none, and what is set beside it."""
+    """The origin of a configuration: a file, or none, and what is set beside it."""
 
     document: Document | None
     overrides: tuple[Override, ...] = ()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def set_up(niceness: int = 0) -> None:
-    """At the process's start: its owner decides when it ends, and a limit that is passed ends it at once."""
+    """Begins a limited process: its owner decides when it ends, and a limit that is passed ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for limit in (signal.SIGPROF, signal.SIGALRM):  # without handlers; the parent may have ignored them
         signal.signal(limit, signal.SIG_DFL)

@@ -75,7 +75,7 @@ class Replayed:
     is_open: bool = True  # False: only the lengths are taken, for a closed loop
 
     def jobs(self, seed: int, round_index: int) -> Iterator[ScheduledRequest]:
-        """One for each row, the same in every round."""
+        """Yields one job for each row, the same in every round."""
         for index, row in enumerate(self.rows):
             num_prompt_tokens = min(row.num_prompt_tokens, self.max_prompt_tokens or row.num_prompt_tokens)
             num_output_tokens = min(row.num_output_tokens, self.max_output_tokens or row.num_output_tokens)

@@ -869,7 +869,7 @@ class TokenDelta(_message.Message):
     index: _builtins.int
     """The position of the first of `token_ids` in the output of the choice, from 0."""
     text: _builtins.str
-    """What to append to the text of the choice. Special tokens have no text, and tool calls are told apart from it."""
+    """What to append to the text of the choice. Special tokens have no text, and tool calls are separate from it."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Output tokens, special ones included."""
@@ -1124,7 +1124,7 @@ class Attempt(_message.Message):
     queued_s: _builtins.float
     """When it began to wait for workers."""
     dispatched_s: _builtins.float
-    """When workers were chosen and told."""
+    """When workers were chosen and their commands sent."""
     first_token_s: _builtins.float
     """When its first token came; unset when none did."""
     expected_ttft_s: _builtins.float

@@ -65,12 +65,12 @@ def drawn(rate: float, prompt: int, output: int, num_requests: int) -> OfferedLo
     return OfferedLoad(Drawn(Poisson(rate), Fixed(prompt), Fixed(output)), num_requests)
 
 
-def site(num_gpus: int = 2, gpu: str = "h200") -> Site:
-    """GPUs for a Llama of 8 billion parameters."""
+def site(num_gpus: int = 2, gpu: str = "h200", num_layers: int = 32) -> Site:
+    """GPUs for a Llama; with 32 layers of 8 billion parameters."""
     kind = gpu_model(gpu)
     devices = tuple(
         DeviceInfo(i, kind.name, str(i), kind.memory_bytes, kind.memory_bytes) for i in range(num_gpus)
     )
     node = Node("there", tuple(range(64)), 1 << 40, 1 << 40, devices, "13.0")
     rates = Rates(kind.peaks.flops_per_s, kind.peaks.bytes_per_s, kind.link_bytes_per_s)
-    return Site(ClusterConfig(device="cuda"), checkpoint(), (node,), rates)
+    return Site(ClusterConfig(device="cuda"), checkpoint(num_hidden_layers=num_layers), (node,), rates)

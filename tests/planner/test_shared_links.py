@@ -77,7 +77,9 @@ FLOWS = st.lists(
 
 
 @given(FLOWS)
-def test_every_flow_ends_and_no_port_exceeds_its_bandwidth(starts: list[tuple[float, str, str, float]]) -> None:
+def test_every_flow_ends_and_no_port_exceeds_its_bandwidth(
+    starts: list[tuple[float, str, str, float]],
+) -> None:
     ends = play(starts)
     assert ends.keys() == set(range(len(starts)))
     for port in NAMES:

@@ -278,6 +278,25 @@ def apply(
 
 
 @app.command(rich_help_panel=OPERATING)
+def scale(
+    changes: Annotated[
+        list[str], typer.Argument(metavar="POOL=N...", help="Such as prefill=3, or decode=+1 for one more.")
+    ],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report what would change.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Return when all instances are ready.")] = False,
+    address: Address = NO_ADDRESS,
+) -> None:
+    """Change the prefill:decode ratio of the running cluster; no request fails.
+
+    The next `apply` of a file replaces it."""
+    from .admin import scale
+    from .client import connect_to_administer
+
+    with connect_to_administer(address) as client:
+        scale(client, changes, dry_run, wait)
+
+
+@app.command(rich_help_panel=OPERATING)
 def drain(
     workers: Annotated[
         list[str] | None, typer.Argument(help="Names of workers, as `status` shows them.")

@@ -1,8 +1,8 @@
 """Bounds what clients hold at a time: each may hold a part of what the others leave. Pure.
 
 These are dynamic thresholds (Choudhury and Hahne, IEEE/ACM Transactions on Networking 6(2), 1998). A client
-that is alone gets its part of all; however many clients fill theirs together, something is left for the
-next."""
+that is alone gets its part of all; each further one that fills its part leaves as large a share of the
+rest for the next."""
 
 from collections import Counter
 from collections.abc import Iterator

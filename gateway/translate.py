@@ -25,10 +25,11 @@ from ..core.errors import (
     QueueFull,
     TokensTooSlow,
 )
+from ..core.held_bytes import TooManyBytes
 from ..core.peer_log import failure_log
 from ..core.request import FinishReason
 from .auth.access import NotPermitted, RateLimited, Unauthenticated
-from .call_bounds import TooManyBytes, TooSlow
+from .call_bounds import TooSlow
 from .places import NoPlace
 
 DOMAIN = "pdserve"
@@ -201,7 +202,7 @@ async def write(
 
 
 def _shortened(text: str) -> str:
-    """In headers, characters other than ASCII take up to 12 bytes instead of 3."""
+    """Shortens a message for a header, where a character beyond ASCII takes up to 12 bytes instead of 3."""
     max_chars = MAX_MESSAGE_CHARS if text.isascii() else MAX_MESSAGE_CHARS // 4
     return text if len(text) <= max_chars else text[: max_chars - 3] + "..."
 

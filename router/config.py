@@ -13,6 +13,7 @@ class RouterConfig:
     max_running_per_client: int | None = None
     # of one stream; beyond that, the stream leaves its workers until its client has read half of them
     max_unread_tokens: int = 1024
+    max_unread_bytes: int = 256 << 20  # of all streams together
     itl_slo_s: float = 0.05  # placement avoids workers whose predicted time per token is longer
     enforces_itl: bool = False  # a request for which every worker would exceed it is refused
     max_wait_for_worker_s: float = 300.0  # while no ready worker can serve a request at all

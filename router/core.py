@@ -19,7 +19,6 @@ from .admission import JobQueue, retry_delay_s
 from .adoption import Adoption
 from .candidates import RoutingDecision
 from .config import RouterConfig
-from .dispatch import Job
 from .events import (
     Adopted,
     Cancel,
@@ -45,6 +44,7 @@ from .health import Health
 from .isolation import Isolation
 from .ledger import Ledger
 from .links import Links
+from .live_request import Job
 from .live_requests import LiveRequests, is_same
 from .placement import Placer
 from .prefix_index import PrefixIndex
@@ -396,7 +396,7 @@ class Router:
         attempt = self._next_attempt
         self._next_attempt += 1
         request = job.live.request
-        if not job.live.dispatches:  # whatever comes back has been charged
+        if not job.live.dispatches or job.was_unread:  # whatever else comes back has been charged
             self._queue.counters.charge(request.client, placement.num_new_tokens / request.weight)
         if placement.decode is not None and placement.decode is not placement.prefill:
             self._links.started(placement.prefill, placement.decode, now_s)

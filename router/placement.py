@@ -14,8 +14,8 @@ from ..core.latency import LatencyModel
 from ..core.request import Request
 from .candidates import NUM_KEPT, Candidate, PrefillOption, RoutingDecision, Score
 from .config import RouterConfig
-from .dispatch import Job
 from .links import Links
+from .live_request import Job
 from .prefix_index import PrefixIndex
 from .registry import RegisteredWorker, Registry, decode_load
 

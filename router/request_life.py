@@ -15,7 +15,6 @@ from ..core.request import FinishReason
 from .admission import JobQueue
 from .config import RouterConfig
 from .deaths import Deaths
-from .dispatch import Dispatch, DispatchState, Job, LiveRequest
 from .events import (
     EmitChoiceEnd,
     EmitEnd,
@@ -28,6 +27,7 @@ from .events import (
     WorkerIdle,
 )
 from .ledger import Ledger
+from .live_request import Dispatch, DispatchState, Job, LiveRequest
 from .output_lengths import OutputLengths
 from .registry import RegisteredWorker, RoutingState
 from .request_events import (
@@ -49,7 +49,7 @@ from .request_states import RequestState
 from .status import Counters
 from .stream import ChoiceStream
 
-VERDICT_S = 1.0  # how long a job waits to be told whether a lost worker has died
+VERDICT_S = 1.0  # how long a job waits for the verdict whether a lost worker has died
 PEER_DEATH_S = 0.1  # by which the end of a transfer may be reported before the death that caused it
 
 Commands = list[RouterCommand]
@@ -236,10 +236,10 @@ class RequestLife:
         return commands
 
     def read_on(self, live: LiveRequest, event: StreamRead, now_s: float) -> Commands:
-        """Moves the request's work to the front, as it was dispatched before."""
+        """Lets the remaining work wait for its client's turn, which pays for what is computed again."""
         for job in live.jobs:
-            job.ready_s = now_s
-        self._queue.push_front(live.jobs, now_s)
+            job.ready_s, job.was_unread = now_s, bool(live.dispatches)
+        self._queue.push_back(live.jobs)
         live.settle(now_s)
         return []
 

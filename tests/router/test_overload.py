@@ -7,7 +7,6 @@ from pdserve.core.errors import NoWorkerAvailable, QueueFull
 from pdserve.core.messages import Leg, Reserve, StepReport, StepTiming, WorkerLoad
 from pdserve.core.request import FinishReason, Request, SequenceSpec, TransferId
 from pdserve.router.config import RouterConfig
-from pdserve.router.dispatch import DispatchState
 from pdserve.router.events import (
     Cancel,
     Closing,
@@ -17,6 +16,7 @@ from pdserve.router.events import (
     WorkerIdle,
     WorkersExpected,
 )
+from pdserve.router.live_request import DispatchState
 
 from .cluster import Cluster, make_request, worker_info
 
@@ -199,7 +199,7 @@ def with_priority(request: Request, priority: int) -> Request:
     return msgspec.structs.replace(request, priority=priority)
 
 
-def test_a_lower_number_is_dispatched_first_and_takes_the_place_of_a_higher_one() -> None:
+def test_a_lower_number_is_served_first_and_displaces_a_higher_one() -> None:
     cluster = Cluster(worker_info("both-0", max_batch_size=1))
     cluster.submit(with_priority(request_of("a", "low", max_tokens=40), 5))
     cluster.submit(request_of("b", "middle"))
@@ -489,6 +489,25 @@ def test_an_unread_request_frees_its_room_and_resumes_at_its_clients_position() 
     assert (spec.transfer, spec.output_token_ids) == (TransferId("slow", 2), (100, 101))
     cluster.token("prefill-0", 2, request_id="slow", attempt=2)
     assert cluster.tokens["slow", 0] == [0, 1, 2]
+
+
+def test_a_client_that_does_not_read_pays_for_what_is_computed_again_in_its_turn() -> None:
+    cluster = one_at_a_time()
+    cluster.submit(make_request("slow", num_tokens=500, client="mallory", max_tokens=100))
+    assert finish(cluster) == "slow"
+    cluster.token("both-0", 0)
+    counters = cluster.router._queue.counters
+    charged = counters.of("mallory")
+    for index in range(2):
+        cluster.submit(make_request(f"innocent{index}", client="alice", max_tokens=1))
+    cluster.handle(StreamUnread("slow"))
+    cluster.leg_ended("both-0", Leg.DECODE, "aborted", transfer=TransferId("slow", 1))
+    assert cluster.spec("both-0").transfer.request_id == "innocent0"
+    cluster.handle(StreamRead("slow"))
+    assert finish(cluster) == "innocent1"
+    assert counters.of("mallory") == charged
+    assert finish(cluster) == "slow"
+    assert counters.of("mallory") >= charged + 500
 
 
 @pytest.mark.parametrize("end", [Cancel("slow"), Cancel("slow", FinishReason.STOP, 0)])

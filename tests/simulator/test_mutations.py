@@ -39,13 +39,13 @@ from pdserve.router.config import RouterConfig
 from pdserve.router.core import Router
 from pdserve.router.cores import Capacity, CoreAllocator
 from pdserve.router.deaths import Deaths
-from pdserve.router.dispatch import Dispatch, Job, LiveRequest
 from pdserve.router.events import LossCause, RouterCommand
 from pdserve.router.fleet import Fleet
 from pdserve.router.fleet_member import Member, MemberState
 from pdserve.router.health import Health
 from pdserve.router.hosts import HostChecked, Hosts, SeenHost
 from pdserve.router.links import Links
+from pdserve.router.live_request import Dispatch, Job, LiveRequest
 from pdserve.router.places import Places
 from pdserve.router.registry import RegisteredWorker
 from pdserve.router.reports import WorkerReports
@@ -555,7 +555,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     time_out_a_worker_that_waits_for_a_host: 1,
     never_check_a_refused_host_again: 122,
     free_on_abort_before_the_transfer_has_drained: 55,
-    forget_the_epoch_check: 936,
+    forget_the_epoch_check: 419,
     repeat_a_token_after_a_resume: 1,
     leak_on_cancel: 0,
     free_twice_on_preemption: 1,
@@ -570,7 +570,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     decode_an_aborted_sequence: 8,
     miss_a_deadline: 0,
     stop_a_worker_without_draining_it: 19,
-    commit_a_chunk_that_never_left: 42,
+    commit_a_chunk_that_never_left: 83,
     forget_tokens_computed_before_the_router_died: 78,
     forget_to_abort_the_broken_dispatches_that_a_new_router_finds: 680,
     count_attempts_from_0_in_a_new_router: 365,
@@ -603,7 +603,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     end_workers_with_the_router: 82,
     lose_the_workers_that_hang_up_while_the_router_stands_still: 78,
     forget_what_workers_computed_while_they_were_away: 78,
-    believe_that_aborts_reach_workers_that_are_away: 449,
+    believe_that_aborts_reach_workers_that_are_away: 788,
     count_our_own_delay_towards_a_workers_start: 78,
 }
 

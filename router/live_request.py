@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from ..core.automaton import Automaton
 from ..core.messages import Leg, LegEnded
-from ..core.request import Request, SequenceSpec, TransferId
+from ..core.request import Request, SequenceSpec, TransferId, shared_fields
 from .candidates import RoutingDecision
 from .events import DispatchTimes, RouterCommand, StreamCommand, Timeline
 from .prefix_index import PrefixChain
@@ -211,6 +211,7 @@ class Job:
         "output_token_ids",
         "queued_s",
         "ready_s",
+        "was_unread",
     )
 
     def __init__(
@@ -223,6 +224,7 @@ class Job:
         self.ready_s = now_s
         self.awaits_worker_since_s: float | None = None  # None: a ready worker can serve it
         self.num_failures = 0
+        self.was_unread = False  # its client did not read: what is computed again is charged
         # these incarnations
         self.failed_pairs: frozenset[tuple[RegisteredWorker, RegisteredWorker | None]] = frozenset()
         # incarnations that reported those failures
@@ -284,14 +286,10 @@ class Job:
         request = self.live.request
         return SequenceSpec(
             transfer=TransferId(request.request_id, attempt),
-            prompt_token_ids=request.prompt_token_ids,
-            sampling=request.sampling,
             choices=self.choices,
             output_token_ids=self.output_token_ids,
-            eos_token_ids=request.eos_token_ids,
-            cache_salt=request.cache_salt,
             client=request.client,
-            priority=request.priority,
+            **shared_fields(request),
         )
 
 

@@ -297,10 +297,7 @@ class Head:
 
     @property
     def _is_serving(self) -> bool:
-        fleet = self._controller.fleet
-        return not fleet.is_shutting_down and any(
-            member.state is MemberState.READY for member in fleet.status()
-        )
+        return self._controller.fleet.is_serving
 
     def _on_change(self) -> None:
         self._changed.set()
@@ -324,7 +321,7 @@ class Head:
             worker_id=member.worker_id,
             role=member.role,
             state=STATES[member.state],
-            phase=process.phase if process is not None else "",
+            phase=self._controller.phase((member.worker_id, member.incarnation)),
             fraction=process.fraction if process is not None else 0.0,
             message=(member.last_error or "") if member.state is MemberState.BACKOFF else "",
             node=hosts.get(self._places.cores.node_of((member.worker_id, member.incarnation)) or "", ""),

@@ -8,8 +8,6 @@ decided here.
 No clock, no I/O: the shell carries commands out in order and feeds events in.
 """
 
-from collections.abc import Set
-
 from ..core.errors import NoWorkerAvailable, QueueFull
 from ..core.histogram import TokenGaps
 from ..core.latency import LatencyModel
@@ -225,8 +223,9 @@ class Router:
         `scope`."""
         return self._requests.timelines(max_requests, scope, now_s)
 
-    def known_blocks(self, worker_id: str) -> Set[bytes]:
-        """Returns the hashes of the blocks that a worker caches, as far as it has reported them."""
+    def known_blocks(self, worker_id: str) -> set[int]:
+        """Returns the keys (`prefix_index.block_keys`) of the blocks that a worker caches, as far as it has
+        reported them."""
         return self._index.blocks_of(worker_id)
 
     def check_integrity(self) -> None:

@@ -34,7 +34,7 @@ class StatusFeed(Generic[T]):
         self._changed.set()
 
     def close(self) -> None:
-        """Ends all watches, with a last update."""
+        """Ends all watches."""
         self._is_closed = True
         self._changed.set()
 

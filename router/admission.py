@@ -6,9 +6,9 @@ from heapq import heapify, heappop, heappush
 from itertools import count
 
 from ..core.errors import QueueFull
-from .dispatch import Job, LiveRequest
 from .fair_queue import PriorityQueue, TokenCounters
 from .front_jobs import FrontJobs
+from .live_request import Job, LiveRequest
 from .passed_jobs import PassedJobs
 from .timetable import Timetable
 

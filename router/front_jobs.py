@@ -4,7 +4,7 @@ from bisect import insort
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
-from .dispatch import Job
+from .live_request import Job
 
 
 class _Lane:

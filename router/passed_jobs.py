@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from .dispatch import Job
+from .live_request import Job
 
 
 class PassedJobs:

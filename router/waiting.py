@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from ..core.messages import LegEnded, StepReport
 from .admission import JobQueue
-from .dispatch import Job
 from .ledger import Ledger
+from .live_request import Job
 from .registry import RegisteredWorker, Registry
 from .room import RoomMaker
 

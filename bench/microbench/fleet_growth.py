@@ -24,10 +24,10 @@ from pdserve.router.admission import JobQueue
 from pdserve.router.config import RouterConfig
 from pdserve.router.core import Router
 from pdserve.router.cores import Capacity, CoreAllocator
-from pdserve.router.dispatch import Job, LiveRequest
 from pdserve.router.events import Submit, Tick, WorkerReady
 from pdserve.router.fleet import Fleet
 from pdserve.router.fleet_events import Apply, StartWorker
+from pdserve.router.live_request import Job, LiveRequest
 from pdserve.router.places import Places
 from pdserve.router.prefix_index import PrefixIndex
 from pdserve.router.supervisor import Supervisor

@@ -4,8 +4,8 @@ import random
 
 from pdserve.core.request import Request, SamplingParams
 from pdserve.router.admission import JobQueue
-from pdserve.router.dispatch import Job, LiveRequest
 from pdserve.router.front_jobs import FrontJobs
+from pdserve.router.live_request import Job, LiveRequest
 
 
 def job(name: str, *, client: str = "c", priority: int = 0, ready_s: float = 0.0) -> Job:

@@ -13,7 +13,7 @@ from .live_request import Job
 from .registry import RegisteredWorker, Registry
 from .room import RoomMaker
 
-REVIEW_S = 0.05
+REVIEW_S = 0.05  # at the next report after that
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,10 @@ class JobQueue:
         its other jobs."""
         self.num_added += len(jobs)
         for job in reversed(jobs):
-            self._fair.push(job.priority, job.client, job, is_first=True)
+            if job.is_suspect:
+                self._suspects[job] = None
+            else:
+                self._fair.push(job.priority, job.client, job, is_first=True)
 
     def pop_suspect(self, job: Job, now_s: float) -> Job:
         """Takes a job that is to run alone out for dispatch."""

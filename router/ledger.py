@@ -72,9 +72,11 @@ class Ledger:
 
     def note_report(self, worker: RegisteredWorker, report: StepReport, now_s: float) -> None:
         """Records a worker's load and the progress of its step."""
+        is_more = report.load.num_free_blocks > worker.load.num_free_blocks
         if report.load.num_preemptions > worker.load.num_preemptions:
             worker.widen_growth()
         worker.load = report.load
+        self._registry.note_room(worker, is_more=is_more)
         worker.note_step(report.timing is not None, now_s)
         if report.timing is None and not report.load.num_running:
             worker.speed.forget(max(0.0, now_s - worker.reported_s))
@@ -109,6 +111,8 @@ class Ledger:
                 worker.num_pending_blocks -= dispatch.num_reserved_blocks
                 if worker.role.prefills:
                     self._registry.rank(worker)
+                else:
+                    self._registry.note_room(worker)
             dispatch.num_grown_tokens += num_tokens
             worker.num_grown_tokens += num_tokens
             worker.num_context_tokens += num_tokens

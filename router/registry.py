@@ -1,8 +1,9 @@
 """The registry of current workers: their unfinished work, and their ranking for the next request."""
 
 import enum
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from heapq import nsmallest
+from itertools import islice
 from math import inf
 
 import msgspec
@@ -21,6 +22,7 @@ GROWTH_SHARE = 0.1
 GROWTH_STEP = 0.1
 LAST = 1e9  # in the order of the rankings: just now it cannot be one of a pair
 IDLE_LOAD = 0.1  # counted beside the load, as a step takes time even for one sequence
+NUM_WITH_ROOM = 32  # workers with the most room, of which the least loaded are considered
 
 
 class RoutingState(enum.Enum):
@@ -156,6 +158,15 @@ class RegisteredWorker(Automaton[RoutingState]):
         """Whether another worker may prefill for it: it holds no KV for another one. See `may_send`."""
         return not self.num_sending
 
+    @property
+    def room_tokens(self) -> int:
+        """Returns the tokens that fit here at most, beside what is open; 0 when no sequence fits."""
+        if not self.open_legs:
+            return self.info.num_blocks * self.info.layout.block_size
+        if self.num_sequences >= self.info.max_batch_size or not self._is_within_trial:
+            return 0
+        return self.num_free_blocks * self.info.layout.block_size
+
     def blocks_for(self, num_tokens: int, num_choices: int) -> int:
         """Returns the number of blocks of a prompt whose choices share it and grow by a block each."""
         return -(-num_tokens // self.info.layout.block_size) + num_choices
@@ -182,19 +193,25 @@ class RegisteredWorker(Automaton[RoutingState]):
             self.num_queued_tokens < limit and self.num_prefilling < max(1, self.info.max_batch_size)
         )
 
-    def has_decode_room(self, num_tokens: int, num_choices: int, num_expected_tokens: int = 0) -> bool:
-        """Whether the worker has room now, also for a part of the tokens that it is expected to produce. An
-        idle worker has room for anything that it can hold at all."""
+    def has_decode_room(
+        self, num_tokens: int, num_choices: int, num_expected_tokens: int = 0, *, with_held: bool = False
+    ) -> bool:
+        """Whether the worker has room now, also for a part of the tokens that it is expected to produce;
+        `with_held`: or has some that is held for a job. An idle worker has room for anything that it can
+        hold at all."""
         if not self.open_legs:
             return True
+        held_blocks, held_sequences = self.num_held_blocks, self.num_held_sequences
+        if with_held:
+            held_blocks = held_sequences = 0
         if (
-            self.num_sequences + num_choices > self.info.max_batch_size - self.num_held_sequences
+            self.num_sequences + num_choices > self.info.max_batch_size - held_sequences
             or not self._is_within_trial
         ):
             return False
         num_blocks = self.blocks_wanted(num_tokens, num_choices, num_expected_tokens)
         num_growth_blocks = int(self.growth_share * self.num_expected_tokens) // self.info.layout.block_size
-        return num_blocks <= self.num_free_blocks - self.num_held_blocks - num_growth_blocks
+        return num_blocks <= self.num_free_blocks - held_blocks - num_growth_blocks
 
     @property
     def _is_within_trial(self) -> bool:
@@ -237,15 +254,19 @@ class RegisteredWorker(Automaton[RoutingState]):
 
 
 class Registry:
-    """Current incarnations by name, and two rankings per capacity, in view of the workers' speeds: by queued
-    prefill, and by decode load."""
+    """Current incarnations by name, and their rankings: by queued prefill and by decode load, each for
+    capacities of the same power of two, and by the room to decode; in view of
+    the workers' speeds."""
 
     def __init__(self) -> None:
         self._workers: dict[str, RegisteredWorker] = {}
         self._fenced: dict[str, int] = {}  # the highest incarnation of each id that is known to be lost
         self._layouts: dict[Hashable, int] = {}
-        self._by_prefill: dict[int, Ranking[RegisteredWorker]] = {}
+        self._by_prefill: dict[int, Ranking[RegisteredWorker]] = {}  # by the bit length of the capacity
         self._by_decode: dict[int, Ranking[RegisteredWorker]] = {}
+        self._by_room: Ranking[RegisteredWorker] = Ranking()  # decode workers, the one with most room first
+        self._unranked: dict[RegisteredWorker, None] = {}  # whose room has changed since it was ranked
+        self._roomier: dict[RegisteredWorker, None] = {}  # since `take_roomier`
         self._apart: dict[str, RegisteredWorker] = {}
 
     def __iter__(self) -> Iterator[RegisteredWorker]:
@@ -302,6 +323,10 @@ class Registry:
         self._apart[worker.worker_id] = worker
         self._unrank(worker)
 
+    @property
+    def has_apart(self) -> bool:
+        return bool(self._apart)
+
     def apart(self) -> list[RegisteredWorker]:
         """Returns the workers that are set apart, in the order in which they were."""
         return list(self._apart.values())
@@ -328,6 +353,7 @@ class Registry:
     def limit(self, worker: RegisteredWorker, num_dispatches: int | None) -> None:
         """Bounds the dispatches that may be open at the worker at once; None lifts the bound."""
         worker.trial_limit = num_dispatches
+        self.note_room(worker)
 
     def hold(self, worker: RegisteredWorker, num_blocks: int, num_sequences: int) -> None:
         """Keeps room at the worker from other jobs."""
@@ -336,19 +362,51 @@ class Registry:
     def with_decode_room(
         self, job_tokens: int, total_tokens: int, num_choices: int, num_expected_tokens: int, count: int
     ) -> list[RegisteredWorker]:
-        """Returns `count` of the least loaded ready decode workers that have room for `job_tokens`
-        now and can hold `total_tokens`. Looks at all workers."""
-        workers = [
-            worker
-            for worker in self
-            if worker.takes_work
-            and worker.role.decodes
-            and worker.capacity_tokens >= total_tokens
-            and worker.has_decode_room(job_tokens, num_choices, num_expected_tokens)
-        ]
-        return nsmallest(
-            count, workers, key=lambda worker: (worker.num_sending > 0, decode_load(worker), worker.worker_id)
+        """Returns `count` of the ready decode workers that have room for `job_tokens` now and can hold
+        `total_tokens`: the least loaded of those with the most room."""
+        found = islice(
+            self._with_decode_room(job_tokens, total_tokens, num_choices, num_expected_tokens), NUM_WITH_ROOM
         )
+        return nsmallest(
+            count, found, key=lambda worker: (worker.num_sending > 0, decode_load(worker), worker.worker_id)
+        )
+
+    def has_decode_room(
+        self, job_tokens: int, total_tokens: int, num_choices: int, num_expected_tokens: int = 0
+    ) -> bool:
+        """Whether one of those `able_to_decode` has room for `job_tokens` now."""
+        if self.best_decode(total_tokens, 1):
+            return any(self._with_decode_room(job_tokens, total_tokens, num_choices, num_expected_tokens))
+        return any(
+            worker.has_decode_room(job_tokens, num_choices, num_expected_tokens)
+            for worker in self.able_to_decode(total_tokens)
+        )
+
+    def _with_decode_room(
+        self, job_tokens: int, total_tokens: int, num_choices: int, num_expected_tokens: int
+    ) -> Iterator[RegisteredWorker]:
+        for worker in self._unranked:
+            if worker.takes_work and worker.role.decodes:
+                self._by_room.put(worker.worker_id, -worker.room_tokens, worker)
+        self._unranked.clear()
+        for worker in self._by_room:
+            if worker.room_tokens < job_tokens:
+                return
+            if worker.capacity_tokens >= total_tokens and worker.has_decode_room(
+                job_tokens, num_choices, num_expected_tokens
+            ):
+                yield worker
+
+    def note_room(self, worker: RegisteredWorker, *, is_more: bool = True) -> None:
+        """Records that the room at a worker has changed; `is_more`: there may be more of it."""
+        self._unranked[worker] = None
+        if is_more:
+            self._roomier[worker] = None
+
+    def take_roomier(self) -> Iterable[RegisteredWorker]:
+        """Returns the workers that may have more room than when this was last called."""
+        roomier, self._roomier = self._roomier, {}
+        return roomier
 
     def assign(self, worker: RegisteredWorker, role: Role) -> None:
         """Makes the worker ready, as `role`."""
@@ -362,30 +420,34 @@ class Registry:
         """Updates the worker's rank from its present account."""
         if not worker.takes_work:
             return
+        self.note_room(worker)
+        size = worker.capacity_tokens.bit_length()
         if worker.role.prefills:
-            ranking = self._by_prefill.setdefault(worker.capacity_tokens, Ranking())
+            ranking = self._by_prefill.setdefault(size, Ranking())
             key = worker.queued_prefill_s + PROMPT_S * worker.speed.prefill_factor
             key += 0.0 if worker.may_send else LAST
             ranking.put(worker.worker_id, key, worker)
         if worker.role.decodes:
-            ranking = self._by_decode.setdefault(worker.capacity_tokens, Ranking())
+            ranking = self._by_decode.setdefault(size, Ranking())
             key = (decode_load(worker) + IDLE_LOAD) * worker.speed.decode_factor
             key += 0.0 if worker.may_receive else LAST
             ranking.put(worker.worker_id, key, worker)
 
     def _unrank(self, worker: RegisteredWorker) -> None:
+        self._by_room.discard(worker.worker_id)
+        self._unranked.pop(worker, None)
         for rankings in (self._by_prefill, self._by_decode):
-            if ranking := rankings.get(worker.capacity_tokens):
+            if ranking := rankings.get(worker.capacity_tokens.bit_length()):
                 ranking.discard(worker.worker_id)
 
     def best_prefill(self, num_tokens: int, count: int) -> list[RegisteredWorker]:
         """Returns the ready prefill workers with the shortest queues that can hold `num_tokens`: `count` of
-        each capacity."""
+        each power of two."""
         return _best(self._by_prefill, num_tokens, count)
 
     def best_decode(self, num_tokens: int, count: int) -> list[RegisteredWorker]:
         """Returns the least loaded ready decode workers that can hold `num_tokens`: `count` of each
-        capacity."""
+        power of two."""
         return _best(self._by_decode, num_tokens, count)
 
     def able_to_decode(self, num_tokens: int) -> list[RegisteredWorker]:
@@ -393,6 +455,14 @@ class Registry:
         workers serve both phases, as in `Placer.place`."""
         able = [worker for worker in self if worker.takes_work and worker.capacity_tokens >= num_tokens]
         return [worker for worker in able if worker.role.decodes] or able
+
+    def is_able_to_decode(self, worker: RegisteredWorker, num_tokens: int) -> bool:
+        """Whether the worker is one of those `able_to_decode`."""
+        return (
+            worker.takes_work
+            and worker.capacity_tokens >= num_tokens
+            and (worker.role.decodes or not self.best_decode(num_tokens, 1))
+        )
 
     def can_hold(self, num_tokens: int) -> bool:
         """Whether any ready worker, or one that is set apart for a while, could ever serve that many
@@ -411,12 +481,13 @@ class Registry:
 def _best(
     rankings: dict[int, Ranking[RegisteredWorker]], num_tokens: int, count: int
 ) -> list[RegisteredWorker]:
-    return [
-        worker
-        for capacity, ranking in rankings.items()
-        if capacity >= num_tokens
-        for worker in ranking.best(count)
-    ]
+    best: list[RegisteredWorker] = []
+    for size, ranking in rankings.items():
+        if size > num_tokens.bit_length():
+            best += ranking.best(count)
+        elif size == num_tokens.bit_length():
+            best += islice((worker for worker in ranking if worker.capacity_tokens >= num_tokens), count)
+    return best
 
 
 def decode_load(worker: RegisteredWorker) -> float:

@@ -313,9 +313,9 @@ def forget_that_a_lost_host_is_asked_for() -> Planted:
 
 def forget_running_instances_when_a_host_is_opened() -> Planted:
     def open_host(self: CoreAllocator, node_id: str, capacity: Capacity) -> None:
-        taken, self._taken = self._taken, {}
+        instances, self._on = self._on, {}
         original(self, node_id, capacity)
-        self._taken = taken
+        self._on = instances
 
     original = CoreAllocator.open
     return patch.object(CoreAllocator, "open", open_host)
@@ -330,7 +330,7 @@ def recall_a_worker_that_must_leave_its_host() -> Planted:
 
     def replace(self: Fleet, workers, now_s: float) -> None:  # type: ignore[no-untyped-def]
         original(self, workers, now_s)
-        for member in self._members.values():
+        for member in self._roster:
             member.is_replaced = False
 
     return patch.object(Fleet, "_replace", replace)
@@ -346,6 +346,7 @@ def time_out_a_worker_that_waits_for_a_host() -> Planted:
     def start(self: Fleet, member: Member, now_s: float) -> None:
         original(self, member, now_s)
         member.due_s = now_s + 1.0
+        self._roster.note(member)
 
     return patch.object(Fleet, "_start", start)
 
@@ -572,7 +573,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     stop_a_worker_without_draining_it: 19,
     commit_a_chunk_that_never_left: 83,
     forget_tokens_computed_before_the_router_died: 78,
-    forget_to_abort_the_broken_dispatches_that_a_new_router_finds: 680,
+    forget_to_abort_the_broken_dispatches_that_a_new_router_finds: 114,
     count_attempts_from_0_in_a_new_router: 365,
     compute_only_part_of_a_prompt_with_requested_logprobs: 1,
     release_an_ended_sequence_while_a_step_has_a_row_of_it: 0,

@@ -41,7 +41,7 @@ from ..router.events import (
     WorkerRole,
 )
 from ..router.fleet import Fleet, FleetConfig
-from ..router.fleet_events import Apply, ReplaceWorkers, StartWorker
+from ..router.fleet_events import Apply, HostJoined, ReplaceWorkers, StartWorker
 from ..router.hosts import (
     WATCH_INTERVAL_S,
     CheckHost,
@@ -186,6 +186,8 @@ class SimulatedHead:
                     self.process.call_later(after_s, lambda answer=answer: self.host_event(answer))  # type: ignore[misc]
                 case VacateHost(workers):
                     self.manage(ReplaceWorkers(workers))
+                case HostJoined():
+                    self.manage(HostJoined())
                 case HostChanged(name, _, message):
                     if self._world.keeps_timeline:
                         self._world.note(f"host {name}: {message or 'joined'}")

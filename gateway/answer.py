@@ -21,6 +21,7 @@ from .tools.reader import CallReader
 from .translate import RequestFailed
 
 MAX_LOGPROBS_PER_MESSAGE = 1 << 10  # 15 bytes each; a message is made in one turn of the loop
+BYTES_OF_A_BYTE = 4  # in memory, of a message's byte on the wire: most are small numbers
 FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
@@ -198,6 +199,11 @@ def _logprobs(logprob: float, top: tuple[tuple[int, float], ...]) -> pb.TokenLog
     return pb.TokenLogprobs(
         logprob=logprob, top=[pb.TokenLogprob(token_id=t, logprob=value) for t, value in top]
     )
+
+
+def kept_bytes(event: pb.GenerateEvent) -> int:
+    """Returns about how much memory an event takes that is kept until its answer is complete."""
+    return BYTES_OF_A_BYTE * event.ByteSize()
 
 
 class Collector:

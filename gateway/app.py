@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 from ..core.config import ClusterConfig
 from ..core.config_types import is_loopback
 from ..core.errors import ConfigError
+from ..core.held_bytes import HeldBytes
 from ..engine.checkpoint import open_checkpoint, resolve_model_path
 from ..engine.generation_config import default_sampling
 from ..grammar.checker import GrammarChecker
@@ -23,7 +24,6 @@ from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from .auth.access import Access
 from .auth.revocation import Revocation
 from .auth.tls import ServerTls
-from .call_bounds import HeldBytes
 from .connections import GrpcConnections, connections_of_each, raise_descriptor_limit
 from .constraint import Constraints
 from .frontend import Frontend
@@ -141,7 +141,7 @@ async def serve(
     generation = GenerationService(serving)
     max_connections = connections_of_each(config.limits.max_connections, raise_descriptor_limit())
     connections = GrpcConnections(max_connections)
-    bounds = CallBounds(config.limits, shared.held_bytes, connections)
+    bounds = CallBounds(config.limits, shared.held_bytes, shared.held_answers, connections)
     offers_admin = access is not None or config.listen.admin_without_key
     servers = [
         _server(
@@ -155,7 +155,10 @@ async def serve(
         local is not None
     ):  # separate bounds: whatever remote clients do, the operator of the cluster gets through
         own = CallBounds(
-            config.limits, HeldBytes(config.limits.max_held_bytes), GrpcConnections(max_connections)
+            config.limits,
+            HeldBytes(config.limits.max_held_bytes),
+            HeldBytes(config.limits.max_held_bytes, "answers"),
+            GrpcConnections(max_connections),
         )
         servers.append(
             _server(

@@ -12,24 +12,14 @@ from functools import lru_cache
 from urllib.parse import unquote
 
 from ..core.errors import PdserveError
+from ..core.held_bytes import Shares
 from .auth.access import Caller
 from .places import NAMES_KEPT, FairPlaces, NoPlace, address_group
 
-CALLS_OF_ONE_CLIENT = 0.5  # in total
-BYTES_OF_ONE_CLIENT = 0.25
+CALLS_OF_ONE_CLIENT = 0.5  # of what the others leave
 READS_OF_ONE_CLIENT = 0.25
 MESSAGE_TIMEOUT_S = 60.0  # for a whole message, or the whole body of an HTTP request
 QUICK_S = 0.1  # a message that takes longer than this needs one of the places for slow ones
-RETRY_S = 1.0
-
-
-class TooManyBytes(PdserveError):
-    """Messages and bodies in progress have used up their memory budget."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.retry_after_s = RETRY_S
-        super().__init__(f"messages of {limit} bytes are being worked on already, retry in {RETRY_S:.1f} s")
 
 
 class TooSlow(PdserveError):
@@ -61,63 +51,25 @@ def expire(limit: asyncio.Timeout) -> None:
         limit.reschedule(asyncio.get_running_loop().time())
 
 
-class HeldBytes:
-    """Counts the bytes of messages and bodies from their receipt until their call ends. Pure."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._max_of_one = int(max_bytes * BYTES_OF_ONE_CLIENT)
-        self._num_bytes: Counter[str] = Counter()  # by client
-        self.total = 0
-
-    def take(self, client: str, num_bytes: int) -> None:
-        """Raises TooManyBytes, and then takes nothing."""
-        if self._num_bytes[client] + num_bytes > self._max_of_one:
-            raise TooManyBytes(self._max_of_one)
-        if self.total + num_bytes > self._max_bytes:
-            raise TooManyBytes(self._max_bytes)
-        self._num_bytes[client] += num_bytes
-        self.total += num_bytes
-
-    def give_back(self, client: str, num_bytes: int) -> None:
-        self._num_bytes[client] -= num_bytes
-        self.total -= num_bytes
-        assert self._num_bytes[client] >= 0, client
-        if not self._num_bytes[client]:
-            del self._num_bytes[client]
-
-    @contextmanager
-    def hold(self, client: str, num_bytes: int) -> Iterator[None]:
-        """Wraps the processing of a message. Raises TooManyBytes."""
-        self.take(client, num_bytes)
-        try:
-            yield
-        finally:
-            self.give_back(client, num_bytes)
-
-
 class OpenCalls:
     """Places for calls, each held from the call's start to its end, whether its message has arrived or
     not."""
 
     def __init__(self, max_calls: int) -> None:
-        self._places: FairPlaces[object] = FairPlaces(
-            "calls", max_calls, max(1, int(max_calls * CALLS_OF_ONE_CLIENT))
-        )
+        self._shares = Shares(max_calls, CALLS_OF_ONE_CLIENT)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return self._shares.total
 
     @contextmanager
     def enter(self, client: str) -> Iterator[None]:
         """Wraps a call. Raises NoPlace."""
-        call = object()
-        with self._places.in_use(call):
-            self._places.take(client, call)
-            try:
-                yield
-            finally:
-                self._places.leave(call)
+        if not self._shares.take(client, 1):
+            raise NoPlace("calls of one client", self._shares.limit_of(client))
+        try:
+            yield
+        finally:
+            self._shares.give_back(client, 1)
 
 
 class KeylessCalls:

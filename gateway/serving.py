@@ -14,6 +14,7 @@ from msgspec import structs
 from .. import __version__
 from ..core.config import ClusterConfig
 from ..core.errors import DuplicateRequest, NoWorkerAvailable, QueueFull
+from ..core.held_bytes import HeldBytes
 from ..core.request import Request
 from ..core.validation import check_token_ids
 from ..proto import pdserve_pb2 as pb
@@ -22,7 +23,7 @@ from .answer import ResponseEvents
 from .auth.access import Access, Caller, cache_scope, scoped_salt
 from .auth.cost import Charge, Price, prompt_price, request_price
 from .auth.revocation import Revocation
-from .call_bounds import HeldBytes, client_of, host_of
+from .call_bounds import client_of, host_of
 from .constraint import GrammarCheck
 from .frontend import Frontend
 from .in_turns import in_turns
@@ -44,6 +45,7 @@ class Shared:
         self.access = access
         # the other half: data that gRPC is receiving
         self.held_bytes = HeldBytes(config.limits.max_held_bytes // 2)
+        self.held_answers = HeldBytes(config.limits.max_held_bytes // 2, "answers")
         self.revocation = Revocation(access)
         self._num_answers = 0
         self._idle = asyncio.Event()

@@ -24,10 +24,11 @@ from ..core.errors import (
     PdserveError,
     QueueFull,
 )
+from ..core.held_bytes import TooManyBytes
 from ..core.peer_log import failure_log
 from ..core.request import FinishReason
 from .auth.access import NotPermitted, RateLimited, Unauthenticated
-from .call_bounds import TooManyBytes, TooSlow
+from .call_bounds import TooSlow
 from .places import NoPlace
 
 DOMAIN = "pdserve"

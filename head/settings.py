@@ -40,6 +40,7 @@ def router_config(config: ClusterConfig) -> RouterConfig:
         max_queued_requests=config.limits.max_queued_requests,
         max_running_per_client=config.limits.max_running_per_client,
         max_unread_tokens=config.limits.max_unread_tokens,
+        max_unread_bytes=config.limits.max_held_bytes // 2,
         itl_slo_s=config.slo.itl_ms / 1e3,
         prefill_on_decode_factor=None
         if config.routing.prefill_on_decode == "never"

@@ -96,7 +96,10 @@ class JobQueue:
         """Queues jobs that gave up their places, or had none yet: they wait for their client's turn, ahead of
         its other jobs."""
         for job in reversed(jobs):
-            self._fair.push(job.priority, job.client, job, is_first=True)
+            if job.is_suspect:
+                self._suspects.append(job)
+            else:
+                self._fair.push(job.priority, job.client, job, is_first=True)
 
     def pop_suspect(self, job: Job, now_s: float) -> Job:
         """Takes a job that is to run alone out for dispatch."""

@@ -13,6 +13,7 @@ class RouterConfig:
     max_running_per_client: int | None = None
     # of one stream; beyond that, the stream leaves its workers until its client has read half of them
     max_unread_tokens: int = 1024
+    max_unread_bytes: int = 256 << 20  # of all streams together
     itl_slo_s: float = 0.05  # placement avoids workers whose predicted time per token is longer
     max_attempts: int = 5  # dispatches of a choice before its request ends with an error
     max_prefill_backlog_tokens: int | None = None  # per worker; None: twice its max_batch_tokens

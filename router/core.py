@@ -378,7 +378,7 @@ class Router:
         attempt = self._next_attempt
         self._next_attempt += 1
         request = job.live.request
-        if not job.live.dispatches:  # whatever comes back has been charged
+        if not job.live.dispatches or job.was_unread:  # whatever else comes back has been charged
             self._queue.counters.charge(request.client, placement.num_new_tokens / request.weight)
         if placement.decode is not None and placement.decode is not placement.prefill:
             self._links.started(placement.prefill, placement.decode, now_s)

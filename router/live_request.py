@@ -208,6 +208,7 @@ class Job:
         "output_token_ids",
         "queued_s",
         "ready_s",
+        "was_unread",
     )
 
     def __init__(
@@ -219,6 +220,7 @@ class Job:
         self.queued_s = now_s
         self.ready_s = now_s
         self.num_failures = 0
+        self.was_unread = False  # its client did not read: what is computed again is charged
         # these incarnations
         self.failed_pairs: frozenset[tuple[RegisteredWorker, RegisteredWorker | None]] = frozenset()
         # incarnations that reported those failures

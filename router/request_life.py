@@ -233,10 +233,10 @@ class RequestLife:
         return commands
 
     def read_on(self, live: LiveRequest, event: StreamRead, now_s: float) -> Commands:
-        """Moves the request's work to the front, as it was dispatched before."""
+        """Lets the remaining work wait for its client's turn, which pays for what is computed again."""
         for job in live.jobs:
-            job.ready_s = now_s
-        self._queue.push_front(live.jobs, now_s)
+            job.ready_s, job.was_unread = now_s, bool(live.dispatches)
+        self._queue.push_back(live.jobs)
         live.settle(now_s)
         return []
 

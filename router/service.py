@@ -13,6 +13,7 @@ from typing import Protocol
 from ..core.codec import FrameDecoder, FrameEncoder, FrameError
 from ..core.errors import DuplicateRequest
 from ..core.handshake import HandshakeAcceptor, HandshakeError, HandshakeStream, Purpose
+from ..core.held_bytes import HeldBytes
 from ..core.messages import HostFull, WorkerMessage
 from ..core.peer_log import peer_log
 from ..core.pump import CommandPump
@@ -67,6 +68,7 @@ class RouterService:
         self.token = token
         self.sessions: WorkerSessions[_WorkerConnection] = WorkerSessions(observer.expects)
         self._streams: dict[str, ClientStream] = {}
+        self._unread = HeldBytes(router.config.max_unread_bytes, "streams that are not read")
         self._pump: CommandPump[RouterCommand] = CommandPump(self._carry_out)
         self._decides = asyncio.Event()
         self._server: asyncio.Server | None = None
@@ -94,11 +96,12 @@ class RouterService:
         """Yields the request's stream: tokens, the end of each choice, then one EmitEnd. Closing the iterator
         cancels.
 
-        Raises QueueFull, DuplicateRequest or NoWorkerAvailable before the first event.
+        Raises QueueFull, DuplicateRequest or NoWorkerAvailable before the first event; TooManyBytes when too
+        much is unread.
         """
         if request.request_id in self._streams:
             raise DuplicateRequest(request.request_id)
-        stream = self._streams[request.request_id] = ClientStream()
+        stream = self._streams[request.request_id] = ClientStream(request.client, self._unread)
         ended = False
         try:
             self.handle(Submit(request))
@@ -112,6 +115,7 @@ class RouterService:
                 yield event
         finally:
             del self._streams[request.request_id]
+            stream.close()
             # a refused request may share the id of another live request
             if stream.is_handed_over and not ended:
                 self.handle(Cancel(request.request_id))
@@ -154,9 +158,11 @@ class RouterService:
 
     def _feed(self, stream: ClientStream, event: StreamEvent) -> None:
         """Feeds an event to a client's stream. When too much is unread, the request leaves the workers, and
-        returns when half of that is read. Events handed over at once to a returning client do not count."""
-        stream.put(event)
-        if not stream.is_unread and stream.num_unread > self.router.config.max_unread_tokens:
+        returns when half of that is read. Events handed over at once to a returning client do not count. It
+        ends when its client holds too much in all."""
+        if not stream.put(event):
+            self.handle(Cancel(event.request_id))
+        elif not stream.is_unread and stream.num_unread > self.router.config.max_unread_tokens:
             stream.is_unread = True
             self.handle(StreamUnread(event.request_id))
 

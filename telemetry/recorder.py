@@ -55,18 +55,6 @@ class TelemetryRecorder:
             self.recent.add(timeline)
             if self.traces is not None:
                 self.traces.export(timeline, self._clock())
-            _log_failed_attempts(timeline)
             self.requests.closed(timeline)
         except Exception:  # telling of requests must not end them
             log.exception("a request could not be recorded", extra={"request_id": timeline.request_id})
-
-
-def _log_failed_attempts(timeline: Timeline) -> None:
-    for dispatch in timeline.dispatches:
-        if dispatch.failure is not None:
-            where = {
-                "request_id": timeline.request_id,
-                "attempt": dispatch.number,
-                "worker": dispatch.decode_worker,
-            }
-            log.info("an attempt failed: %s", dispatch.failure, extra=where)

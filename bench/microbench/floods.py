@@ -4,13 +4,13 @@
     127.0.0.1:8000] python -m bench.microbench.floods unread --flood-key FILE --key FILE
 
 grpc, http: connections that say nothing, as many as this process can hold and then new ones for the oldest.
-chunks: 40 HTTP bodies at a time, in chunks of one byte. calls: 50 gRPC connections at a time, each of which
-sends 20,000 calls of 17 bytes as fast as --megabytes a second allow, reads nothing and hangs up. headers: the
-same with calls of 4,000 references to one header. unread: 1,000 gRPC streams of --max-tokens each on one
-connection, which reads nothing; the server needs keys, and --flood-key and --key name files with one of two
-clients each. Meanwhile newcomers connect one after the other and ask for one token (unread: 8, which takes a
-place where streams are decoded); each line has their times. Only for a server on this machine, the others one
-without keys, and for a bounded time."""
+chunks: 40 HTTP bodies at a time, in chunks of one byte. cancels: 8 HTTP requests at a time, whose clients
+hang up at once. calls: 50 gRPC connections at a time, each of which sends 20,000 calls of 17 bytes as fast as
+--megabytes a second allow, reads nothing and hangs up. headers: the same with calls of 4,000 references to
+one header. unread: 1,000 gRPC streams of --max-tokens each on one connection, which reads nothing; the server
+needs keys, and --flood-key and --key name files with one of two clients each. Meanwhile newcomers connect one
+after the other and ask for one token (unread: 8, which takes a place where streams are decoded); each line
+has their times. Only for a server on this machine, the others one without keys, and for a bounded time."""
 
 import argparse
 import json
@@ -31,11 +31,16 @@ import httpx
 from pdserve.core.config_types import is_loopback
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc as rpc
 
-KINDS = ("grpc", "http", "chunks", "calls", "headers")  # and "unread", which needs keys
+KINDS = ("grpc", "http", "chunks", "cancels", "calls", "headers")  # and "unread", which needs keys
 MAX_HELD = 15_000
 CHUNKS = (
     b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
     + b"1\r\n \r\n" * 45_000
+)
+CANCELLED = b'{"prompt": "with", "max_tokens": 1000, "ignore_eos": true, "stream": true}'
+REQUEST = (
+    b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    b"content-length: %d\r\n\r\n%s" % (len(CANCELLED), CANCELLED)
 )
 NUM_CALLERS = 50
 NUM_UNREAD = 1000  # the limit of one connection
@@ -141,15 +146,15 @@ def silent(address: Address, until_s: float) -> int:
     return count
 
 
-def chunked(address: Address, until_s: float) -> int:
-    """Bodies in chunks of one byte, 40 at a time; how many there were."""
-    counts = [0] * 40
+def sending(address: Address, until_s: float, data: bytes, num_at_once: int) -> int:
+    """Sends requests, each on a connection of its own, and reads nothing; how many there were."""
+    counts = [0] * num_at_once
 
     def send(index: int) -> None:
         while time.monotonic() < until_s:
             try:
                 with socket.create_connection(address, timeout=max(0.1, until_s - time.monotonic())) as sock:
-                    sock.sendall(CHUNKS)
+                    sock.sendall(data)
                     counts[index] += 1
             except OSError:
                 pass
@@ -216,7 +221,7 @@ def main() -> None:
             )
         address, ask = (
             (args.http, over_http)
-            if flood in ("http", "chunks")
+            if flood in ("http", "chunks", "cancels")
             else (args.grpc, partial(over_grpc, key=key))
         )
         if flood == "unread":
@@ -229,7 +234,8 @@ def main() -> None:
         sent: list[int] = []
         attack = {
             "unread": partial(unread, key=flood_key, max_tokens=args.max_tokens),
-            "chunks": chunked,
+            "chunks": partial(sending, data=CHUNKS, num_at_once=40),
+            "cancels": partial(sending, data=REQUEST, num_at_once=8),
             "calls": partial(calling, data=calls(20_000, 0), bytes_per_s=args.megabytes * 1e6),
             "headers": partial(calling, data=calls(100, 4000), bytes_per_s=args.megabytes * 1e6),
         }.get(flood, silent)

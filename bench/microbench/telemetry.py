@@ -16,6 +16,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from bench.microbench.router import DECODE_APART, LAYOUT, decoding, median_us, request, step, worker
 from pdserve.core.codec import FrameDecoder, FrameEncoder
+from pdserve.core.held_bytes import HeldBytes
 from pdserve.core.histogram import TokenGaps
 from pdserve.core.hosts import HostState
 from pdserve.core.messages import Leg, LegEnded, Role, StepReport, TokenOutput, TransferStats
@@ -55,7 +56,8 @@ class Side:
     def __init__(self, observer: TelemetryRecorder | None, num_sequences: int) -> None:
         self.service = RouterService(Router(DECODE_APART), SimpleNamespace(expects=None), "", observer)
         self.streams = [
-            self.service._streams.setdefault(f"r{i}", ClientStream()) for i in range(num_sequences)
+            self.service._streams.setdefault(f"r{i}", ClientStream("alice", HeldBytes(1 << 30)))
+            for i in range(num_sequences)
         ]
         self.decoder: FrameDecoder[StepReport] = FrameDecoder(StepReport)
         self.times: list[float] = []

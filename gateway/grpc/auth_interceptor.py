@@ -16,12 +16,12 @@ from google.protobuf.message import Message
 
 from ...core.config import LimitsSection
 from ...core.errors import InvalidRequest, PdserveError
+from ...core.held_bytes import HeldBytes, Holding
 from ...proto import pdserve_pb2 as pb
 from ..auth.access import Access, Caller, NotPermitted, RequiredAccess
 from ..auth.revocation import Revocation
 from ..call_bounds import (
     MESSAGE_TIMEOUT_S,
-    HeldBytes,
     KeylessCalls,
     OpenCalls,
     PendingReads,
@@ -35,6 +35,7 @@ from ..places import NAMES_KEPT, connection_name
 from ..translate import translated, write
 
 MAX_HEADERS = 128  # metadata entries per call: HPACK references expand to more, to exhaust memory
+ANSWER: ContextVar[Holding] = ContextVar("answer")  # what the call holds of its answer until that is sent
 CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)  # the call that this task serves
 
 _SERVICES = {
@@ -70,14 +71,21 @@ def service_of(method: str) -> str:
 
 
 class CallBounds:
-    """The bounds on everything that the calls of one server hold open. `held_bytes` may be shared with
-    another server."""
+    """The bounds on everything that the calls of one server hold open. `held_bytes` and `held_answers` may be
+    shared with another server."""
 
-    def __init__(self, limits: LimitsSection, held_bytes: HeldBytes, connections: GrpcConnections) -> None:
+    def __init__(
+        self,
+        limits: LimitsSection,
+        held_bytes: HeldBytes,
+        held_answers: HeldBytes,
+        connections: GrpcConnections,
+    ) -> None:
         self.open_calls = OpenCalls(limits.max_open_calls)
         self.keyless_calls = KeylessCalls()
         self.reads = PendingReads(limits.max_held_bytes // 2 // limits.max_message_bytes)
         self.held_bytes = held_bytes
+        self.held_answers = held_answers
         self.connections = connections
         self.max_unread_s = limits.max_unread_s
 
@@ -162,7 +170,11 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
                         await write(context, response, self.bounds.max_unread_s)
                     return
                 data = await self._receive(context, client)
-                with self.bounds.held_bytes.hold(client, len(data)):  # until the call ends
+                with (
+                    self.bounds.held_bytes.hold(client, len(data)),  # until the call ends
+                    self.bounds.held_answers.hold(client) as answer,
+                ):
+                    ANSWER.set(answer)
                     request = await self._read(kind, data, client)
                     del data
                     response = await behaviour(request, context)

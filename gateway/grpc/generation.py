@@ -9,10 +9,10 @@ import grpc
 
 from ...core.errors import InvalidRequest
 from ...proto import pdserve_pb2 as pb, pdserve_pb2_grpc
-from ..answer import Collector
+from ..answer import Collector, kept_bytes
 from ..serving import Serving
 from ..translate import translated, write
-from .auth_interceptor import CALLER
+from .auth_interceptor import ANSWER, CALLER
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -37,8 +37,9 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
                     raise InvalidRequest(
                         "resume_from", list(request.resume_from[:8]), "nothing: the answer comes as a whole"
                     )
-                collector = Collector()
+                collector, held = Collector(), ANSWER.get()
                 async for event in events:
+                    held.take(kept_bytes(event))
                     collector.add(event)
                 return collector.response()
         raise AssertionError("translated() ends the call")

@@ -8,10 +8,11 @@ from contextlib import suppress
 from typing import Any
 
 from ...core.errors import PdserveError
+from ...core.held_bytes import Holding, TooManyBytes
 from ...core.peer_log import failure_log
 from ...core.validation import check_name
 from ..auth.access import RequiredAccess, Revoked
-from ..call_bounds import MESSAGE_TIMEOUT_S, HeldBytes, OpenCalls, TooManyBytes, TooSlow, client_of
+from ..call_bounds import MESSAGE_TIMEOUT_S, OpenCalls, TooSlow, client_of
 from ..places import NoPlace
 from ..serving import Shared
 from ..translate import ClientStalled
@@ -134,20 +135,26 @@ class AuthMiddleware:
 
     async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = client_of(scope["state"]["caller"], scope["client"][0] if scope["client"] else "")
-        held = _Held(self._shared.held_bytes, client)
         try:
-            with self._calls.enter(client), self._shared.answer(), held:
+            with (
+                self._calls.enter(client),
+                self._shared.answer(),
+                self._shared.held_bytes.hold(client) as held,
+                self._shared.held_answers.hold(client) as answer,
+            ):
+                scope["state"]["answer"] = answer
                 body = await self._body(scope, receive, held)
                 if body is not None:
                     with scope["state"]["in_use"]():  # not earlier: an endless body must not hold a place
                         await _unless_gone(self._app(scope, _replay(body), send), receive)
+                        await scope["state"]["drained"]()
         except (NoPlace, TooManyBytes) as error:
             code = "too_many_calls" if isinstance(error, NoPlace) else "too_many_bytes"
             raise HttpRefusal(
                 429, code, str(error), retry_after_s=error.retry_after_s, closes=True
             ) from error
 
-    async def _body(self, scope: Scope, receive: Receive, held: "_Held") -> bytes | None:
+    async def _body(self, scope: Scope, receive: Receive, held: Holding) -> bytes | None:
         """Returns None if the client has disconnected. Raises Refused or TooManyBytes."""
         coding = coding_of(scope["headers"])
         decoder = None if coding is None else Decoder(coding)
@@ -180,7 +187,7 @@ class AuthMiddleware:
                 408, "body_too_slow", str(TooSlow("body", MESSAGE_TIMEOUT_S)), closes=True
             ) from None
 
-    async def _decode(self, decoder: Decoder, data: bytes, parts: list[bytes], held: "_Held") -> None:
+    async def _decode(self, decoder: Decoder, data: bytes, parts: list[bytes], held: Holding) -> None:
         """Adds what `data` decodes to, which may be a thousand times as much: counted slice by slice."""
         num_decoded = sum(map(len, parts))
         for piece in decoder.feed(data):
@@ -194,26 +201,6 @@ class AuthMiddleware:
     def _too_large(self) -> HttpRefusal:
         text = f"the body is larger than {self._max_bytes} bytes"
         return HttpRefusal(413, "body_too_large", text, closes=True)
-
-
-class _Held:
-    """One request's share of the bytes that all requests may hold; returned at its end."""
-
-    def __init__(self, all_bytes: HeldBytes, client: str) -> None:
-        self._all = all_bytes
-        self._client = client
-        self.num_bytes = 0
-
-    def take(self, num_bytes: int) -> None:
-        """Raises TooManyBytes."""
-        self._all.take(self._client, num_bytes)
-        self.num_bytes += num_bytes
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        self._all.give_back(self._client, self.num_bytes)
 
 
 class _Answer:

@@ -7,9 +7,10 @@ from contextlib import ExitStack, aclosing
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from ...core.held_bytes import Holding
 from ...core.request import Request
 from ...proto import pdserve_pb2 as pb
-from ..answer import Collector
+from ..answer import Collector, kept_bytes
 from ..auth.cost import Charge
 from ..in_turns import in_turns
 from ..offload.fair_threads import FairThreads
@@ -78,13 +79,12 @@ class Completions:
         charges: Sequence[Charge],
         paying: ExitStack,
     ) -> Response:
-        threads, client = self._serving.intake.offload.threads, http_client(http)
+        threads, client, held = self._serving.intake.offload.threads, http_client(http), http.state.answer
         events = merged([self._serving.events(*each) for each in zip(requests, charges, strict=True)])
         if not options.stream:
-            return Response(
-                await _whole(form, events, len(requests), threads, client), media_type="application/json"
-            )
-        chunks = _chunks(form, events, paying.pop_all(), threads, client)
+            whole = await _whole(form, events, len(requests), threads, client, held)
+            return Response(whole, media_type="application/json")
+        chunks = _chunks(form, events, paying.pop_all(), threads, client, held)
         # a request that ends before its first token has an HTTP status of its own
         first = await anext(chunks)
         return EventStream(first, chunks, self._serving.shared.config.limits.max_unread_s)
@@ -104,10 +104,12 @@ async def _whole(
     num_prompts: int,
     threads: FairThreads,
     client: str,
+    held: Holding,
 ) -> bytes:
     collectors = [Collector() for _ in range(num_prompts)]
     async with aclosing(events):
         async for prompt, event in events:
+            held.take(kept_bytes(event))
             collectors[prompt].add(event)
     responses = [collector.response() for collector in collectors]
     num_tokens = sum(len(choice.token_ids) for response in responses for choice in response.choices)
@@ -122,6 +124,7 @@ async def _chunks(
     paying: ExitStack,
     threads: FairThreads,
     client: str,
+    held: Holding,
 ) -> AsyncGenerator[bytes, None]:
     """Yields the events of a stream, which outlives its handler; `paying` is closed with it."""
     with paying:
@@ -137,6 +140,7 @@ async def _chunks(
                 )
                 with_logprobs.discard(prompt)
                 if event.HasField("prompt"):
+                    held.take(kept_bytes(event))
                     with_logprobs.add(prompt)
                 if chunk:
                     yield chunk

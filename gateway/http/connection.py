@@ -19,6 +19,7 @@ HEAD_END = b"\r\n\r\n"
 SHORT_HEAD_BYTES = 4096  # heads longer than common clients send are parsed after short ones
 SLICE_BYTES = 2048
 CHEAP_SLICE_BYTES, CHEAP_SHARE = 1 << 16, 64  # of a body whose length is known
+REQUEST_COST = 256  # bytes of a head take as long as a request's beginning, which follows its last byte
 
 
 class Connection(H11Protocol):
@@ -34,10 +35,12 @@ class Connection(H11Protocol):
         server_state: ServerState,
         app_state: dict[str, Any],
         feeder: Feeder,
+        group: str,
         on_lost: Callable[[], None],
     ) -> None:
         super().__init__(config, server_state, app_state)
         self._feeder = feeder
+        self.group = group
         self._pending = bytearray()
         self.num_received_bytes = 0
         self._head_bytes = 0  # of an incomplete head
@@ -47,7 +50,10 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.app_state: dict[str, Any] = self.app_state | {"abort": transport.abort}
+        self.app_state: dict[str, Any] = self.app_state | {
+            "abort": transport.abort,
+            "drained": self.flow.drain,  # waits until most of what was sent has left
+        }
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -96,6 +102,8 @@ class Connection(H11Protocol):
             cost += self._head_bytes  # they were parsed just now
             self._head_bytes = self._head_lines = 0
             self._stop_waiting()
+            if self.conn.their_state is not h11.SEND_BODY:
+                cost += REQUEST_COST
         if not self._pending and not self.flow.read_paused:
             self.transport.resume_reading()
         return cost

@@ -1,18 +1,24 @@
 """Feeds received HTTP data to the connections' parsers, a little in each turn of the loop.
 
 A parser takes some 10 microseconds for each header and each chunk, and one read may hold tens of thousands of
-them. All connections of a server share one turn's budget, and short request heads come before chunks and long
-heads."""
+them. All connections of a server share one turn's budget, those of one address after those of the other, and
+short request heads come before chunks and long heads."""
 
 import asyncio
-from collections import deque
 from typing import Protocol
+
+from ..turns import Turns
 
 TURN_BYTES = 4096  # of possibly expensive input, in one turn of the loop
 
 
 class Fed(Protocol):
     """A connection with pending bytes."""
+
+    @property
+    def group(self) -> str:
+        """The group of addresses that it comes from."""
+        ...
 
     def feed(self) -> int:
         """Feeds one slice; returns its cost in bytes. May close the connection."""
@@ -34,8 +40,8 @@ class Feeder:
 
     def __init__(self) -> None:
         self._left = TURN_BYTES
-        self._urgent: deque[Fed] = deque()
-        self._others: deque[Fed] = deque()
+        self._urgent: Turns[Fed] = Turns()
+        self._others: Turns[Fed] = Turns()
         self._waiting: set[Fed] = set()  # those in either queue
         self._turn: asyncio.Handle | None = None
 
@@ -50,7 +56,7 @@ class Feeder:
 
     def _enqueue(self, connection: Fed) -> None:
         self._waiting.add(connection)
-        (self._urgent if connection.is_urgent else self._others).append(connection)
+        (self._urgent if connection.is_urgent else self._others).add(connection.group, connection)
 
     def _feed(self, connection: Fed) -> None:
         self._left -= connection.feed()
@@ -60,7 +66,7 @@ class Feeder:
     def _next_turn(self) -> None:
         self._turn, self._left = None, TURN_BYTES
         while self._left > 0 and (queue := self._urgent or self._others):
-            connection = queue.popleft()
+            connection = queue.next()
             self._waiting.discard(connection)
             if connection.wants_feeding:
                 self._feed(connection)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec import Raw
 from msgspec.json import encode
 
 from ...core.request import Request
@@ -119,13 +120,15 @@ class Format(ABC):
     # whole answers
 
     def whole(self, responses: Sequence[pb.GenerateResponse]) -> bytes:
-        """Returns the answer, given the response to each prompt."""
-        choices = []
+        """Returns the answer, given the response to each prompt. Encoding holds the GIL, so each choice is
+        encoded by itself."""
+        choices: list[Raw] = []
         for prompt, response in enumerate(responses):
             self._num_cached_tokens += response.usage.cached_tokens
             self._num_tokens += response.usage.completion_tokens
             self._choices[prompt * self._n].prompt = response.prompt
-            choices += [self._choice(prompt, index, choice) for index, choice in enumerate(response.choices)]
+            formatted = (self._choice(prompt, *numbered) for numbered in enumerate(response.choices))
+            choices += map(Raw, map(encode, formatted))
         return encode(
             self._answer | {"choices": choices, "usage": self._usage(whole=True)} | self._whole_extra()
         )

@@ -207,7 +207,8 @@ class HttpServer:
             self._end(oldest[0])
 
     async def _begin(self, sock: socket.socket, number: int) -> None:
-        loop, connection = asyncio.get_running_loop(), self._connection(number)
+        group = address_group(sock.getpeername()[0])  # OSError: it has left
+        loop, connection = asyncio.get_running_loop(), self._connection(number, group)
         if self._context is None:
             await loop.connect_accepted_socket(lambda: connection, sock)
             return
@@ -228,10 +229,10 @@ class HttpServer:
             sock.close()
             self._forget(number)
 
-    def _connection(self, number: int) -> Connection:
+    def _connection(self, number: int, group: str) -> Connection:
         state = {"in_use": lambda: self._places.in_use(number)}
         made = Connection(
-            self._config, self._state, state, self._feeder, on_lost=lambda: self._forget(number)
+            self._config, self._state, state, self._feeder, group, on_lost=lambda: self._forget(number)
         )
         self._protocols[number] = made
         return made

@@ -80,6 +80,10 @@ class TlsProtocol(SSLProtocol):
         super().connection_lost(exc)
 
     @property
+    def group(self) -> str:
+        return self._connection.group
+
+    @property
     def wants_feeding(self) -> bool:
         if not whole_records(self._ciphertext)[0]:
             return False

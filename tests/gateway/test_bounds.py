@@ -4,6 +4,7 @@ the same."""
 import asyncio
 import ssl
 from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pdserve.core.config_listen import TlsSection
 from pdserve.gateway import call_bounds, connections
 from pdserve.gateway.app import GatewayServer
 from pdserve.gateway.auth.keys import make_key, new_key
-from pdserve.gateway.call_bounds import HeldBytes, KeylessCalls, PendingReads, TooManyBytes, TooSlow
+from pdserve.gateway.call_bounds import KeylessCalls, OpenCalls, PendingReads, TooSlow
 from pdserve.gateway.connections import RESERVED_DESCRIPTORS, connections_of_each
 from pdserve.gateway.http import server as http_server
 from pdserve.gateway.places import NoPlace
@@ -264,18 +265,41 @@ async def test_bodies_are_bounded_in_total_and_released(cluster: ScriptedCluster
         hang_up(opened)
 
 
-def test_one_client_does_not_take_all_bytes() -> None:
-    held = HeldBytes(1000)
-    held.take("mallory", 250)
-    with pytest.raises(TooManyBytes, match="messages of 250 bytes"):
-        held.take("mallory", 1)
-    for client in "abc":
-        held.take(client, 250)
-    with pytest.raises(TooManyBytes, match="messages of 1000 bytes"):
-        held.take("d", 1)
-    held.give_back("mallory", 250)
-    held.take("d", 250)
-    assert held.total == 1000
+@pytest.mark.parametrize("stream", [False, True])
+async def test_answers_are_bounded_while_they_are_put_together(
+    cluster: ScriptedCluster, stream: bool, details: Callable[[grpc.aio.AioRpcError], dict[str, Any]]
+) -> None:
+    cluster.token_ids *= 20
+    body = {"prompt": [5] * 200, "echo": True, "logprobs": 20, "max_tokens": 20, "n": 4, "stream": stream}
+    async with (
+        serving(cluster, max_held_bytes=1 << 20) as server,
+        httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http,
+    ):
+        answer = await http.post("/v1/completions", json=body)
+        assert answer.status_code == 429
+        assert answer.json()["error"]["code"] == "too_many_bytes"
+        answer = await http.post("/v1/completions", json=body | {"logprobs": 0})
+        assert answer.status_code == 200
+        async with grpc.aio.insecure_channel(server.grpc_address) as channel:
+            stub = pdserve_pb2_grpc.GenerationStub(channel)
+            asked = request()
+            asked.sampling.logprobs, asked.sampling.n, asked.sampling.max_tokens = 20, 4, 200
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await stub.Generate(asked)
+            assert details(refused.value)["ErrorInfo"].reason == "TOO_MANY_BYTES"
+
+
+def test_clients_that_hold_all_they_may_leave_calls_for_the_next_one() -> None:
+    calls = OpenCalls(1024)
+    with ExitStack() as held:
+        for client, part in (("mallory", 512), ("mike", 256), ("max", 128)):
+            for _ in range(part):
+                held.enter_context(calls.enter(client))
+            with pytest.raises(NoPlace, match=f"{part} calls of one client"):
+                held.enter_context(calls.enter(client))
+        with calls.enter("alice"):
+            assert len(calls) == 512 + 256 + 128 + 1
+    assert not len(calls)
 
 
 # messages that are being received

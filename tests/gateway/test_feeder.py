@@ -2,23 +2,38 @@
 
 import asyncio
 from collections import Counter
-from typing import cast
+from typing import Any, cast
 
 import httpx
 import pytest
 
 from pdserve.gateway.app import GatewayServer
-from pdserve.gateway.http.connection import MAX_HEADER_BYTES, MAX_HEADER_LINES, SLICE_BYTES, Connection
+from pdserve.gateway.http.connection import (
+    MAX_HEADER_BYTES,
+    MAX_HEADER_LINES,
+    REQUEST_COST,
+    SLICE_BYTES,
+    Connection,
+)
 from pdserve.gateway.http.feeder import TURN_BYTES, Feeder
+from pdserve.gateway.http.server import HttpServer
 from tests.gateway.support import ScriptedCluster
 
 
 class Bytes:
     """A connection whose bytes are all expensive."""
 
-    def __init__(self, name: str, count: int, fed: list[tuple[str, int]], is_urgent: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        count: int,
+        fed: list[tuple[str, int]],
+        is_urgent: bool = False,
+        group: str = "address",
+    ) -> None:
         self._name, self._left, self._fed = name, count, fed
         self.is_urgent = is_urgent
+        self.group = group
 
     def feed(self) -> int:
         piece = min(SLICE_BYTES, self._left)
@@ -64,6 +79,22 @@ async def test_heads_precede_chunks_that_wait_longer() -> None:
     before = len(fed)
     await asyncio.sleep(0)
     assert fed[before][0] == "newcomer"
+
+
+async def test_addresses_take_turns_however_many_connections_one_of_them_has() -> None:
+    fed: list[tuple[str, int]] = []
+    feeder = Feeder()
+    for index in range(1000):
+        feeder.run(Bytes(f"mallory{index}", 300, fed, is_urgent=True, group="mallory"))
+    for index in range(3):
+        feeder.run(Bytes(f"alice{index}", 300, fed, is_urgent=True, group="alice"))
+    before = len(fed)
+    await asyncio.sleep(0)
+    assert [name for name, _ in fed[before : before + 6] if name.startswith("alice")] == [
+        "alice0",
+        "alice1",
+        "alice2",
+    ]
 
 
 async def test_small_requests_are_parsed_at_once() -> None:
@@ -165,3 +196,33 @@ async def test_requests_that_wait_behind_another_are_answered_in_order(server: G
         assert answer.count(b"HTTP/1.1 200") <= 1
         assert await reader.readline() == b"%d\r\n" % number
     writer.close()
+
+
+async def test_few_requests_begin_in_a_turn_however_many_bodies_wait() -> None:
+    loop, turn, begun = asyncio.get_running_loop(), 0, Counter[int]()
+
+    def count_turns() -> None:
+        nonlocal turn
+        turn += 1
+        loop.call_soon(count_turns)
+
+    async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        while (await receive())["more_body"]:
+            pass
+        begun[turn] += 1
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    server = await HttpServer.open(app, "127.0.0.1:0", max_connections=1024)
+    host, _, port = server.address.rpartition(":")
+    opened = [await asyncio.open_connection(host, int(port)) for _ in range(300)]
+    count_turns()
+    for _, writer in opened:
+        writer.write(HEAD + b"content-length: 2\r\n\r\n{}")
+    for reader, _ in opened:
+        assert (await asyncio.wait_for(reader.readline(), 30)).startswith(b"HTTP/1.1 204 ")
+    assert sum(begun.values()) == 300
+    assert max(begun.values()) <= TURN_BYTES // REQUEST_COST + 1
+    for _, writer in opened:
+        writer.close()
+    await server.stop(0)

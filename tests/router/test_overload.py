@@ -491,6 +491,25 @@ def test_an_unread_request_frees_its_room_and_resumes_at_its_clients_position() 
     assert cluster.tokens["slow", 0] == [0, 1, 2]
 
 
+def test_a_client_that_does_not_read_pays_for_what_is_computed_again_in_its_turn() -> None:
+    cluster = one_at_a_time()
+    cluster.submit(make_request("slow", num_tokens=500, client="mallory", max_tokens=100))
+    assert finish(cluster) == "slow"
+    cluster.token("both-0", 0)
+    counters = cluster.router._queue.counters
+    charged = counters.of("mallory")
+    for index in range(2):
+        cluster.submit(make_request(f"innocent{index}", client="alice", max_tokens=1))
+    cluster.handle(StreamUnread("slow"))
+    cluster.leg_ended("both-0", Leg.DECODE, "aborted", transfer=TransferId("slow", 1))
+    assert cluster.spec("both-0").transfer.request_id == "innocent0"
+    cluster.handle(StreamRead("slow"))
+    assert finish(cluster) == "innocent1"
+    assert counters.of("mallory") == charged
+    assert finish(cluster) == "slow"
+    assert counters.of("mallory") >= charged + 500
+
+
 @pytest.mark.parametrize("end", [Cancel("slow"), Cancel("slow", FinishReason.STOP, 0)])
 def test_an_unread_request_can_end(end: Cancel) -> None:
     cluster = decoding("slow", "other")

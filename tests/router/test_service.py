@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pdserve.core.errors import DuplicateRequest
+from pdserve.core.held_bytes import TooManyBytes
 from pdserve.core.messages import (
     Abort,
     HeldLeg,
@@ -185,6 +186,43 @@ async def test_a_client_that_reads_again_gets_every_token_once(
     assert indices == list(range(len(indices)))
     assert service.router.counters.unread > 10
     await stream.aclose()
+
+
+async def test_a_client_that_leaves_too_much_unread_loses_the_stream_that_adds_to_it() -> None:
+    service = RouterService(Router(RouterConfig(max_unread_bytes=4 << 20)), OBSERVER, "token")  # 1 MiB of one
+    machine = TokenMachine(service)
+    machine.connect()
+    service.handle(WorkerReady(worker_info("both-0", num_blocks=1024)))
+    opened = [
+        service.generate(make_request(f"unread{index}", client="mallory", max_tokens=2000))
+        for index in range(4)
+    ]
+    firsts = [asyncio.ensure_future(anext(stream)) for stream in opened]
+    innocent = service.generate(make_request("alice", client="alice", max_tokens=2000))
+    indices: list[int] = []
+    first = asyncio.ensure_future(anext(innocent))
+    await settle()
+    for _ in range(900):
+        machine.step()
+        event = await (first if not indices else anext(innocent))
+        assert isinstance(event, EmitTokens)
+        indices += [token.index for token in event.tokens]
+        assert service._unread.total <= 1 << 20
+    assert indices == list(range(900))
+    for first in firsts:
+        await first
+    lost = [stream for stream in service._streams.values() if stream._overflow is not None]
+    assert len(lost) in (2, 3) and service.router.status(0.0).num_requests == 5 - len(lost)
+    refused = 0
+    for stream in opened:
+        try:
+            await anext(stream)
+        except TooManyBytes:
+            refused += 1
+        await stream.aclose()
+    assert refused == len(lost)
+    await innocent.aclose()
+    assert service._unread.total == 0
 
 
 @pytest.fixture

@@ -84,3 +84,16 @@ def test_with_a_rate_of_zero_only_faults_have_a_line(
 ) -> None:
     RequestLog(0.0, Now()).closed(timeline(finish_reasons=(reason,)))
     assert len(caplog.records) == num_lines
+
+
+def test_failed_attempts_fill_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Now()
+    log = RequestLog(1.0, clock)
+    failed = timeline(num_dispatches=3, failure="decode-0: killed")
+    for _ in range(100):
+        log.closed(failed)
+    clock.now_s = 0.1
+    log.closed(failed)
+    attempts = [record for record in caplog.records if "an attempt failed" in record.getMessage()]
+    assert len(attempts) == FAULT_LINES_PER_S + 1
+    assert attempts[-1].__dict__["num_left_out"] == 300 - FAULT_LINES_PER_S

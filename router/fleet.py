@@ -15,6 +15,7 @@ from .fleet_events import (
     DrainWorker,
     FleetAction,
     FleetEvent,
+    HostJoined,
     ReplaceWorkers,
     Shutdown,
     StartWorker,
@@ -102,6 +103,11 @@ class Fleet:
                 self._drain_by_hand(event, now_s)
             case ReplaceWorkers(workers):
                 self._replace(workers, now_s)
+            case HostJoined():
+                for member in self._members.values():
+                    member.num_failures = 0
+                    if member.state is MemberState.BACKOFF:
+                        member.due_s = now_s
             case Shutdown():
                 self.is_shutting_down, self._desired = True, {}
                 for member in self._members.values():

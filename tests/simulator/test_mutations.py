@@ -541,7 +541,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     time_out_a_worker_that_waits_for_a_host: 1,
     never_check_a_refused_host_again: 122,
     free_on_abort_before_the_transfer_has_drained: 55,
-    forget_the_epoch_check: 936,
+    forget_the_epoch_check: 709,
     repeat_a_token_after_a_resume: 1,
     leak_on_cancel: 0,
     free_twice_on_preemption: 1,
@@ -576,7 +576,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     forget_which_requests_have_killed: 26,
     take_each_lost_connection_for_a_death: 13,
     reassign_the_cores_of_a_process_before_it_is_gone: 6,
-    forget_a_process_that_ends_by_itself: 75,
+    forget_a_process_that_ends_by_itself: 25,
     hide_a_broken_connection_from_the_supervisor: 10,
     keep_only_the_last_frame_of_held_legs: 589,
     greet_only_the_first_router: 82,
@@ -586,7 +586,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     end_workers_with_the_router: 82,
     lose_the_workers_that_hang_up_while_the_router_stands_still: 78,
     forget_what_workers_computed_while_they_were_away: 78,
-    believe_that_aborts_reach_workers_that_are_away: 449,
+    believe_that_aborts_reach_workers_that_are_away: 3214,
     count_our_own_delay_towards_a_workers_start: 78,
 }
 

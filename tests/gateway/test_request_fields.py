@@ -208,8 +208,7 @@ async def test_an_expected_value_is_written_as_json(
 
 
 async def test_more_tokens_than_the_operator_allows_are_no_overflow(http: httpx.AsyncClient) -> None:
-    too_many = CONFIG.limits.max_tokens + 1
-    error = await refusal(http, TEXT | {"max_tokens": too_many})
+    error = await refusal(http, TEXT | {"max_tokens": 1_000_000})  # nor would the model have room for them
     assert (error["code"], error["param"]) == ("invalid_value", "max_tokens")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
-class NativeKernels(BuildHookInterface[Any]):
+class KernelsBuildHook(BuildHookInterface[Any]):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         source = Path(self.root) / "kernels" / "build.py"
         spec = importlib.util.spec_from_file_location("pdserve_kernels_build", source)

@@ -44,8 +44,30 @@ def apply(client: Client, file: Path, dry_run: bool, wait: bool) -> None:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise CommandFailed(f"{file}: cannot be read: {reason}") from error
+    request = pb.ApplyRequest(config_yaml=text, filename=str(file), dry_run=dry_run)
+    _change(client, lambda: client.cluster.Apply(request), dry_run, wait)
+
+
+def scale(client: Client, changes: list[str], dry_run: bool, wait: bool) -> None:
+    """Print what changed; `changes` are such as prefill=3 or decode=+1."""
+    request = pb.ScaleRequest(pools=[_pool_scale(text) for text in changes], dry_run=dry_run)
+    _change(client, lambda: client.cluster.Scale(request), dry_run, wait)
+
+
+def _pool_scale(text: str) -> pb.PoolScale:
+    """Parses POOL=N, POOL=+N or POOL=-N. Raises CommandFailed."""
+    role, _, number = text.partition("=")
+    digits = number.removeprefix("+").removeprefix("-")
+    if not role or not (digits.isascii() and digits.isdigit() and len(digits) < 7):
+        raise CommandFailed(f"{text!r}: expected a pool and its instances, such as prefill=3 or decode=+1")
+    if number.startswith(("+", "-")):
+        return pb.PoolScale(role=role, delta=int(number))
+    return pb.PoolScale(role=role, instances=int(number))
+
+
+def _change(client: Client, call: Callable[[], pb.ApplyResponse], dry_run: bool, wait: bool) -> None:
     drained = _drained(client.cluster.GetStatus(pb.GetStatusRequest()))
-    response = client.cluster.Apply(pb.ApplyRequest(config_yaml=text, filename=str(file), dry_run=dry_run))
+    response = call()
     for change in response.changes:
         show(f"{change.key}: {change.before} -> {change.after}")
     # an instance that was drained by hand is out of service until the next apply

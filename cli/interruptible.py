@@ -14,7 +14,7 @@ Message = TypeVar("Message")
 Received = TypeVar("Received", covariant=True)
 
 
-class Stream(Protocol[Received]):
+class StreamingCall(Protocol[Received]):
     """A call whose answers are a stream."""
 
     def __iter__(self) -> Iterator[Received]: ...
@@ -22,8 +22,8 @@ class Stream(Protocol[Received]):
 
 
 @contextmanager
-def interruptible(stream: Stream[Message]) -> Iterator[Iterator[Message]]:
-    """Its messages; they end, or raise, as it does. It is cancelled when the block ends."""
+def interruptible(stream: StreamingCall[Message]) -> Iterator[Iterator[Message]]:
+    """Yields a call's messages; they end, or raise, as it does. It is cancelled when the block ends."""
     arrived: queue.SimpleQueue[Message | _End] = queue.SimpleQueue()
 
     def read() -> None:

@@ -10,42 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..loadgen.arrivals import make_arrivals
 from ..loadgen.campaign import CampaignPlan, Contender, Result, ratios_of, run_campaign, summed_up
 from ..loadgen.errors import LoadError
 from ..loadgen.grpc_target import GrpcTarget
 from ..loadgen.http_target import HttpTarget
-from ..loadgen.lengths import parse_lengths
 from ..loadgen.records import Round
 from ..loadgen.slo import Slo, parse_slo
 from ..loadgen.tables import ratio_lines, report_lines
 from ..loadgen.target import Target
-from ..loadgen.trace import parse_trace
-from ..loadgen.workload import Drawn, Replayed, SharedPrefixes, Workload
 from .trust import current_trust
+from .workload import WorkloadOptions, make_workload
 
 _DEFAULT_REQUESTS = 100
 _CACHED_SHARE = 0.02  # random prompts share next to nothing by chance
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadOptions:
+class LoadOptions(WorkloadOptions):
     """The load options of the command line."""
 
-    rate: float | None
-    arrivals: str
-    burstiness: float
-    trace: Path | None
-    speed: float
-    concurrency: int | None
     requests: int | None
     duration_s: float | None
-    prompt_tokens: str
-    output_tokens: str
-    max_prompt_tokens: int | None
-    max_output_tokens: int | None
-    prefix_groups: int
-    prefix_tokens: int
     warm_up: int
     rounds: int
     seed: int
@@ -93,7 +78,7 @@ def make_plan(load: LoadOptions) -> CampaignPlan:
     if num_requests is None and load.duration_s is None and load.trace is None:
         num_requests = _DEFAULT_REQUESTS
     return CampaignPlan(
-        workload=_workload(load),
+        workload=make_workload(load),
         seed=load.seed,
         num_rounds=load.rounds,
         max_requests=num_requests,
@@ -105,34 +90,6 @@ def make_plan(load: LoadOptions) -> CampaignPlan:
         temperature=load.temperature,
         vocab_size=load.vocab_size,
     )
-
-
-def _workload(load: LoadOptions) -> Workload:
-    if (load.rate is None) == (load.concurrency is None) and load.trace is None:
-        raise LoadError("give either --rate or --trace (an open load) or --concurrency (a closed one)")
-    if load.trace is not None:
-        if load.rate is not None:
-            raise LoadError("--trace has its own instants; change them by --speed, not by --rate")
-        if load.prefix_tokens:
-            raise LoadError("--prefix-tokens goes with drawn lengths, not with --trace")
-        if not 0 < load.speed < float("inf"):
-            raise LoadError(f"--speed: {load.speed:g} is not valid, expected a number above 0")
-        rows = parse_trace(_read(str(load.trace)).splitlines())
-        return Replayed(
-            rows, load.speed, load.max_prompt_tokens, load.max_output_tokens, load.concurrency is None
-        )
-    prefixes = SharedPrefixes(load.prefix_groups, load.prefix_tokens) if load.prefix_tokens else None
-    arrivals = None if load.rate is None else make_arrivals(load.arrivals, load.rate, load.burstiness)
-    return Drawn(
-        arrivals, parse_lengths(load.prompt_tokens, _read), parse_lengths(load.output_tokens, _read), prefixes
-    )
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoadError(f"{path} cannot be read: {error}") from error
 
 
 async def _campaign(plan: CampaignPlan, options: TargetOptions) -> list[Result]:

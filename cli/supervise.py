@@ -181,9 +181,8 @@ class _Supervisor:
         self._folder = folder
         self._ray_folder = Path(_option(ray_start, TEMP_DIR) or "/tmp/ray")
         self._at_reboot = AtReboot(folder / "at_reboot")
-        self._copy = Path(
-            _option(ray_start, AUTOSCALING_CONFIG) or file
-        )  # the file as it was when it was last found good
+        # the file as it was when it was last found good
+        self._copy = Path(_option(ray_start, AUTOSCALING_CONFIG) or file)
 
     def take_file(self) -> None:
         """Ray and `pdserve up` read a copy: a `ray up` with a file that is refused leaves what a crash starts
@@ -332,8 +331,8 @@ def _allow_open_files() -> None:
 
 
 def _log_to(log: Path, is_new: bool) -> None:
-    """This process's output goes to the log, a new one while the last one stays beside it, or that of a
-    `pdserve up` that goes on; its input comes from nowhere."""
+    """Sends this process's output to a new log, beside which the last one stays, or to that of a `pdserve up`
+    that goes on; its input is empty."""
     with suppress(FileNotFoundError):
         if is_new:
             log.replace(log.with_suffix(".log.1"))

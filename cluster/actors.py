@@ -187,9 +187,8 @@ class HeadActor:
     """Hosts the head: gateway, router and controller."""
 
     def __init__(self, spec: HeadSpec, keeper: Any) -> None:
-        from ..head.head import (
-            Head,
-        )  # imports the gateway, which other actors do not need
+        # imports the gateway, which other actors do not need
+        from ..head.head import Head
         from .keeper import RayKeeper
         from .nodes import RayNodes
 

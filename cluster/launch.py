@@ -142,9 +142,8 @@ class LaunchedCluster:
     def __init__(
         self, config: ClusterConfig, log_settings: LogSettings | None, on_step: Callable[[str], None]
     ) -> None:
-        self._folder = Path(
-            tempfile.mkdtemp(prefix="pdserve-", dir="/tmp")
-        )  # for this user alone; sockets need short paths
+        # for this user alone; sockets need short paths
+        self._folder = Path(tempfile.mkdtemp(prefix="pdserve-", dir="/tmp"))
         self._endpoints: Endpoints | None = None
         self._is_launched = False
         _running.append(self)
@@ -383,7 +382,7 @@ def _check_keeper(living: "ray.ObjectRef[None]") -> None:
 
 
 def _check_node() -> None:
-    """On a host whose raylet is gone, a new head would wait for ever. Raises LaunchError."""
+    """Raises LaunchError on a host whose raylet is gone, where a new head would wait for ever."""
     if any(node["NodeID"] == _this_node() and not node["Alive"] for node in ray.nodes()):
         raise LaunchError("Ray has declared this host dead")
 

@@ -29,7 +29,7 @@ CALL = "/ray.rpc.NodeInfoGcsService/GetClusterId"  # the first call of every cli
 
 @dataclass(frozen=True)
 class RayAddress:
-    """Where a Ray cluster's control store listens."""
+    """The address of a Ray cluster's control store."""
 
     host: str
     port: int

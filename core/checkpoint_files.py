@@ -44,9 +44,8 @@ def open_regular(file: Path) -> BinaryIO:
     """Opens `file` to read. Raises CheckpointError where it is missing, unreadable, or a pipe, a device or a
     directory."""
     try:
-        number = os.open(
-            file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-        )  # a pipe that nobody writes to would block
+        # a pipe that nobody writes to would block
+        number = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a name with NUL
@@ -106,9 +105,9 @@ def parse_json(data: bytes, kind: type[T], file: Path) -> T:
         raise CheckpointError(f"{file}: not valid JSON: {error}") from None
 
 
-def read_json(file: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in `file`. Raises CheckpointError."""
-    data = read_bytes(file, max_bytes)
+    data = read_bytes(file, MAX_CONFIG_BYTES)
     values = parse_json(data, object, file)
     if not isinstance(values, dict):
         raise CheckpointError(f"{file}: expected a JSON object")

@@ -24,9 +24,8 @@ class FrameError(Exception):
 class FrameEncoder:
     """One direction of one stream; not thread-safe."""
 
-    def __init__(self, first_number: int = 0) -> None:
-        """`first_number` is 0, unless another encoder has produced the earlier frames."""
-        self._number = first_number
+    def __init__(self) -> None:
+        self._number = 0
 
     def encode(self, message: object) -> bytes:
         """`message` (a msgspec struct), encoded as the next frame."""

@@ -23,11 +23,6 @@ ROOT: KeyPath = ("metadata", "pdserve")
 _KEY = re.compile(r"[a-z_]+(\.[a-z_]+)*")
 
 
-def load_cluster_config(path: str | Path) -> ClusterConfig:
-    """The configuration in the file `path`. Raises ConfigError."""
-    return ConfigSource.read(Path(path)).config()
-
-
 def parse_cluster_config(text: str, filename: str = "cluster.yaml") -> ClusterConfig:
     """The configuration in `text`; `filename` is for messages. Raises ConfigError: a line a mistake, in line
     order."""
@@ -55,7 +50,7 @@ class Override:
 
 @dataclass(frozen=True)
 class ConfigSource:
-    """Where a configuration comes from: a file, or none, and what is set beside it."""
+    """The origin of a configuration: a file, or none, and what is set beside it."""
 
     document: Document | None
     overrides: tuple[Override, ...] = ()

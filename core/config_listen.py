@@ -80,10 +80,8 @@ class ListenSection(ConfigSection):
     @classmethod
     def _protected(cls, value: str | None, info: Any) -> str | None:
         host, _ = parse_host_port(value) or ("127.0.0.1", 0)
-        tls, api_keys = (
-            info.data.get("tls"),
-            info.data.get("api_keys", ""),
-        )  # missing when they are wrong themselves
+        # missing when they are wrong themselves
+        tls, api_keys = info.data.get("tls"), info.data.get("api_keys", "")
         if is_loopback(host) or info.data.get("allow_insecure", True) or tls is None:
             return value
         if not tls.is_on:

@@ -1,7 +1,7 @@
 """The header of a GGUF file: its metadata and its table of tensors, within bounds. Nothing in it is trusted.
 
 The format is ggml's (docs/gguf.md there), versions 2 and 3, little-endian. Values of tensors are read by
-`engine.gguf_reader`. All errors are CheckpointErrors."""
+`engine.gguf_tensors`. All errors are CheckpointErrors."""
 
 import struct
 from dataclasses import dataclass

@@ -13,30 +13,28 @@ from .checkpoint_files import shown
 from .errors import CheckpointError
 
 MAX_TOKEN_CHARS = 1024
-MAX_VOCABULARY_CHARS = (
-    1 << 22
-)  # each of a SentencePiece vocabulary is a place to cut; 262,144 tokens have 1.9 million
+# each of a SentencePiece vocabulary is a place to cut; 262,144 tokens have 1.9 million
+MAX_VOCABULARY_CHARS = 1 << 22
 MAX_MERGES = 1 << 20  # of a SentencePiece vocabulary; 262,144 tokens have 580,000
 _CONTROL, _USER_DEFINED = 3, 4  # types of tokens
 _SPACE = "▁"  # SentencePiece's spelling of a space
 
-_SHORT_FORMS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_SIGNS = r" ?[^\s\p{L}\p{N}]+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_LLAMA3 = rf"{_SHORT_FORMS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_SIGNS}[\r\n]*|{_SPACES}"
-_QWEN2 = rf"{_SHORT_FORMS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_SIGNS}[\r\n]*|{_SPACES}"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
-    rf"|{_SIGNS}[\r\n/]*|{_SPACES}"
-)
+# parts of expressions that cut a text into words
+SHORT_FORMS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+SIGNS = r" ?[^\s\p{L}\p{N}]+"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+BEFORE = r"[^\r\n\p{L}\p{N}]?"
+LLAMA3 = rf"{SHORT_FORMS}|{BEFORE}\p{{L}}+|\p{{N}}{{1,3}}|{SIGNS}[\r\n]*|{SPACES}"
+QWEN2 = rf"{SHORT_FORMS}|{BEFORE}\p{{L}}+|\p{{N}}|{SIGNS}[\r\n]*|{SPACES}"
+TEKKEN = rf"{BEFORE}{UPPER}*{LOWER}+|{BEFORE}{UPPER}+{LOWER}*|\p{{N}}|{SIGNS}[\r\n/]*|{SPACES}"
 _GPT2, _SINGLE_DIGITS = "gpt-2", "single digits"
 _SPLITS = {
     **dict.fromkeys(("default", "gpt-2"), _GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _SINGLE_DIGITS),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "smaug-bpe"), _LLAMA3),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2),
-    "tekken": _TEKKEN,
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "smaug-bpe"), LLAMA3),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), QWEN2),
+    "tekken": TEKKEN,
 }
 _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")  # merged without merges
 

@@ -21,6 +21,7 @@ NONCE_BYTES = 32
 PROOF_BYTES = 32
 _PROTOCOL = b"pdserve-handshake-1\n"
 MAX_WAIT_S = 5.0  # for the whole of it
+MAX_UNPROVEN = 256  # connections of unauthenticated peers that an acceptor keeps; then the oldest is closed
 
 
 class Purpose(Enum):
@@ -40,8 +41,8 @@ class HandshakeError(PdserveError):
 class HandshakeDialler:
     """The side that connects. It sends `opening`, then answers what comes."""
 
-    def __init__(self, token: str, purpose: Purpose, nonce: bytes | None = None) -> None:
-        self.opening = _PROTOCOL + purpose.value + (nonce or secrets.token_bytes(NONCE_BYTES))
+    def __init__(self, token: str, purpose: Purpose) -> None:
+        self.opening = _PROTOCOL + purpose.value + secrets.token_bytes(NONCE_BYTES)
         self.num_wanted = NONCE_BYTES + PROOF_BYTES  # bytes of the next message; 0: both sides know
         self._token = token.encode()
 
@@ -59,11 +60,11 @@ class HandshakeAcceptor:
 
     opening = b""
 
-    def __init__(self, token: str, purpose: Purpose, nonce: bytes | None = None) -> None:
+    def __init__(self, token: str, purpose: Purpose) -> None:
         self.num_wanted = OPENING_BYTES
         self._token = token.encode()
         self._expected = _PROTOCOL + purpose.value
-        self._nonce = nonce or secrets.token_bytes(NONCE_BYTES)
+        self._nonce = secrets.token_bytes(NONCE_BYTES)
         self._said = b""
 
     def take(self, message: bytes) -> bytes:

@@ -11,12 +11,10 @@ class ExpectedHosts:
     joins."""
 
     addresses: tuple[str, ...] | None = None  # these, and no others; None: the file does not name them
-    node_types: Mapping[str, int] = field(
-        default_factory=dict
-    )  # of a cloud: how many hosts there will be at least
-    resolved: Mapping[str, str] = field(
-        default_factory=dict
-    )  # by name among `addresses`, where that is known
+    # of a cloud: how many hosts there will be at least
+    node_types: Mapping[str, int] = field(default_factory=dict)
+    # by name among `addresses`, where that is known
+    resolved: Mapping[str, str] = field(default_factory=dict)
 
     def name_of(self, address: str, name: str) -> str | None:
         """The name under which the file lists the host with this address and host name; None when it does

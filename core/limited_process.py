@@ -2,27 +2,37 @@
 memory, no core dump. Jobs in Python can be ended without the process.
 
 It is called inside that process: the grammar process, the intake process, and the one that loads tokenizers.
+Their parents run the first two by `limited_child`.
 """
 
 import os
 import resource
 import signal
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 def set_up(niceness: int = 0) -> None:
-    """At the process's start: its owner decides when it ends, and a limit that is passed ends it at once."""
+    """Begins a limited process: its owner decides when it ends, and a limit that is passed ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for limit in (
-        signal.SIGPROF,
-        signal.SIGALRM,
-    ):  # they have no handlers, and the parent may have ignored them
+    for limit in (signal.SIGPROF, signal.SIGALRM):  # without handlers; the parent may have ignored them
         signal.signal(limit, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {limit})
     os.nice(niceness)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def serve_or_die(serve: Callable[[], None]) -> None:
+    """Runs `serve`. An exception ends the process; MemoryError by an abort, as libraries do."""
+    try:
+        serve()
+    except MemoryError:
+        os.abort()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
 
 
 @contextmanager

@@ -129,7 +129,15 @@ class SequenceSpec(msgspec.Struct, frozen=True, kw_only=True):
         for them."""
         return self.sampling.prompt_logprobs is not None and 0 in self.choices and not self.output_token_ids
 
-    @property
-    def num_remaining_tokens(self) -> int:
-        """The number of tokens that each choice may still produce."""
-        return self.sampling.max_tokens - len(self.output_token_ids)
+
+# the fields of a Request that workers have too: a router restores them from a dispatch of an earlier one
+SHARED_FIELDS = tuple(
+    name
+    for name in Request.__struct_fields__
+    if name in SequenceSpec.__struct_fields__ and name != "client"  # which its client states again
+)
+
+
+def shared_fields(of: Request | SequenceSpec) -> dict[str, Any]:
+    """Returns the values of `SHARED_FIELDS`."""
+    return {name: getattr(of, name) for name in SHARED_FIELDS}

@@ -31,14 +31,14 @@ def check_name(field: str, value: str, max_chars: int = MAX_NAME_CHARS) -> None:
 
 
 def max_prompt_tokens(limits: LimitsSection, max_model_len: int) -> int:
-    """One token of the model's length is left for output."""
+    """Returns the length of the longest prompt: one token of the model's is left for output."""
     return min(limits.max_prompt_tokens or max_model_len, max_model_len - 1)
 
 
 def count_problems(
     limits: LimitsSection, *, num_biases: int = 0, num_stops: int = 0, num_stop_token_ids: int = 0
 ) -> list[InvalidRequest]:
-    """May be asked before each of them is looked at."""
+    """Returns what is wrong with the numbers of items, before each of them is looked at."""
     found = []
     if num_biases > limits.max_logit_bias:
         found.append(
@@ -58,7 +58,7 @@ def count_problems(
 
 
 def check_prompt_length(num_tokens: int, limits: LimitsSection, max_model_len: int) -> None:
-    """May be asked before there are tokens to look at. Raises InvalidRequest."""
+    """Raises InvalidRequest for a prompt that is too long, before its tokens are looked at."""
     max_tokens = max_prompt_tokens(limits, max_model_len)
     if num_tokens <= max_tokens:
         return
@@ -67,17 +67,6 @@ def check_prompt_length(num_tokens: int, limits: LimitsSection, max_model_len: i
         raise context_length_exceeded("prompt", f"{num_tokens} tokens", expected, max_tokens)
     expected = f"at most {max_tokens} tokens, so that one is left for output"
     raise context_length_exceeded("prompt", f"{num_tokens} tokens", expected, max_model_len)
-
-
-def validate_request(
-    prompt_token_ids: Sequence[int],
-    sampling: SamplingParams,
-    limits: LimitsSection,
-    max_model_len: int,
-    vocab_size: int,
-) -> None:
-    """Raises InvalidRequest for everything that cannot be served."""
-    refuse(request_problems(prompt_token_ids, sampling, limits, max_model_len, vocab_size))
 
 
 def request_problems(

@@ -26,6 +26,7 @@ from ..core.checkpoint_files import (
     shown,
     shown_text,
     size_of,
+    stamp_of,
 )
 from ..core.errors import CheckpointError
 from ..core.gguf_file import is_gguf, read_gguf_header
@@ -89,6 +90,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _opened_gguf(path) if is_gguf(path) else _opened(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def described_checkpoint(config_file: Path) -> Checkpoint:
+    """Returns the checkpoint that a config.json describes, without its weights: what it would hold. Raises
+    CheckpointError."""
+    try:
+        config = parse_model_config(read_json(config_file), None, str(config_file))
+        with open_regular(config_file) as stream:
+            stamp = stamp_of(stream)
+    except OSError as error:
+        raise CheckpointError(f"{config_file}: cannot be read: {error.strerror}") from None
+    dtype = next((code for code, name in DTYPE_NAMES.items() if name == config.dtype), "BF16")
+    tensors = {
+        name: TensorInfo(config_file, dtype, shape, stamp) for name, shape in expected_tensors(config).items()
+    }
+    return Checkpoint(config_file, config, tensors)
 
 
 def _opened(path: Path) -> Checkpoint:

@@ -17,7 +17,7 @@ _CONTEXT_BYTES = 600 << 20  # used by the driver and the libraries, which torch 
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """In bytes. Other processes may use the device too: free memory may be less than `total` minus `used`."""
+    """A device's memory in bytes. Other processes may use it too, so less than the difference may be free."""
 
     total: int
     free: int

@@ -87,9 +87,8 @@ class Engine:
         kernels = _load_kernels(layout, options)
         with torch.inference_mode():
             if options.device == "cpu":
-                cache = _allocate(
-                    layout, _required(options.num_blocks), kernels, device
-                )  # before the weights: it may not fit
+                # before the weights: it may not fit
+                cache = _allocate(layout, _required(options.num_blocks), kernels, device)
                 model = Model(config, load_weights(config, read, kernels), kernels, max_model_len)
                 runner: StepRunner = ModelRunner(model, cache, kernels, max_model_len)
             else:

@@ -25,12 +25,12 @@ class JsonFields:
             return CheckpointError(f"{self.source}: {name} is missing, expected {expected}")
         return CheckpointError(f"{self.source}: {name}: got {shown(self.values[name])}, expected {expected}")
 
-    def optional_int(self, name: str, maximum: int = MAX_INT) -> int | None:
+    def optional_int(self, name: str) -> int | None:
         value = self.values.get(name)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= maximum:
-            raise self.refuse(name, f"an integer from 0 to {maximum}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_INT:
+            raise self.refuse(name, f"an integer from 0 to {MAX_INT}")
         return value
 
     def positive_int(self, name: str, default: int | None = None, maximum: int = MAX_INT) -> int:

@@ -19,11 +19,6 @@ class KVManager:
         self.max_model_len = max_model_len
         self._copies: dict[int, int] = {}  # destination -> source, in the order they were recorded
 
-    @property
-    def max_num_tokens(self) -> int:
-        """Returns the length of the longest sequence that fits when it is alone."""
-        return min(self.max_model_len, self.pool.num_blocks * self.pool.block_size)
-
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.pool.block_size)
 

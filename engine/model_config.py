@@ -70,10 +70,6 @@ class ModelConfig:
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
 
-    @property
-    def num_queries_per_kv(self) -> int:
-        return self.num_heads // self.num_kv_heads
-
 
 def parse_model_config(
     config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None, source: str = "config.json"

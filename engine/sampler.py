@@ -5,11 +5,11 @@ import torch
 
 from ..core.request import SamplingParams
 from ..kernels import Kernels
+from ..kernels.random_numbers import uniform
 from ..kernels.sampling import GREEDY_BELOW
 from .batch import SampledToken, ScheduledChunk
 from .distribution import Floats, best_tokens, draw, log_sum_exp
 from .penalties import Penalties, is_adjusted
-from .random_numbers import uniform
 
 
 class Sampler:

@@ -17,7 +17,7 @@ NUM_CLIENTS = 4
 MAX_TOKENS = 32
 
 
-class Load:
+class StreamingLoad:
     """Clients that stream, one request after the other, until `stop`."""
 
     def __init__(self, channel: grpc.Channel) -> None:
@@ -63,7 +63,7 @@ def main(address: str, file: str) -> None:
     before = decode["instances"]
     with grpc.insecure_channel(address) as channel:
         cluster = pdserve_pb2_grpc.ClusterStub(channel)
-        load = Load(channel)
+        load = StreamingLoad(channel)
         try:
             for instances in (before + 1, before):
                 decode["instances"] = instances

@@ -42,9 +42,8 @@ class Shared:
     def __init__(self, config: ClusterConfig, access: Access | None = None) -> None:
         self.config = config
         self.access = access
-        self.held_bytes = HeldBytes(
-            config.limits.max_held_bytes // 2
-        )  # the other half: data that gRPC is receiving
+        # the other half: data that gRPC is receiving
+        self.held_bytes = HeldBytes(config.limits.max_held_bytes // 2)
         self.revocation = Revocation(access)
         self._num_answers = 0
         self._idle = asyncio.Event()

@@ -197,7 +197,7 @@ async def write(
 
 
 def _shortened(text: str) -> str:
-    """In headers, characters other than ASCII take up to 12 bytes instead of 3."""
+    """Shortens a message for a header, where a character beyond ASCII takes up to 12 bytes instead of 3."""
     max_chars = MAX_MESSAGE_CHARS if text.isascii() else MAX_MESSAGE_CHARS // 4
     return text if len(text) <= max_chars else text[: max_chars - 3] + "..."
 

@@ -52,7 +52,7 @@ class Bounds:
 
     @property
     def max_context(self) -> int:
-        """The length of prompt and output that clients are told; of the prompt, where that has a limit."""
+        """The length of prompt and output that clients see; of the prompt, where that has a limit."""
         most = self.max_prompt_tokens
         return self.max_model_len if most == self.max_model_len - 1 else most
 

@@ -51,9 +51,8 @@ class GrammarChecker:
                 raise QueueFull(MAX_QUESTIONS_EACH, RETRY_S)
             self._num_questions[client] += 1
             question = asyncio.get_running_loop().create_task(self._find_out(grammar, client))
-            question.add_done_callback(
-                lambda task: task.cancelled() or task.exception()
-            )  # the caller may be gone
+            # the caller may be gone
+            question.add_done_callback(lambda task: task.cancelled() or task.exception())
             self._questions[client, grammar] = question
         return await asyncio.shield(question)
 

@@ -7,7 +7,6 @@ import os
 import sys
 import threading
 import time
-import traceback
 
 import msgspec
 from llguidance import LLTokenizer
@@ -28,19 +27,9 @@ READ_BYTES = 1 << 16
 def main() -> None:
     limited_process.set_up(niceness=int(sys.argv[1]))
     threading.stack_size(STACK_BYTES)
-    thread = threading.Thread(target=_serve_or_die)
+    thread = threading.Thread(target=limited_process.serve_or_die, args=(_serve,))
     thread.start()
     thread.join()
-
-
-def _serve_or_die() -> None:
-    try:
-        _serve()
-    except MemoryError:
-        os.abort()  # as the library does when it finds none
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
 
 
 def _serve() -> None:

@@ -25,7 +25,7 @@ class _MatchedOutput:
 
 
 class Matchers:
-    """Not thread-safe. A single job may never end: the caller has to bound it."""
+    """The matchers of all outputs. Not thread-safe. A job may never end: the caller has to bound it."""
 
     def __init__(self, tokenizer: LLTokenizer, clock: Callable[[], float] = time.process_time) -> None:
         """`clock` returns the CPU time used."""

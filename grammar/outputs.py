@@ -4,26 +4,17 @@ others much. Pure.
 It handles requests one at a time: when it dies, the oldest unanswered one is the cause. This module chooses
 the next requests: clients take turns."""
 
-import enum
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ..core.codec import FrameError
+from ..core.limited_child import Death
 from .messages import Advance, Close, FromProcess, GrammarRefused, OpenOutput, ToProcess
 
 WINDOW = 8  # requests that the process has at once
 WINDOW_EACH = 4  # per client
 MAX_DEATHS = 2  # deaths of processes at work on an output, when none shows at once that it was to blame
-
-
-class Death(enum.Enum):
-    """The cause of a process's death."""
-
-    TIME = enum.auto()  # the job exceeded its time and is to blame
-    # out of memory or stack; memory is shared, so the output at work again at the next death is to blame
-    RESOURCES = enum.auto()
-    OTHER = enum.auto()  # no output is to blame
 
 
 @dataclass(slots=True)

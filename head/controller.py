@@ -18,6 +18,7 @@ from ..router.fleet_events import StartWorker
 from ..router.places import Places
 from ..router.service import RouterService
 from ..router.supervisor import (
+    AdoptProcesses,
     ConnectionLost,
     EndProcess,
     KillProcess,
@@ -29,7 +30,6 @@ from ..router.supervisor import (
     SupervisorCommand,
     SupervisorEvent,
     SuspectHost,
-    TakeOver,
 )
 from ..worker.spec import WorkerSpec
 from .ports import Keeper
@@ -83,7 +83,7 @@ class Controller:
         kept."""
         for spec, _ in living:
             self._watch(spec.key)
-        self.handle(TakeOver(tuple(living)))
+        self.handle(AdoptProcesses(tuple(living)))
 
     def handle(self, event: SupervisorEvent[WorkerSpec]) -> None:
         """Passes one event through the supervisor and carries out its commands. Commands that result from a

@@ -15,9 +15,11 @@ from ..core.errors import InvalidRequest
 from ..core.latency import LatencyModel
 from ..core.request import Request
 from ..core.status import ClusterStatus, WorkerState, WorkerStatus
+from ..engine.checkpoint import open_checkpoint, resolve_model_path
 from ..gateway.app import GatewayServer, open_gateway
 from ..planner.device_choice import resolve_device, why_device
 from ..planner.plan import plan
+from ..planner.priors import priors, rates_of
 from ..router.core import Router
 from ..router.events import Closing, EmitChoiceEnd, EmitEnd, EmitTokens, Tick, Timeline
 from ..router.fleet import Fleet, FleetConfig
@@ -33,7 +35,7 @@ from ..worker.spec import WorkerSpec
 from .controller import Controller
 from .host_watch import HostWatch
 from .ports import FindNodes, Keeper
-from .settings import pool_sizes, pools_are_alike, priors, router_config, step_costs, vacated
+from .settings import pool_sizes, pools_are_alike, router_config, step_costs, vacated
 from .spec import Endpoints, HeadSpec
 from .telemetry import HeadTelemetry
 
@@ -111,7 +113,8 @@ class Head:
             self._watch.suspect,
             self._watch.refuse,
         )
-        model = LatencyModel(priors(config, self._plan))
+        shape = open_checkpoint(resolve_model_path(config.model.path)).config
+        model = LatencyModel(priors(shape, self._plan, rates_of(self._plan)))
         router = Router(
             router_config(config),
             model,

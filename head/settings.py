@@ -4,24 +4,14 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ..core.config import ClusterConfig
-from ..core.latency import LatencyPriors
 from ..core.messages import Role
 from ..engine.checkpoint import open_checkpoint, resolve_model_path
 from ..engine.gpu import Node
-from ..engine.gpu_peaks import Peaks, peaks_of
 from ..planner.plan import Plan
 from ..router.config import RouterConfig
 from ..router.cores import Placement
 from ..telemetry.steps import StepCosts
 from ..worker.spec import WorkerSpec
-
-# performance of ordinary cores, GPUs and links; only the first placements depend on it
-CORE_FLOPS_PER_S = 1e11
-MEMORY_BYTES_PER_S = 2e10
-LINK_BYTES_PER_S = 5e9
-GPU_PEAKS = Peaks(312e12, 1.555e12)  # for a GPU with an unknown name
-GPU_LINK_BYTES_PER_S = 2e10
-REACHED = 0.5  # fraction of a GPU's peaks
 
 
 def pool_sizes(config: ClusterConfig) -> dict[Role, int]:
@@ -55,34 +45,6 @@ def router_config(config: ClusterConfig) -> RouterConfig:
         if config.routing.prefill_on_decode == "never"
         else defaults.prefill_on_decode_factor,
     )
-
-
-def priors(config: ClusterConfig, plan: Plan) -> LatencyPriors:
-    """Estimates the duration of steps from the arithmetic of an ordinary core or the present GPU; the model
-    learns the rest from the first steps on."""
-    flops_per_s, bytes_per_s, link_bytes_per_s = _rates(plan)
-    checkpoint = open_checkpoint(resolve_model_path(config.model.path)).config
-    return LatencyPriors.roofline(
-        num_parameters=plan.num_parameters,
-        weight_bytes=plan.weights_bytes,
-        kv_bytes_per_token=plan.kv_bytes_per_token,
-        attention_flops_per_square=4.0 * checkpoint.num_layers * checkpoint.q_size,
-        flops_per_s=flops_per_s,
-        memory_bytes_per_s=bytes_per_s,
-        link_bytes_per_s=link_bytes_per_s,
-    )
-
-
-def _rates(plan: Plan) -> tuple[float, float, float]:
-    """Returns an instance's rates per second: arithmetic, memory reads, and its link's throughput."""
-    if plan.device == "cpu":
-        return (
-            CORE_FLOPS_PER_S * max(pool.num_threads for pool in plan.pools),
-            MEMORY_BYTES_PER_S,
-            LINK_BYTES_PER_S,
-        )
-    peaks = next((peaks_of(gpu.name) for gpu in plan.gpus if gpu.instances), None) or GPU_PEAKS
-    return REACHED * peaks.flops_per_s, REACHED * peaks.bytes_per_s, GPU_LINK_BYTES_PER_S
 
 
 def step_costs(config: ClusterConfig, plan: Plan) -> StepCosts:

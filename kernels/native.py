@@ -80,9 +80,8 @@ class NativeKernels:
         self._c = _load()
 
     def set_num_threads(self, num_threads: int) -> None:
-        torch.set_num_threads(
-            1
-        )  # its threads spin for milliseconds after each operation, on the cores that ours need
+        # its threads spin for milliseconds after each operation, on the cores that ours need
+        torch.set_num_threads(1)
         self._c.pd_set_num_threads(num_threads)
 
     def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:

@@ -118,9 +118,8 @@ class TorchKernels:
         words = buffer.view(torch.int64)
         keys = torch.arange(1, words.numel() + 1).mul_(_KEY_STEP)
         mixed = words ^ keys
-        products = (mixed & 0xFFFFFFFF) * (
-            mixed >> 32 & 0xFFFFFFFF
-        )  # int64 wraps around, as the definition does
+        # int64 wraps around, as the definition does
+        products = (mixed & 0xFFFFFFFF) * (mixed >> 32 & 0xFFFFFFFF)
         return int((words.sum() + products.sum()).item()) & 0xFFFFFFFFFFFFFFFF
 
     def scatter_tokens(

@@ -4,8 +4,9 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from .random_numbers import uniform
+
 GREEDY_BELOW = 1e-5  # a lower temperature takes the largest logit
-_MASK = (1 << 64) - 1
 _DTYPES = {
     "rows": torch.int32,
     "temperature": torch.float64,
@@ -88,18 +89,3 @@ def _draw(logits: torch.Tensor, batch: SamplingBatch, n: int) -> int:
     share = uniform(*(int(t[n]) for t in (batch.seed, batch.choice, batch.index)))
     drawn = int(torch.searchsorted(cumulative, share * cumulative[-1], right=True))
     return min(drawn, int((kept & (weights > 0.0)).nonzero()[-1]))
-
-
-def uniform(seed: int, choice: int, index: int) -> float:
-    """Returns a number in [0, 1) with 53 random bits: that of `engine/random_numbers.py`."""
-    state = _mix(seed & _MASK)
-    state = _mix(state ^ choice)
-    return (_mix(state ^ index) >> 11) * 2.0**-53
-
-
-def _mix(value: int) -> int:
-    """SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", figure 16)."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from ..core import handshake
+from ..core.handshake import MAX_UNPROVEN
 from ..core.peer_log import peer_log
 from .channel import Channel
 from .config import Membership
@@ -24,7 +25,6 @@ from .shm import ShmLink
 from .sockets import listening_socket, shake_hands
 
 _PAGE_BYTES = 4096
-MAX_UNPROVEN = 256  # connections whose peers have not yet proved that they belong to the cluster
 # before the next attempt, when the process has no descriptor or memory left for a connection
 ACCEPT_PAUSE_S = 0.5
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)

@@ -11,7 +11,7 @@ TRANSPORTS = ("auto", *LINKS)
 
 
 class Place(NamedTuple):
-    """Where one worker keeps its KV."""
+    """The memory in which one worker keeps its KV."""
 
     host_id: str
     gpu: str  # a UUID; empty on a CPU

@@ -173,11 +173,6 @@ class TransferEndpoint:
         """Aborts the transfer, unless it has ended already; unknown ones are ignored."""
         self._post(partial(self._hub.cancel, CancelTransfer(transfer, "cancelled")))
 
-    def forget_peer(self, worker_id: str, incarnation: int) -> None:
-        """The worker is permanently gone: kills its links, fails its transfers, and refuses it and its
-        predecessors from now on."""
-        self._post(partial(self._hub.forget_peer, worker_id, incarnation))
-
     # on the endpoint's thread
 
     def _check_table(self, block_ids: Sequence[int], num_tokens: int) -> None:

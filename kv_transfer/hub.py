@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
-from ..core.failures import FailureKind
 from ..core.messages import TransferAddress
 from ..core.request import TransferId
 from .choice import LINKS
@@ -32,19 +31,11 @@ class TransferHub:
         self._outbound: dict[Key, OutboundPair] = {}
         self._inbound: dict[Key, InboundPair] = {}
         self._pair_of: dict[TransferId, OutboundPair] = {}
-        self._gone: dict[str, int] = {}  # worker_id -> newest incarnation known to be gone
 
     # decode side
 
     def expect(self, source: Key, event: Expect) -> None:
-        pair = self._inbound_pair(source)
-        if pair is None:
-            error = f"{source[0]} (incarnation {source[1]}) is known to be gone"
-            self._local.notify(
-                self._local.listener.on_receive_failed, event.transfer, error, FailureKind.LOST
-            )
-        else:
-            pair.feed(event)
+        self._inbound_pair(source).feed(event)
 
     def admit(self, connect: Connect) -> "InboundPair | str":
         """Returns the pair that a connection belongs to, whose older epochs are fenced from now on; or the
@@ -53,11 +44,9 @@ class TransferHub:
         if error is not None:
             return error
         key = connect.source_worker_id, connect.source_incarnation
-        source = f"{key[0]} (incarnation {key[1]})"
         pair = self._inbound_pair(key)
-        if pair is None:
-            return f"{source} is known to be gone"
         if connect.epoch <= pair.last_epoch:
+            source = f"{key[0]} (incarnation {key[1]})"
             return f"epoch {connect.epoch} of {source} is over, the newest is {pair.last_epoch}"
         pair.last_epoch = connect.epoch
         return pair
@@ -67,10 +56,6 @@ class TransferHub:
     def send(self, target: TransferAddress, event: OpenTransfer) -> None:
         assert event.transfer not in self._pair_of, f"{event.transfer} is being sent already"
         key = (target.worker_id, target.incarnation)
-        if self._is_gone(key):
-            error = f"{target.worker_id} (incarnation {target.incarnation}) is known to be gone"
-            self._local.notify(self._local.listener.on_send_failed, event.transfer, error, FailureKind.LOST)
-            return
         if key not in self._outbound:
             self._outbound[key] = OutboundPair(
                 self._local, target, self._dial, lambda transfer: self._pair_of.pop(transfer, None)
@@ -90,12 +75,6 @@ class TransferHub:
         for pair in self._inbound.values():
             pair.feed(event)
 
-    def forget_peer(self, worker_id: str, incarnation: int) -> None:
-        self._gone[worker_id] = max(incarnation, self._gone.get(worker_id, -1))
-        for key in list(dict.fromkeys([*self._outbound, *self._inbound])):
-            if key[0] == worker_id and self._is_gone(key):
-                self._end_pairs(key, f"{worker_id} (incarnation {key[1]}) is gone")
-
     def tick(self) -> None:
         """Handles the passage of time; to be called a few times per heartbeat."""
         for outbound in list(self._outbound.values()):
@@ -107,27 +86,19 @@ class TransferHub:
 
     def close(self, error: str) -> None:
         """Ends every pair and fails all open transfers."""
-        for key in list(dict.fromkeys([*self._outbound, *self._inbound])):
-            self._end_pairs(key, error)
+        pairs: tuple[OutboundPair | InboundPair, ...] = (*self._outbound.values(), *self._inbound.values())
+        self._outbound.clear()
+        self._inbound.clear()
+        for pair in pairs:
+            guarded(partial(pair.feed, PeerGone(error)))
 
     @property
     def num_transfers(self) -> int:
         """The number of open transfers on the prefill side."""
         return len(self._pair_of)
 
-    def _end_pairs(self, key: Key, error: str) -> None:
-        if key in self._outbound:
-            guarded(partial(self._outbound.pop(key).feed, PeerGone(error)))
-        if key in self._inbound:
-            guarded(partial(self._inbound.pop(key).feed, PeerGone(error)))
-
-    def _is_gone(self, key: Key) -> bool:
-        return key[1] <= self._gone.get(key[0], -1)
-
-    def _inbound_pair(self, key: Key) -> InboundPair | None:
-        """Returns the pair with this source; None when the source is known to be gone."""
-        if self._is_gone(key):
-            return None
+    def _inbound_pair(self, key: Key) -> InboundPair:
+        """Returns the pair with this source."""
         if key not in self._inbound:
             self._inbound[key] = InboundPair(self._local, key[0])
         return self._inbound[key]

@@ -19,12 +19,12 @@ from .events import (
     Stored,
     StoreFailed,
 )
-from .interfaces import Pending, Slot, Stream
+from .interfaces import ControlStream, Pending, Slot
 from .link import Link, LinkError, release
 from .pair import Local, Pair
 from .protocol import Connect, Connected, KVChunk, Meet, SenderMessage
 from .receiver import TransferReceiver
-from .span import place_of
+from .span import block_range
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
     def is_idle(self) -> bool:
         return self._receiver.is_idle and not self.num_preparing and self._work.is_idle
 
-    def attach(self, channel: Stream, link: Link, epoch: int) -> bool:
+    def attach(self, channel: ControlStream, link: Link, epoch: int) -> bool:
         """Our end of the link is up. Returns False when the source has connected anew since, or this
         connection is lost. A link that is still up is of an older epoch and is killed."""
         if epoch != self.last_epoch or not channel.is_open:
@@ -119,8 +119,8 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
         checksum = store.checksum(data)
         if checksum is not None and checksum != chunk.checksum:
             return checksum
-        place = place_of(span, command.block_ids, self.local.layout.block_size)
-        return store.scatter(span.layer_start, span.layer_end, *place, data, command.mark) or chunk.checksum
+        blocks = block_range(span, command.block_ids, self.local.layout.block_size)
+        return store.scatter(span.layer_start, span.layer_end, *blocks, data, command.mark) or chunk.checksum
 
     def _outcome(self, chunk: KVChunk, result: int | BaseException) -> Stored | Corrupt | StoreFailed:
         if isinstance(result, BaseException):

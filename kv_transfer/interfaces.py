@@ -92,7 +92,7 @@ class Gpu(Protocol):
         ...
 
 
-class Stream(Protocol):
+class ControlStream(Protocol):
     """A pair's control stream, see `Channel`."""
 
     on_message: Callable[[Any], None]

@@ -19,7 +19,7 @@ from .events import (
     SendFailed,
     Sent,
 )
-from .interfaces import Stream
+from .interfaces import ControlStream
 from .link import Link, LinkError, release
 from .pair import Local, Pair
 from .protocol import (
@@ -34,7 +34,7 @@ from .protocol import (
     ReceiverMessage,
 )
 from .sender import TransferSender
-from .span import place_of
+from .span import block_range
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +106,9 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
         if link is None or epoch is None:
             return  # it broke while the previous commands were carried out; LinkDown is on its way
         data = link.slot(command.slot, command.num_bytes)
-        place = place_of(span, command.block_ids, self.local.layout.block_size)
+        blocks = block_range(span, command.block_ids, self.local.layout.block_size)
         try:
-            gathered = self.local.store.gather(span.layer_start, span.layer_end, *place, data, command.mark)
+            gathered = self.local.store.gather(span.layer_start, span.layer_end, *blocks, data, command.mark)
         except Exception as error:  # any failure of the store ends this transfer, not the pair
             release(data)
             self._spoilt.add(command.transfer)
@@ -200,7 +200,7 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
         )
 
     def connected(
-        self, channel: Stream, link: Link, epoch: int, early: Iterable[ReceiverMessage | LinkError]
+        self, channel: ControlStream, link: Link, epoch: int, early: Iterable[ReceiverMessage | LinkError]
     ) -> None:
         """The link is up on both sides; `early` arrived meanwhile."""
         self._dialling = None

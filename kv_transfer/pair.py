@@ -18,7 +18,7 @@ from .choice import Place
 from .config import TransferConfig
 from .counters import TransferCounters
 from .events import LinkDown, LinkUp
-from .interfaces import KVStore, Stream, TransferListener
+from .interfaces import ControlStream, KVStore, TransferListener
 from .link import Link, LinkError
 from .send_turn import SendTurn
 from .store_work import StoreWaits, StoreWork
@@ -88,7 +88,7 @@ class Pair(ABC, Generic[E, C]):
     def __init__(self, local: Local) -> None:
         self.local = local
         self._pump: CommandPump[C] = CommandPump(self._execute)
-        self._channel: Stream | None = None
+        self._channel: ControlStream | None = None
         self._link: Link | None = None
         self._epoch: int | None = None
         self._work = StoreWork(local.store_waits)
@@ -106,7 +106,7 @@ class Pair(ABC, Generic[E, C]):
         carried out after the earlier decisions."""
         self._pump.run(self._handle(event, self.local.clock()))
 
-    def _adopt(self, channel: Stream, link: Link, epoch: int) -> None:
+    def _adopt(self, channel: ControlStream, link: Link, epoch: int) -> None:
         """The link of `epoch` is up; from now on the stream's messages are the machine's events."""
         self._channel, self._link, self._epoch = channel, link, epoch
         channel.on_message = self._on_message

@@ -16,7 +16,7 @@ _MAX_SELECT_FD = 1023  # `select` is alone in waiting for less than a millisecon
 
 
 class PollingSelector(EpollSelector):
-    """Also returns when works of a store have ended: they are reported in the next turn of the loop."""
+    """A selector that also returns when works of a store have ended, which the loop's next turn reports."""
 
     def __init__(self, waits: StoreWaits) -> None:
         super().__init__()

@@ -46,7 +46,7 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
         return Span(self.layer_start, self.layer_end, token, self.token_end)
 
 
-class Place(NamedTuple):
+class BlockRange(NamedTuple):
     """Tokens [token_start, token_end), counted from the first one in `block_ids`."""
 
     block_ids: Sequence[int]
@@ -54,12 +54,12 @@ class Place(NamedTuple):
     token_end: int
 
 
-def place_of(span: Span, block_ids: Sequence[int], block_size: int) -> Place:
+def block_range(span: Span, block_ids: Sequence[int], block_size: int) -> BlockRange:
     """Returns the location of a transfer's `span`, without the blocks before and behind it: a store visits
     every block it is given."""
     first = span.token_start // block_size
     touched = block_ids[first : -(-span.token_end // block_size)]
-    return Place(touched, span.token_start - first * block_size, span.token_end - first * block_size)
+    return BlockRange(touched, span.token_start - first * block_size, span.token_end - first * block_size)
 
 
 class Coverage:

@@ -69,7 +69,7 @@ class LoadRunner:
         return Round(records, generator)
 
     async def warm_up(self, requests: list[LoadRequest], timeout_s: float | None = None) -> None:
-        """One after the other, not recorded. Raises RequestFailed when one fails."""
+        """Sends requests one after the other, and records none. Raises LoadRequestFailed when one fails."""
         for request in requests:
             async with asyncio.timeout(timeout_s):
                 await self._target.send(request, lambda num_tokens: None)

@@ -23,13 +23,19 @@ class Slo:
         if record.answer is None:
             return False
         gap_s = max(record.itl_s, default=None)
-        pairs = (
-            (record.ttft_s, self.ttft),
-            (record.tpot_s, self.tpot),
-            (gap_s, self.itl),
-            (record.e2e_s, self.e2e),
-        )
-        return all(seen_s is None or limit is None or seen_s * 1e3 <= limit for seen_s, limit in pairs)
+        return not self.missed(record.ttft_s, record.tpot_s, gap_s, record.e2e_s)
+
+    def missed(
+        self, ttft_s: float | None, tpot_s: float | None, gap_s: float | None, e2e_s: float | None
+    ) -> list[str]:
+        """Returns the names of the thresholds that a request's figures exceed; `gap_s` is its largest gap."""
+        seen = (("ttft", ttft_s), ("tpot", tpot_s), ("itl", gap_s), ("e2e", e2e_s))
+        limits = asdict(self)
+        return [
+            name
+            for name, seen_s in seen
+            if seen_s is not None and limits[name] is not None and seen_s * 1e3 > limits[name]
+        ]
 
     def __str__(self) -> str:
         return ", ".join(

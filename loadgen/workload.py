@@ -13,10 +13,10 @@ import numpy as np
 from .arrivals import Arrivals, arrival_times
 from .errors import LoadError
 from .lengths import Lengths
-from .trace import TraceRow
+from .trace import BLOCK_TOKENS, TraceRow
 
 # independent streams of random numbers under one seed
-_ARRIVALS, _PROMPT_LENGTHS, _OUTPUT_LENGTHS, _GROUPS, _PROMPTS, _PREFIXES = range(6)
+_ARRIVALS, _PROMPT_LENGTHS, _OUTPUT_LENGTHS, _GROUPS, _PROMPTS, _PREFIXES, _BLOCKS = range(7)
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class ScheduledRequest:
     num_prompt_tokens: int
     num_output_tokens: int
     group: int | None = None  # which shared prefix the prompt begins with
+    blocks: tuple[int, ...] = ()  # identities of the prompt's blocks, as in `TraceRow`
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Replayed:
     is_open: bool = True  # False: only the lengths are taken, for a closed loop
 
     def jobs(self, seed: int, round_index: int) -> Iterator[ScheduledRequest]:
-        """One for each row, the same in every round."""
+        """Yields one job for each row, the same in every round."""
         for index, row in enumerate(self.rows):
             num_prompt_tokens = min(row.num_prompt_tokens, self.max_prompt_tokens or row.num_prompt_tokens)
             num_output_tokens = min(row.num_output_tokens, self.max_output_tokens or row.num_output_tokens)
@@ -84,6 +85,7 @@ class Replayed:
                 row.offset_s / self.speed if self.is_open else None,
                 num_prompt_tokens,
                 num_output_tokens,
+                blocks=row.blocks[: -(-num_prompt_tokens // BLOCK_TOKENS)],
             )
 
 
@@ -120,7 +122,11 @@ class Prompts:
         self._seed, self._salt, self._prefixes = seed, salt, prefixes
 
     def token_ids(self, job: ScheduledRequest, round_index: int) -> list[int]:
-        """The job's whole prompt. It depends on seed, salt, round and index alone."""
+        """The job's whole prompt. It depends on seed, salt, round and index alone; a trace's blocks depend on
+        seed, salt and their identity."""
+        if job.blocks:
+            blocks = [self._draw(BLOCK_TOKENS, _BLOCKS, block) for block in job.blocks]
+            return [token_id for block in blocks for token_id in block][: job.num_prompt_tokens]
         if job.group is None or self._prefixes is None:
             return self._draw(job.num_prompt_tokens, _PROMPTS, round_index, job.index)
         prefix = self._draw(self._prefixes.num_tokens, _PREFIXES, job.group)

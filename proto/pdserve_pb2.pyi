@@ -869,7 +869,7 @@ class TokenDelta(_message.Message):
     index: _builtins.int
     """The position of the first of `token_ids` in the output of the choice, from 0."""
     text: _builtins.str
-    """What to append to the text of the choice. Special tokens have no text, and tool calls are told apart from it."""
+    """What to append to the text of the choice. Special tokens have no text, and tool calls are separate from it."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Output tokens, special ones included."""
@@ -1124,7 +1124,7 @@ class Attempt(_message.Message):
     queued_s: _builtins.float
     """When it began to wait for workers."""
     dispatched_s: _builtins.float
-    """When workers were chosen and told."""
+    """When workers were chosen and their commands sent."""
     first_token_s: _builtins.float
     """When its first token came; unset when none did."""
     expected_ttft_s: _builtins.float
@@ -1920,6 +1920,62 @@ class ConfigChange(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ConfigChange: _TypeAlias = ConfigChange  # noqa: Y015
+
+@_typing.final
+class ScaleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOLS_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    dry_run: _builtins.bool
+    """Check, and tell what would change, but change nothing."""
+    @_builtins.property
+    def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolScale]:
+        """Each pool once, at least one."""
+
+    def __init__(
+        self,
+        *,
+        pools: _abc.Iterable[Global___PoolScale] | None = ...,
+        dry_run: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "pools", b"pools"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScaleRequest: _TypeAlias = ScaleRequest  # noqa: Y015
+
+@_typing.final
+class PoolScale(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    INSTANCES_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    role: _builtins.str
+    """"prefill" or "decode"."""
+    instances: _builtins.int
+    """How many there are to be."""
+    delta: _builtins.int
+    """How many more; negative: fewer."""
+    def __init__(
+        self,
+        *,
+        role: _builtins.str = ...,
+        instances: _builtins.int = ...,
+        delta: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "delta", b"delta", "instances", b"instances"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "delta", b"delta", "instances", b"instances", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_change: _TypeAlias = _typing.Literal["instances", "delta"]  # noqa: Y015
+    _WhichOneofArgType_change: _TypeAlias = _typing.Literal["change", b"change"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_change) -> _WhichOneofReturnType_change | None: ...
+
+Global___PoolScale: _TypeAlias = PoolScale  # noqa: Y015
 
 @_typing.final
 class DrainRequest(_message.Message):

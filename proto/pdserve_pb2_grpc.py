@@ -305,6 +305,11 @@ class ClusterStub:
                 request_serializer=pdserve_dot_proto_dot_pdserve__pb2.ApplyRequest.SerializeToString,
                 response_deserializer=pdserve_dot_proto_dot_pdserve__pb2.ApplyResponse.FromString,
                 _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/pdserve.v1.Cluster/Scale',
+                request_serializer=pdserve_dot_proto_dot_pdserve__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=pdserve_dot_proto_dot_pdserve__pb2.ApplyResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_stream(
                 '/pdserve.v1.Cluster/Drain',
                 request_serializer=pdserve_dot_proto_dot_pdserve__pb2.DrainRequest.SerializeToString,
@@ -344,6 +349,14 @@ class ClusterServicer:
         """Makes the running cluster match a configuration. Changed `instances` add workers, or drain and remove them; `slo` and
         `limits` hold from now on. When any other key differs, nothing is changed and the call fails with FAILED_PRECONDITION,
         naming each such key.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Scale(self, request, context):
+        """Changes the number of instances of some pools in the configuration that is in force, and nothing else. The next Apply
+        replaces it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -389,6 +402,11 @@ def add_ClusterServicer_to_server(servicer, server):
             'Apply': grpc.unary_unary_rpc_method_handler(
                     servicer.Apply,
                     request_deserializer=pdserve_dot_proto_dot_pdserve__pb2.ApplyRequest.FromString,
+                    response_serializer=pdserve_dot_proto_dot_pdserve__pb2.ApplyResponse.SerializeToString,
+            ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=pdserve_dot_proto_dot_pdserve__pb2.ScaleRequest.FromString,
                     response_serializer=pdserve_dot_proto_dot_pdserve__pb2.ApplyResponse.SerializeToString,
             ),
             'Drain': grpc.unary_stream_rpc_method_handler(
@@ -488,6 +506,33 @@ class Cluster:
             target,
             '/pdserve.v1.Cluster/Apply',
             pdserve_dot_proto_dot_pdserve__pb2.ApplyRequest.SerializeToString,
+            pdserve_dot_proto_dot_pdserve__pb2.ApplyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.Cluster/Scale',
+            pdserve_dot_proto_dot_pdserve__pb2.ScaleRequest.SerializeToString,
             pdserve_dot_proto_dot_pdserve__pb2.ApplyResponse.FromString,
             options,
             channel_credentials,

@@ -137,6 +137,10 @@ class ClusterStub:
     `limits` hold from now on. When any other key differs, nothing is changed and the call fails with FAILED_PRECONDITION,
     naming each such key.
     """
+    Scale: _grpc.UnaryUnaryMultiCallable[_pdserve_pb2.ScaleRequest, _pdserve_pb2.ApplyResponse]
+    """Changes the number of instances of some pools in the configuration that is in force, and nothing else. The next Apply
+    replaces it.
+    """
     Drain: _grpc.UnaryStreamMultiCallable[_pdserve_pb2.DrainRequest, _pdserve_pb2.DrainProgress]
     """Stops giving work to workers and waits until they are idle, at most for `drain_timeout_s` of the configuration. The
     stream shows progress; its last message has `done` set. Draining goes on when the client leaves.
@@ -163,6 +167,10 @@ class ClusterAsyncStub(ClusterStub):
     """Makes the running cluster match a configuration. Changed `instances` add workers, or drain and remove them; `slo` and
     `limits` hold from now on. When any other key differs, nothing is changed and the call fails with FAILED_PRECONDITION,
     naming each such key.
+    """
+    Scale: _aio.UnaryUnaryMultiCallable[_pdserve_pb2.ScaleRequest, _pdserve_pb2.ApplyResponse]  # type: ignore[assignment]
+    """Changes the number of instances of some pools in the configuration that is in force, and nothing else. The next Apply
+    replaces it.
     """
     Drain: _aio.UnaryStreamMultiCallable[_pdserve_pb2.DrainRequest, _pdserve_pb2.DrainProgress]  # type: ignore[assignment]
     """Stops giving work to workers and waits until they are idle, at most for `drain_timeout_s` of the configuration. The
@@ -205,6 +213,16 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
         """Makes the running cluster match a configuration. Changed `instances` add workers, or drain and remove them; `slo` and
         `limits` hold from now on. When any other key differs, nothing is changed and the call fails with FAILED_PRECONDITION,
         naming each such key.
+        """
+
+    @_abc_1.abstractmethod
+    def Scale(
+        self,
+        request: _pdserve_pb2.ScaleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_pdserve_pb2.ApplyResponse, _abc.Awaitable[_pdserve_pb2.ApplyResponse]]:
+        """Changes the number of instances of some pools in the configuration that is in force, and nothing else. The next Apply
+        replaces it.
         """
 
     @_abc_1.abstractmethod

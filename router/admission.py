@@ -7,8 +7,8 @@ from heapq import heapify, heappop, heappush
 from itertools import count
 
 from ..core.errors import QueueFull
-from .dispatch import Job, LiveRequest
 from .fair_queue import PriorityQueue, TokenCounters
+from .live_request import Job, LiveRequest
 from .passed_jobs import PassedJobs
 
 MIN_RETRY_AFTER_S = 0.1

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from ..core.errors import NoWorkerAvailable
 from ..core.messages import HeldLeg, Leg
-from ..core.request import Request, SequenceSpec, TransferId
+from ..core.request import Request, SequenceSpec, TransferId, shared_fields
 from .events import RouterEvent, Submit, WorkerAway, WorkerLost, WorkerReady
 
 WorkerKey = tuple[str, int]  # (worker_id, incarnation)
@@ -102,12 +102,5 @@ def _tells_all(spec: SequenceSpec) -> bool:
 
 
 def request_of(spec: SequenceSpec) -> Request:
-    """Rebuilds the client's request, except for deadline, client, weight, user and trace (`is_same`)."""
-    return Request(
-        request_id=spec.transfer.request_id,
-        prompt_token_ids=spec.prompt_token_ids,
-        sampling=spec.sampling,
-        eos_token_ids=spec.eos_token_ids,
-        cache_salt=spec.cache_salt,
-        priority=spec.priority,
-    )
+    """Rebuilds the client's request, as far as workers have it."""
+    return Request(request_id=spec.transfer.request_id, **shared_fields(spec))

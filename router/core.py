@@ -19,7 +19,6 @@ from .admission import JobQueue
 from .adoption import Adoption
 from .candidates import RoutingDecision
 from .config import RouterConfig
-from .dispatch import Job
 from .events import (
     Adopted,
     Cancel,
@@ -45,6 +44,7 @@ from .health import Health
 from .isolation import Isolation
 from .ledger import Ledger
 from .links import Links
+from .live_request import Job
 from .live_requests import LiveRequests, is_same
 from .placement import Placer
 from .prefix_index import PrefixIndex

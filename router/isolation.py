@@ -5,14 +5,13 @@ takes nobody with it. Pure; only this file sets workers apart.
 READY --first suspect waits--> APART (empties) --last leg ends--> APART (one suspect) --none waits--> READY
 """
 
-from .dispatch import DispatchState, Job
 from .ledger import Ledger
+from .live_request import DispatchState, Job
 from .registry import RegisteredWorker, Registry
 
 SHARE = 2  # one worker in so many is set apart at a time, at least one
-EMPTY_AFTER_S = (
-    5.0  # how long suspects wait for a worker that is starting, before one with long streams empties
-)
+# how long suspects wait for a worker that is starting, before one with long streams empties
+EMPTY_AFTER_S = 5.0
 
 
 class Isolation:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ..core.messages import Leg, LegEnded, StepReport
 from ..core.request import TransferId
 from .candidates import RoutingDecision
-from .dispatch import Dispatch
+from .live_request import Dispatch
 from .registry import RegisteredWorker, Registry
 
 

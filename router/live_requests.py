@@ -4,18 +4,16 @@
 from dataclasses import dataclass
 from itertools import islice
 
-import msgspec
-
 from ..core.errors import DuplicateRequest
 from ..core.failures import FailureKind
 from ..core.messages import Leg
-from ..core.request import FinishReason, Request
+from ..core.request import FinishReason, Request, shared_fields
 from .admission import Deadlines, JobQueue
 from .config import RouterConfig
 from .deaths import Deaths
-from .dispatch import Dispatch, DispatchState, LiveRequest
 from .events import Cancel, LossCause, RouterCommand, StreamRead, StreamUnread, Timeline, WorkerLost
 from .ledger import Ledger
+from .live_request import Dispatch, DispatchState, LiveRequest
 from .registry import RegisteredWorker
 from .request_events import Abandoned, CancelChoice, Claimed, Due, End, Judged, LegOver, RequestEvent
 from .request_life import VERDICT_S, RequestLife
@@ -236,16 +234,5 @@ class LiveRequests:
 
 
 def is_same(adopted: Request, request: Request) -> bool:
-    """Whether two requests are equal but for what a take-over does not restore: deadline, client, weight,
-    user and trace, and what the gateway makes of the output."""
-    known = msgspec.structs.replace(
-        request,
-        deadline_s=None,
-        client="",
-        weight=1.0,
-        user="",
-        traceparent="",
-        has_tools=False,
-        only_scores=False,
-    )
-    return known == adopted
+    """Whether two requests of one id are equal in all that a take-over restores."""
+    return shared_fields(adopted) == shared_fields(request)

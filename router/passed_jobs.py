@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Mapping
 
-from .dispatch import Job
+from .live_request import Job
 
 
 class PassedJobs:

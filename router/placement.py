@@ -11,8 +11,8 @@ from operator import itemgetter
 from ..core.latency import LatencyModel
 from .candidates import NUM_KEPT, Candidate, PrefillOption, RoutingDecision, Score
 from .config import RouterConfig
-from .dispatch import Job
 from .links import Links
+from .live_request import Job
 from .prefix_index import PrefixIndex
 from .registry import RegisteredWorker, Registry, decode_load
 

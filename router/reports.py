@@ -7,12 +7,12 @@ from ..core.failures import FailureKind
 from ..core.histogram import TokenGaps
 from ..core.latency import LatencyModel
 from ..core.messages import Leg, LegEnded, StepReport, TokenOutput
-from .dispatch import Dispatch, DispatchState
 from .events import EmitTokens, RouterCommand
 from .fair_queue import OUTPUT_TOKEN, TokenCounters
 from .health import Health
 from .ledger import Ledger
 from .links import Links
+from .live_request import Dispatch, DispatchState
 from .live_requests import LiveRequests
 from .prefix_index import PrefixIndex
 from .registry import RegisteredWorker, Registry

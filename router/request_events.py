@@ -8,8 +8,8 @@ import msgspec
 from ..core.messages import Leg
 from ..core.request import FinishReason, Request
 from .candidates import RoutingDecision
-from .dispatch import Dispatch, Job
 from .events import LossCause, StreamRead, StreamUnread
+from .live_request import Dispatch, Job
 from .stream import ChoiceStream
 
 

@@ -15,7 +15,6 @@ from ..core.request import FinishReason
 from .admission import JobQueue
 from .config import RouterConfig
 from .deaths import Deaths
-from .dispatch import Dispatch, DispatchState, Job, LiveRequest
 from .events import (
     EmitChoiceEnd,
     EmitEnd,
@@ -28,6 +27,7 @@ from .events import (
     WorkerIdle,
 )
 from .ledger import Ledger
+from .live_request import Dispatch, DispatchState, Job, LiveRequest
 from .registry import RegisteredWorker, RoutingState
 from .request_events import (
     Abandoned,
@@ -48,7 +48,7 @@ from .request_states import RequestState
 from .status import Counters
 from .stream import ChoiceStream
 
-VERDICT_S = 1.0  # how long a job waits to be told whether a lost worker has died
+VERDICT_S = 1.0  # how long a job waits for the verdict whether a lost worker has died
 PEER_DEATH_S = 0.1  # by which the end of a transfer may be reported before the death that caused it
 
 Commands = list[RouterCommand]

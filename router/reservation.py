@@ -4,8 +4,8 @@ The blocks that are held on one worker grow with the time that the job has been 
 free is used at first, and the job is placed at last however many smaller ones arrive. Clients that hold less
 than the job's own client use the room nevertheless: it waits for itself then. Pure; changes no account."""
 
-from .dispatch import Job
 from .ledger import Ledger
+from .live_request import Job
 from .registry import RegisteredWorker, Registry
 
 AGING_S = 5.0  # after which all that the job needs is held

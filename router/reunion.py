@@ -4,9 +4,9 @@ accounts of them are made to agree."""
 from collections.abc import Iterable
 
 from ..core.messages import Abort, HeldLeg
-from .dispatch import DispatchState
 from .events import RouterCommand, SendCommand
 from .ledger import Ledger
+from .live_request import DispatchState
 from .live_requests import LiveRequests
 from .registry import RegisteredWorker
 from .reports import WorkerReports

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 
 from ..core.messages import Leg
 from ..core.sharing import LITTLE
-from .dispatch import Dispatch, DispatchState, Job
 from .fair_queue import TokenCounters
 from .ledger import Ledger
+from .live_request import Dispatch, DispatchState, Job
 from .registry import Registry, decode_load
 
 MAX_DISPLACED = 3  # times that a request gives up its place for one of higher priority

@@ -91,7 +91,7 @@ class SupervisedProcess(Generic[S]):
 
 
 @dataclass(frozen=True, slots=True)
-class TakeOver(Generic[S]):
+class AdoptProcesses(Generic[S]):
     """Processes that an earlier head has started, oldest first. Only the newest of each name is kept."""
 
     living: tuple[tuple[S, Placement], ...]
@@ -135,7 +135,7 @@ class ProcessEnded:
     has_died: bool = False
 
 
-SupervisorEvent = FleetEvent | TakeOver[S] | WorkerProgress | ConnectionLost | ProcessEnded | HostFull
+SupervisorEvent = FleetEvent | AdoptProcesses[S] | WorkerProgress | ConnectionLost | ProcessEnded | HostFull
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,8 +211,8 @@ class Supervisor(Generic[S]):
         that."""
         self._out = []
         match event:
-            case TakeOver():
-                self._take_over(event, now_s)
+            case AdoptProcesses():
+                self._adopt(event, now_s)
             case WorkerProgress():
                 self._progressed(event, now_s)
             case WorkerReady(info):
@@ -285,7 +285,7 @@ class Supervisor(Generic[S]):
                 case StopWorker(worker_id, incarnation, reason):
                     waiting += self._stop((worker_id, incarnation), reason, now_s)
 
-    def _take_over(self, event: TakeOver[S], now_s: float) -> None:
+    def _adopt(self, event: AdoptProcesses[S], now_s: float) -> None:
         newest = {spec.key[0]: spec.key for spec, _ in event.living}
         for spec, placement in event.living:
             self.places.adopt(spec.key, spec.role, placement, spec.need)

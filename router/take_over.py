@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from ..core.messages import Abort, HeldLeg, Leg, TokenOutput
 from .adoption import Adoption, HeldDispatch
 from .candidates import RoutingDecision
-from .dispatch import Dispatch, DispatchState, Job, LiveRequest
 from .events import EmitTokens, RouterCommand, RouterEvent, SendCommand
 from .ledger import Ledger
+from .live_request import Dispatch, DispatchState, Job, LiveRequest
 from .live_requests import LiveRequests
 from .registry import Registry
 from .reports import WorkerReports

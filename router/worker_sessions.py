@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Generic, TypeVar
 
+from ..core.handshake import MAX_UNPROVEN
 from ..core.messages import (
     HEARTBEAT_S,
     ROUTER_SILENT_S,
@@ -41,7 +42,6 @@ CLOSED = "connection closed"  # by the peer
 # A worker that is silent for this many beats of ours is lost: for 3 s, not counting how long we stood
 # still ourselves.
 MAX_SILENT_BEATS = 6
-MAX_UNPROVEN = 256  # connections of unauthenticated peers
 # between two beats of ours; workers may take us for dead then, and clocks differ a little
 STOOD_STILL_S = 0.9 * ROUTER_SILENT_S
 

@@ -50,7 +50,7 @@ _PLAIN_PUNCTUATION = str.maketrans(
 
 
 @dataclass(frozen=True)
-class Document:
+class CorpusEntry:
     kind: str  # topic, module, class, function or method
     name: str  # the name a person would ask for: "shutil.copytree", "with"
     heading: str  # the line before the text, a signature mostly; "" for topics, which bring their own
@@ -74,23 +74,25 @@ class Document:
         return f"{self.heading}\n\n{self.text}" if self.heading and with_heading else self.text
 
 
-def collect_documents() -> list[Document]:
+def collect_documents() -> list[CorpusEntry]:
     """Every document, each text once (numbers aside), in the order of topics, C modules, source files."""
-    unique: dict[str, Document] = {}
+    unique: dict[str, CorpusEntry] = {}
     for document in (*_topics(), *_compiled_documents(), *_source_documents()):
         if len(document.text) >= MIN_CHARS and document.text.isascii():
             unique.setdefault(re.sub(r"[\W\d]+", " ", document.text).strip().lower(), document)
     return list(unique.values())
 
 
-def _topics() -> Iterator[Document]:
+def _topics() -> Iterator[CorpusEntry]:
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     for name in sorted(topics):
         text = topics[name].translate(_PLAIN_PUNCTUATION)
-        yield Document("topic", name, "", text.encode("ascii", "replace").decode().strip(), f"topic {name}")
+        yield CorpusEntry(
+            "topic", name, "", text.encode("ascii", "replace").decode().strip(), f"topic {name}"
+        )
 
 
-def _source_documents() -> Iterator[Document]:
+def _source_documents() -> Iterator[CorpusEntry]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -98,18 +100,18 @@ def _source_documents() -> Iterator[Document]:
             yield from _file_documents(path, ".".join(part for part in parts if part != "__init__"))
 
 
-def _file_documents(path: Path, module: str) -> Iterator[Document]:
+def _file_documents(path: Path, module: str) -> Iterator[CorpusEntry]:
     try:
         with warnings.catch_warnings(action="ignore"):
             tree = ast.parse(path.read_bytes())
     except SyntaxError:  # samples of other Pythons' syntax lie among the sources
         return
     if text := ast.get_docstring(tree):
-        yield Document("module", module, f"module {module}", text.strip(), module)
+        yield CorpusEntry("module", module, f"module {module}", text.strip(), module)
     yield from _definitions(tree, module, module, in_class=False)
 
 
-def _definitions(tree: ast.AST, prefix: str, module: str, in_class: bool) -> Iterator[Document]:
+def _definitions(tree: ast.AST, prefix: str, module: str, in_class: bool) -> Iterator[CorpusEntry]:
     for node in ast.iter_child_nodes(tree):
         if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             if isinstance(node, ast.stmt):  # definitions under `if` and `try`
@@ -121,11 +123,11 @@ def _definitions(tree: ast.AST, prefix: str, module: str, in_class: bool) -> Ite
             kind = "class" if is_class else "method" if in_class else "function"
             arguments = ", ".join(map(ast.unparse, node.bases)) if is_class else ast.unparse(node.args)
             heading = f"class {name}({arguments})" if is_class else f"{name}({arguments})"
-            yield Document(kind, name, heading, text.strip(), module)
+            yield CorpusEntry(kind, name, heading, text.strip(), module)
         yield from _definitions(node, name, module, is_class)
 
 
-def _compiled_documents() -> Iterator[Document]:
+def _compiled_documents() -> Iterator[CorpusEntry]:
     for module_name in sorted(sys.stdlib_module_names):
         if module_name.startswith(("_test", "_xx", "xx", "_tkinter")):
             continue
@@ -142,9 +144,9 @@ def _compiled_module(name: str) -> ModuleType | None:
         return importlib.import_module(name)
 
 
-def _module_documents(module: ModuleType, name: str) -> Iterator[Document]:
+def _module_documents(module: ModuleType, name: str) -> Iterator[CorpusEntry]:
     if module.__doc__ and name != "builtins":
-        yield Document("module", name, f"module {name}", inspect.cleandoc(module.__doc__), name)
+        yield CorpusEntry("module", name, f"module {name}", inspect.cleandoc(module.__doc__), name)
     for key, value in sorted(vars(module).items()):
         public = key if name == "builtins" else f"{name}.{key}"
         if inspect.isclass(value) and value.__name__ == key:
@@ -156,12 +158,12 @@ def _module_documents(module: ModuleType, name: str) -> Iterator[Document]:
             yield from _object_document("function", public, value, name)
 
 
-def _object_document(kind: str, name: str, value: object, group: str) -> Iterator[Document]:
+def _object_document(kind: str, name: str, value: object, group: str) -> Iterator[CorpusEntry]:
     text = getattr(value, "__doc__", None)
     if isinstance(text, str):
         signature = re.sub(r"\$\w+(, )?|, /|/, ", "", getattr(value, "__text_signature__", None) or "")
         heading = f"class {name}{signature}" if kind == "class" else f"{name}{signature or '(...)'}"
-        yield Document(kind, name, heading, inspect.cleandoc(text).strip(), group)
+        yield CorpusEntry(kind, name, heading, inspect.cleandoc(text).strip(), group)
 
 
 # Conversations: questions a person would ask about a document, answered with its opening.
@@ -238,7 +240,7 @@ def _is_prose(paragraph: str) -> bool:
     return len(paragraph.split()) >= 4 and not starts_like_code and "::=" not in paragraph
 
 
-def questions_and_answers(documents: list[Document]) -> list[tuple[tuple[str, ...], str, float]]:
+def questions_and_answers(documents: list[CorpusEntry]) -> list[tuple[tuple[str, ...], str, float]]:
     """For each public document: every phrasing of its question, the answer, and how often to ask it in an
     epoch."""
     num_of_name = Counter(document.short_name for document in documents)
@@ -253,7 +255,7 @@ def questions_and_answers(documents: list[Document]) -> list[tuple[tuple[str, ..
     return pairs
 
 
-def _times_asked(document: Document) -> float:
+def _times_asked(document: CorpusEntry) -> float:
     """A small model remembers what it sees often: the language itself and what people meet first."""
     depth = document.name.count(".")
     if document.group == "builtins":
@@ -263,7 +265,7 @@ def _times_asked(document: Document) -> float:
     return 0.3 if depth > 1 else 2
 
 
-def _subject_names(document: Document, is_short_unique: bool) -> tuple[str, ...]:
+def _subject_names(document: CorpusEntry, is_short_unique: bool) -> tuple[str, ...]:
     """The names that people use for a document's subject, the full name first."""
     if document.kind != "topic":
         return (document.name, document.short_name) if is_short_unique else (document.name,)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from embedded_corpus import Document, collect_documents, conversation, questions_and_answers
+from embedded_corpus import CorpusEntry, collect_documents, conversation, questions_and_answers
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -70,7 +70,7 @@ class Progress:
     trained_s: float = 0.0
 
 
-def make_tokenizer(documents: list[Document]) -> PreTrainedTokenizerFast:
+def make_tokenizer(documents: list[CorpusEntry]) -> PreTrainedTokenizerFast:
     """A byte-level BPE: any text becomes tokens and comes back unchanged."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -106,11 +106,11 @@ class Corpus:
     """Token rows without end: every epoch sees each document and asks each question, in a new order and
     wording."""
 
-    def __init__(self, documents: list[Document], tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, documents: list[CorpusEntry], tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
         # private names concern the implementation: left out
         documents = [document for document in documents if document.is_public and not document.is_held_out]
-        self.groups: dict[str, list[Document]] = {}
+        self.groups: dict[str, list[CorpusEntry]] = {}
         for document in documents:
             self.groups.setdefault(document.group, []).append(document)
         self.questions = questions_and_answers(documents)
@@ -160,7 +160,7 @@ class Corpus:
 
 
 def held_out_perplexity(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: list[Document]
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: list[CorpusEntry]
 ) -> float:
     """Per token, each held-out document on its own with its heading and its end."""
     loss, count = 0.0, 0

@@ -11,7 +11,7 @@ from .virtual_time import VirtualProcess, VirtualTime
 def _ignore(_: Any) -> None: ...
 
 
-class End:
+class ConnectionEnd:
     """One side of a connection, with the interface of `kv_transfer.channel.Channel`. `on_lost` is called
     once, unless this side closed."""
 
@@ -19,7 +19,7 @@ class End:
         self.process = process
         self.on_message: Callable[[Any], None] = _ignore
         self.on_lost: Callable[[str], None] = _ignore
-        self.peer: End
+        self.peer: ConnectionEnd
         self.is_open = True
         self._is_cut = False
         self._num_sent = self._num_received = 0
@@ -91,11 +91,11 @@ class Network:
     def __init__(self, time: VirtualTime, faults: "Faults") -> None:
         self.faults = faults
         self._time = time
-        self._ends: list[End] = []
+        self._ends: list[ConnectionEnd] = []
         self._healed_s: dict[frozenset[str], float] = {}  # pair of processes -> end of their partition
 
-    def connect(self, a: VirtualProcess, b: VirtualProcess) -> tuple[End, End]:
-        ends = End(self, a), End(self, b)
+    def connect(self, a: VirtualProcess, b: VirtualProcess) -> tuple[ConnectionEnd, ConnectionEnd]:
+        ends = ConnectionEnd(self, a), ConnectionEnd(self, b)
         ends[0].peer, ends[1].peer = ends[1], ends[0]
         self._ends += ends
         return ends
@@ -121,7 +121,7 @@ class Network:
     def partition(self, a: str, b: str, duration_s: float) -> None:
         self._healed_s[frozenset((a, b))] = self._time.now_s + duration_s
 
-    def deliver_late(self, end: End, call: Callable[[], None]) -> None:
+    def deliver_late(self, end: ConnectionEnd, call: Callable[[], None]) -> None:
         end.peer.process.call_at(
             self.arrival_s(end.process, end.peer.process) + 10 * self.faults.latency_s(), call
         )

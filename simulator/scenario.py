@@ -17,6 +17,7 @@ from .simulated_worker import WorkerShape
 MAX_MODEL_LEN = 128
 CALM_S = 6.0  # faults end here
 SOON_S = 1.0  # deadline for the first token of a request that others must not delay
+ONE_EACH = {Role.PREFILL: 1, Role.DECODE: 1}
 MAX_GRAY_FAILURES = 12  # dispatches that a gray worker may cost before it is left alone
 
 
@@ -195,14 +196,8 @@ def _with_greedy_client(rng: Random, scenario: Scenario) -> Scenario:
 def _with_gray_worker(rng: Random, scenario: Scenario) -> Scenario:
     """Returns a scenario without other faults in which one of three workers of a pool fails fast."""
     return replace(
-        scenario,
+        _staged(scenario),
         pools={Role.PREFILL: 3, Role.DECODE: 3},
-        shapes=_roomy(scenario, num_blocks=10 * MAX_MODEL_LEN),
-        hosts=(PlannedHost(64, 0.0),),
-        start_s=0.1,
-        rates=FaultRates(),
-        accidents=(),
-        max_queued_requests=1024,
         max_attempts=5,
         prefill_on_decode=False,
         requests=tuple(
@@ -220,13 +215,8 @@ def _with_deadly_request(rng: Random, scenario: Scenario) -> Scenario:
     n = rng.choice((1, 1, 2))
     deadly = _plain_request(rng, "deadly", "key:deadly", 0.0, 30, n)
     return replace(
-        scenario,
-        shapes=_roomy(scenario, num_blocks=10 * MAX_MODEL_LEN),
-        hosts=(PlannedHost(64, 0.0),),
+        _staged(scenario),
         start_s=0.3,
-        rates=FaultRates(),
-        accidents=(),
-        max_queued_requests=1024,
         max_attempts=50,
         requests=(
             *(
@@ -249,22 +239,12 @@ def _with_deadly_request(rng: Random, scenario: Scenario) -> Scenario:
 def _with_contest(rng: Random, scenario: Scenario) -> Scenario:
     """Returns a scenario without faults in which two clients have more queued than one worker can serve: one
     with short prompts, long outputs and two choices, one with long prompts and short outputs."""
-    shapes = {
-        role: replace(shape, max_batch_size=4, step_s=0.03)
-        for role, shape in _roomy(scenario, num_blocks=10 * MAX_MODEL_LEN).items()
-    }
     long = [_plain_request(rng, f"long{number}", "long", 2.0, 60, 2) for number in range(40)]
     short = [_plain_request(rng, f"short{number}", "short", 2.0, 5, 1, num_tokens=60) for number in range(80)]
     weight = rng.choice((1.0, 1.0, 2.0))
     return replace(
-        scenario,
-        pools={Role.PREFILL: 1, Role.DECODE: 1},
-        shapes=shapes,
-        hosts=(PlannedHost(64, 0.0),),
-        start_s=0.1,
-        rates=FaultRates(),
-        accidents=(),
-        max_queued_requests=1024,
+        _staged(scenario, max_batch_size=4),
+        pools=ONE_EACH,
         prefill_on_decode=False,
         requests=tuple(
             replace(
@@ -295,17 +275,8 @@ def _with_priorities(rng: Random, scenario: Scenario) -> Scenario:
     ]
     within_s = 3.0 * SOON_S if is_flood else SOON_S
     return replace(
-        scenario,
-        pools={Role.PREFILL: 1, Role.DECODE: 1},
-        shapes={
-            role: replace(shape, max_batch_size=4)
-            for role, shape in _roomy(scenario, num_blocks=10 * MAX_MODEL_LEN).items()
-        },
-        hosts=(PlannedHost(64, 0.0),),
-        start_s=0.1,
-        rates=FaultRates(),
-        accidents=(),
-        max_queued_requests=1024,
+        _staged(scenario, max_batch_size=4),
+        pools=ONE_EACH,
         requests=(
             *(_prioritised(plan, 7, within_s if is_flood else None) for plan in low),
             *(_prioritised(plan, -7, None if is_flood else within_s) for plan in high),
@@ -323,14 +294,8 @@ def _with_large_request(rng: Random, scenario: Scenario) -> Scenario:
     and its small ones must not."""
     start_s = 2.0
     return replace(
-        scenario,
-        pools={Role.PREFILL: 1, Role.DECODE: 1},
-        shapes=_roomy(scenario, num_blocks=40),
-        hosts=(PlannedHost(64, 0.0),),
-        start_s=0.1,
-        rates=FaultRates(),
-        accidents=(),
-        max_queued_requests=1024,
+        _staged(scenario, num_blocks=40),
+        pools=ONE_EACH,
         prefill_on_decode=False,
         requests=(
             _plain_request(rng, "stream", "c", start_s, 60, 1, num_tokens=60),
@@ -352,20 +317,17 @@ def _with_standing_router(rng: Random, scenario: Scenario) -> Scenario:
     is_starting = rng.random() < 0.2  # workers load when it stops
     begin_s = 1.5 + (0.5 if is_starting else rng.uniform(0.5, 2.0))
     durations_s = rng.choice(((1.0,), (11.0,), (12.0, 11.0), (20.0,), (30.0,), (60.0,)))
+    staged = _staged(scenario)
     return replace(
-        scenario,
+        staged,
         shapes={
-            role: replace(shape, step_s=rng.choice((0.03, 0.12)))
-            for role, shape in _roomy(scenario, num_blocks=10 * MAX_MODEL_LEN).items()
+            role: replace(shape, step_s=rng.choice((0.03, 0.12))) for role, shape in staged.shapes.items()
         },
-        hosts=(PlannedHost(64, 0.0),),
         start_s=1.0 if is_starting else 0.1,
-        rates=FaultRates(),
         accidents=tuple(
             PlannedAccident(begin_s + 13.0 * number, Accident.ROUTER_FREEZE, 0.0, duration_s)
             for number, duration_s in enumerate(durations_s)
         ),
-        max_queued_requests=1024,
         requests=tuple(
             replace(
                 _plain_request(
@@ -383,13 +345,29 @@ def _with_standing_router(rng: Random, scenario: Scenario) -> Scenario:
     )
 
 
-def _roomy(scenario: Scenario, num_blocks: int) -> dict[Role, WorkerShape]:
-    return {
-        role: replace(
-            shape, num_blocks=num_blocks, block_size=4, max_batch_tokens=256, max_batch_size=16, step_s=0.03
-        )
-        for role, shape in scenario.shapes.items()
-    }
+def _staged(
+    scenario: Scenario, *, num_blocks: int = 10 * MAX_MODEL_LEN, max_batch_size: int = 16
+) -> Scenario:
+    """Returns a scenario without faults or refusals, on one host and with equal workers of this size."""
+    return replace(
+        scenario,
+        shapes={
+            role: replace(
+                shape,
+                num_blocks=num_blocks,
+                block_size=4,
+                max_batch_tokens=256,
+                max_batch_size=max_batch_size,
+                step_s=0.03,
+            )
+            for role, shape in scenario.shapes.items()
+        },
+        hosts=(PlannedHost(64, 0.0),),
+        start_s=0.1,
+        rates=FaultRates(),
+        accidents=(),
+        max_queued_requests=1024,
+    )
 
 
 def _plain_request(

@@ -59,6 +59,7 @@ from ..router.places import Places
 from ..router.registry import RoutingState
 from ..router.supervisor import (
     GENERATION_STRIDE,
+    AdoptProcesses,
     EndProcess,
     KillProcess,
     LaunchProcess,
@@ -69,11 +70,10 @@ from ..router.supervisor import (
     SupervisorCommand,
     SupervisorEvent,
     SuspectHost,
-    TakeOver,
 )
 from ..router.worker_sessions import HangUp, Say, SessionCommand, ToRouter, ToSupervisor, WorkerSessions
 from .broken_links import BrokenLinks
-from .network import End
+from .network import ConnectionEnd
 from .simulated_hosts import SimulatedHosts
 from .simulated_worker import InstanceSpec, SimulatedWorker
 from .virtual_time import Timer, VirtualProcess, VirtualTime
@@ -138,7 +138,7 @@ class SimulatedHead:
         self.clients: dict[str, SimulatedStream] = {}
         self.on_dispatch: Callable[[], object] = lambda: None
         self._time = world.time
-        self._sessions: WorkerSessions[End] = WorkerSessions(self._supervisor.expects)
+        self._sessions: WorkerSessions[ConnectionEnd] = WorkerSessions(self._supervisor.expects)
         self._wanted = WantedLegs()
         self._links = BrokenLinks()
         self._started: dict[Key, SimulatedWorker] = {}
@@ -155,7 +155,7 @@ class SimulatedHead:
         living = list(survivors)
         for worker in living:
             self._watch(worker.spec.key, worker)
-        self.manage(TakeOver(tuple((worker.spec, worker.placement) for worker in living)))
+        self.manage(AdoptProcesses(tuple((worker.spec, worker.placement) for worker in living)))
         self.manage(Apply(pools))
 
     # hosts
@@ -309,23 +309,23 @@ class SimulatedHead:
 
     # workers' connections
 
-    def accept(self, end: End) -> None:
+    def accept(self, end: ConnectionEnd) -> None:
         """Accepts a connection to the workers' port."""
         end.on_message = lambda message: self._received(end, message)
         end.on_lost = lambda reason: self._on_session(self._sessions.closed(end, reason, self._time.now_s))
         self._on_session(self._sessions.opened(end, self._time.now_s))
         self.process.call_later(self._sessions.heartbeat_s, lambda: self._beat(end))
 
-    def _received(self, end: End, message: Any) -> None:
+    def _received(self, end: ConnectionEnd, message: Any) -> None:
         self._sessions.heard(end)
         self._on_session(self._sessions.received(end, message))
 
-    def _beat(self, end: End) -> None:
+    def _beat(self, end: ConnectionEnd) -> None:
         if end.is_open:
             self._on_session(self._sessions.beat(end, self._time.now_s))
             self.process.call_later(self._sessions.heartbeat_s, lambda: self._beat(end))
 
-    def _on_session(self, commands: Iterable[SessionCommand[End]]) -> None:
+    def _on_session(self, commands: Iterable[SessionCommand[ConnectionEnd]]) -> None:
         for command in commands:
             match command:
                 case ToRouter(event):

@@ -9,7 +9,7 @@ from ..kv_transfer.link import LinkError, PeerLost, TransferTimeout
 from ..kv_transfer.outbound import OutboundPair
 from ..kv_transfer.protocol import Connect, LinkRefused, Prepare
 from .faults import Faults
-from .network import End, Network
+from .network import ConnectionEnd, Network
 from .simulated_worker import SimulatedWorker
 from .virtual_time import Timer, VirtualProcess
 
@@ -146,7 +146,7 @@ class SimulatedDial:
         self._ring: SharedRing | None = None
         self._is_over = False
         self._timer: Timer | None = None
-        self._end: End | None = None
+        self._end: ConnectionEnd | None = None
         if target is None or not target.process.is_alive:
             source.process.call_later(network.faults.latency_s(), lambda: self._fail("connection refused"))
             return
@@ -164,7 +164,7 @@ class SimulatedDial:
 
     # on the target
 
-    def _on_greeting(self, end: End, message: Any) -> None:
+    def _on_greeting(self, end: ConnectionEnd, message: Any) -> None:
         assert self._target is not None
         if not isinstance(message, Connect):
             return
@@ -176,7 +176,7 @@ class SimulatedDial:
         pair.num_preparing += 1
         self._target.process.call_later(PREPARE_S, lambda: self._prepare(end, pair, message))
 
-    def _prepare(self, end: End, pair: InboundPair, connect: Connect) -> None:
+    def _prepare(self, end: ConnectionEnd, pair: InboundPair, connect: Connect) -> None:
         assert self._target is not None
         pair.num_preparing -= 1
         config = self._target.local.config

@@ -45,7 +45,7 @@ from ..worker.worker import Worker
 from .chain_runner import ChainRunner
 from .faults import Faults
 from .kv_model import ChainStore
-from .network import End
+from .network import ConnectionEnd
 from .simulated_masks import NO_TOKEN_IS_RULED_OUT, SimulatedMasks
 from .simulated_port import HOP_S, Port
 from .virtual_time import VirtualProcess, VirtualTime
@@ -91,7 +91,7 @@ class StepClock:
 
 
 @dataclass
-class Listener:
+class EngineInbox:
     """Carries a transfer's ending from the transfer thread to the engine; the lease ends at once."""
 
     worker: "SimulatedWorker"
@@ -127,7 +127,7 @@ class WorkerWorld(Protocol):
         """Connects a worker to another one."""
         ...
 
-    def connect(self, worker: "SimulatedWorker") -> End | None:
+    def connect(self, worker: "SimulatedWorker") -> ConnectionEnd | None:
         """Connects a worker to the router; None while there is no router."""
         ...
 
@@ -185,7 +185,7 @@ class SimulatedWorker:
         self.local = Local(
             Identity(*spec.key, Place(placement.node_id, "")),
             self.store,
-            Listener(self),
+            EngineInbox(self),
             config,
             clock=lambda: time.now_s,
             wait=lambda link, ticket, timeout_s, done: ticket.when_done(process, timeout_s, done),
@@ -215,8 +215,8 @@ class SimulatedWorker:
         self._world = world
         self._session = RouterSession(*spec.key, time.now_s, FRAME_TOKENS)
         self._silence = RouterSilence(time.now_s)
-        self._connection: End | None = None  # to the router
-        self._router: End | None = None  # the same connection, once greeted
+        self._connection: ConnectionEnd | None = None  # to the router
+        self._router: ConnectionEnd | None = None  # the same connection, once greeted
         self._inbox: deque[Callable[[], None]] = deque()
         self._is_awake = False
         self._aborted: set[tuple[TransferId, int | None]] = set()  # of one choice, or of all
@@ -276,11 +276,11 @@ class SimulatedWorker:
         elif self._router is not None:
             self._router.send(self.worker.report())
 
-    def _greet_soon(self, connection: End) -> None:
+    def _greet_soon(self, connection: ConnectionEnd) -> None:
         """Greets the router from the engine's thread."""
         self.post(lambda: self._greet(connection))
 
-    def _greet(self, connection: End) -> None:
+    def _greet(self, connection: ConnectionEnd) -> None:
         if not connection.is_open:
             return
         greeting = self._session.greeting(

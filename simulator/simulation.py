@@ -18,7 +18,7 @@ from ..router.fleet_events import Apply, Drain
 from ..router.fleet_member import MemberState
 from .faults import ORDERLY, Accident, Faults
 from .leftovers import leftovers
-from .network import End, Network
+from .network import ConnectionEnd, Network
 from .scenario import CALM_S, MAX_GRAY_FAILURES, Deadly, PlannedAccident, Scenario
 from .simulated_client import CONVICTED, SimulatedClient
 from .simulated_head import SimulatedHead
@@ -269,7 +269,7 @@ class Simulation:
         target = self.workers.get((pair.target.worker_id, pair.target.incarnation))
         return SimulatedDial(self.network, source, target, pair, epoch)
 
-    def connect(self, worker: SimulatedWorker) -> End | None:
+    def connect(self, worker: SimulatedWorker) -> ConnectionEnd | None:
         if not self.head.process.is_alive or self.head.process.is_frozen:
             return None
         ours, theirs = self.network.connect(worker.process, self.head.process)

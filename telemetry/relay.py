@@ -19,7 +19,7 @@ MAX_LINE_BYTES = 160 << 10
 CLOSE_S = 2.0
 
 
-class Screen(Protocol):
+class TextSink(Protocol):
     """Takes whole lines."""
 
     def write(self, text: str, /) -> object: ...
@@ -29,7 +29,7 @@ class Screen(Protocol):
 class LogRelay:
     """The displaying end: writes each line to `stream`, and calls `keep` with it, on a thread of its own."""
 
-    def __init__(self, stream: Screen, keep: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, stream: TextSink, keep: Callable[[str], None] = lambda line: None) -> None:
         self._stream = stream
         self._keep = keep
         self._directory = Path(tempfile.mkdtemp(prefix="pdserve-log-", dir="/tmp"))  # for this user alone

@@ -5,9 +5,8 @@ A timer that is due every `BEAT_S` measures how late it is called."""
 from dataclasses import dataclass
 
 BEAT_S = 0.1
-WINDOW_S = (
-    60.0  # a stall is seen for at least so long, and at most twice as long: longer than scrapes are apart
-)
+# a stall is seen for at least so long, and at most twice as long: longer than scrapes are apart
+WINDOW_S = 60.0
 
 
 @dataclass(slots=True)

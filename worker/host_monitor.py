@@ -21,9 +21,8 @@ class HostMonitor:
         self._ray_folder = str(ray_folder)
         self._on_full = on_full
         self._stopping = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, name="host-monitor", daemon=True
-        )  # the process may end without it
+        # the process may end without it
+        self._thread = threading.Thread(target=self._run, name="host-monitor", daemon=True)
 
     def start(self) -> None:
         self._thread.start()

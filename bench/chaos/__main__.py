@@ -37,8 +37,8 @@ from bench.chaos.accidents import draw, strike
 from bench.chaos.account import Account, slowness
 from bench.chaos.hosts import are_entered, enter_hosts, entered
 from bench.chaos.leftovers import descendants, holdings, mark_descendants, traces
-from bench.chaos.network import Loopback, Network, enter_namespace
-from bench.chaos.streams import Stream, Template, make_templates, run_streams
+from bench.chaos.network import Loopback, NetworkFaults, enter_namespace
+from bench.chaos.streams import ObservedStream, Template, make_templates, run_streams
 from bench.chaos.watch import Watch
 from pdserve.cluster.launch import launch
 from pdserve.core.config import ClusterConfig
@@ -60,8 +60,8 @@ class Ordeal:
     generation: rpc.GenerationStub
     watch: Watch
     templates: Sequence[Template]
-    undisturbed: Sequence[Stream]
-    network: Network | None
+    undisturbed: Sequence[ObservedStream]
+    network: NetworkFaults | None
 
 
 def config(transport: str) -> ClusterConfig:
@@ -78,7 +78,7 @@ def config(transport: str) -> ClusterConfig:
 
 
 @contextmanager
-def running(templates: Sequence[Template], network: Network | None) -> Iterator[Ordeal]:
+def running(templates: Sequence[Template], network: NetworkFaults | None) -> Iterator[Ordeal]:
     """Starts the cluster and records the undisturbed tokens: each request alone, then all at once."""
     with (
         launch(config("auto" if network is None else "gloo")) as cluster,
@@ -112,7 +112,7 @@ def run_round(ordeal: Ordeal, rng: random.Random, number: int, account: Account)
     order = ("before the first token", "during the transfer", "mid decode")
     accidents.sort(key=lambda accident: (order.index(accident.moment), accident.progress))
 
-    def disturb(streams: list[Stream]) -> None:
+    def disturb(streams: list[ObservedStream]) -> None:
         for accident in accidents:
             strike(accident, streams, ordeal.watch, rng, ordeal.network or Loopback())
 
@@ -171,7 +171,7 @@ def main() -> int:
     where.add_argument("--hosts", action="store_true")
     parser.add_argument("--output", type=Path, help="write the table there as well")
     args = parser.parse_args()
-    network: Network | None = None
+    network: NetworkFaults | None = None
     if args.partitions:
         enter_namespace()
         network = Loopback()

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .leftovers import router_pid
-from .network import Network
-from .streams import Stream
+from .network import NetworkFaults
+from .streams import ObservedStream
 from .watch import Watch
 
 KINDS = ("kill", "freeze")
@@ -29,7 +29,7 @@ class Victim:
 
 
 @dataclass
-class Accident:
+class InjectedAccident:
     """A planned fault; `at_s` and `victims` are set once it has been injected."""
 
     kind: str
@@ -55,12 +55,12 @@ class Accident:
         return f"{self.kind} {whom or 'nobody'}{lasting} {self.moment}"
 
 
-def draw(rng: random.Random, with_partitions: bool) -> Accident:
+def draw(rng: random.Random, with_partitions: bool) -> InjectedAccident:
     """A router is frozen for less than makes workers give it up; it is the other side of a worker that is cut
     off from it."""
     kind = rng.choice((*KINDS, *PARTITIONS) if with_partitions else KINDS)
     role = rng.choice(("prefill", "decode", ROUTER) if kind in KINDS else ("prefill", "decode"))
-    return Accident(
+    return InjectedAccident(
         kind=kind,
         role=role,
         moment=rng.choice(MOMENTS),
@@ -73,7 +73,11 @@ def draw(rng: random.Random, with_partitions: bool) -> Accident:
 
 
 def strike(
-    accident: Accident, streams: list[Stream], watch: Watch, rng: random.Random, network: Network
+    accident: InjectedAccident,
+    streams: list[ObservedStream],
+    watch: Watch,
+    rng: random.Random,
+    network: NetworkFaults,
 ) -> None:
     """Wait for the moment, then do it. A pool without a ready worker is spared, and so is a router that is
     not there yet."""
@@ -101,7 +105,9 @@ def _candidates(role: str, watch: Watch) -> list[Victim]:
     ]  # the status is a little behind
 
 
-def _begin(accident: Accident, pids: list[int], watch: Watch, network: Network) -> Callable[[], None] | None:
+def _begin(
+    accident: InjectedAccident, pids: list[int], watch: Watch, network: NetworkFaults
+) -> Callable[[], None] | None:
     """Returns what ends it."""
     if accident.kind in KINDS:
         processes = [os.pidfd_open(pid) for pid in pids]
@@ -121,7 +127,7 @@ def _begin(accident: Accident, pids: list[int], watch: Watch, network: Network) 
 
 
 def _cut_off(
-    accident: Accident, pids: list[int], watch: Watch, network: Network
+    accident: InjectedAccident, pids: list[int], watch: Watch, network: NetworkFaults
 ) -> Callable[[], None] | None:
     """Cuts the link; None when one of the two sides is dead, or no link exists between them."""
     with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
@@ -146,7 +152,7 @@ def _other(role: str) -> str:
     return "decode" if role == "prefill" else "prefill"
 
 
-def _wait_for_moment(accident: Accident, streams: list[Stream], rng: random.Random) -> None:
+def _wait_for_moment(accident: InjectedAccident, streams: list[ObservedStream], rng: random.Random) -> None:
     if accident.moment == "during the transfer":
         stream = max(streams, key=lambda stream: len(stream.template.prompt))
         _wait_until(stream, 1)
@@ -156,7 +162,7 @@ def _wait_for_moment(accident: Accident, streams: list[Stream], rng: random.Rand
     time.sleep(accident.delay_s if accident.moment != "during the transfer" else accident.delay_s / 20)
 
 
-def _wait_until(stream: Stream, num_tokens: int) -> None:
+def _wait_until(stream: ObservedStream, num_tokens: int) -> None:
     """Waits for the moment, or until no further progress is possible."""
     while stream.num_tokens < num_tokens and not stream.is_ended and stream.error is None:
         time.sleep(0.0005)

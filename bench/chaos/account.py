@@ -7,8 +7,8 @@ from itertools import pairwise
 
 from pdserve.proto import pdserve_pb2 as pb
 
-from .accidents import ROUTER, Accident
-from .streams import Stream
+from .accidents import ROUTER, InjectedAccident
+from .streams import ObservedStream
 from .watch import Watch
 
 LONG_PAUSE_S = 8.0
@@ -28,17 +28,19 @@ class Account:
         self.hits: Counter[str] = Counter()  # where in its life a stream was when its worker went
         self.unexplained: Counter[str] = Counter()
         self.leaks: list[str] = []
-        self.acted_s: defaultdict[str, list[float]] = defaultdict(
-            list
-        )  # the router had taken the choice back
+        # the router had taken the choice back
+        self.acted_s: defaultdict[str, list[float]] = defaultdict(list)
         self.resumed_s: defaultdict[str, list[float]] = defaultdict(list)
         self.num_returned = 0  # streams whose clients came back
         self.returned_s: list[float] = []  # the next token after the router was killed
-        self._timed: list[Accident] = []  # in rounds in which the router was spared
+        self._timed: list[InjectedAccident] = []  # in rounds in which the router was spared
         self._router_kills_s: list[float] = []
 
     def add_round(
-        self, accidents: Sequence[Accident], streams: Sequence[Stream], undisturbed: Sequence[Stream]
+        self,
+        accidents: Sequence[InjectedAccident],
+        streams: Sequence[ObservedStream],
+        undisturbed: Sequence[ObservedStream],
     ) -> list[str]:
         """Returns the problems of a round as text."""
         self.num_rounds += 1
@@ -48,9 +50,8 @@ class Account:
             self._victims |= {victim.pid for victim in accident.victims}
             if accident.role == ROUTER and accident.kind == "kill":
                 self._router_kills_s.append(accident.at_s or 0.0)
-        is_timed = not any(
-            accident.role == ROUTER for accident in struck
-        )  # else it is not clear what followed from what
+        # with a router among them, it is not clear what followed from what
+        is_timed = not any(accident.role == ROUTER for accident in struck)
         if is_timed:
             self._timed += struck
         problems = []
@@ -77,13 +78,13 @@ class Account:
         self._replaced |= new
         return [f"replaced for no accident: {name}" for name in new.values()]
 
-    def _has_reason_to_break(self, stream: Stream) -> bool:
+    def _has_reason_to_break(self, stream: ObservedStream) -> bool:
         """Whether the router had been killed just before each time its connection broke."""
         return all(
             any(0.0 <= at_s - kill_s < BREAK_S for kill_s in self._router_kills_s) for at_s in stream.breaks_s
         )
 
-    def _count_return(self, stream: Stream) -> None:
+    def _count_return(self, stream: ObservedStream) -> None:
         """Counts, for a resumed stream, the time from each kill that broke it to its next token, if one was
         missing."""
         self.num_returned += 1
@@ -99,7 +100,7 @@ class Account:
             if next_s is not None:
                 self.returned_s.append(next_s - kill_s)
 
-    def _count_resumptions(self, stream: Stream, accidents: Sequence[Accident]) -> None:
+    def _count_resumptions(self, stream: ObservedStream, accidents: Sequence[InjectedAccident]) -> None:
         for number, choice in stream.choices.items():
             attempts = [attempt for attempt in stream.attempts if number in attempt.choices]
             for failed, following in pairwise(attempts):
@@ -165,11 +166,13 @@ class Account:
         return rows
 
 
-def _cause(failed: pb.Attempt, failed_s: float, accidents: Sequence[Accident]) -> Accident | None:
+def _cause(
+    failed: pb.Attempt, failed_s: float, accidents: Sequence[InjectedAccident]
+) -> InjectedAccident | None:
     """Returns the accident that ended an attempt: a kill is noticed at once, anything else later. An attempt
     without a token does not show which decode worker it had."""
 
-    def concerns(accident: Accident) -> bool:
+    def concerns(accident: InjectedAccident) -> bool:
         names = {victim.worker_id for victim in accident.victims}
         may_be_the_target = not failed.HasField("decode") and accident.role == "decode"
         return may_be_the_target or bool(names & {failed.prefill.worker, failed.decode.worker})
@@ -187,7 +190,7 @@ def _row(name: str, values: Sequence[float]) -> str:
     return f"{name:44} {len(values):6} {statistics.median(values):8.3f} {p95:8.3f} {ordered[-1]:8.3f}"
 
 
-def _story(stream: Stream) -> str:
+def _story(stream: ObservedStream) -> str:
     """A stream's attempts: their workers, and when each was queued, dispatched and got its first token."""
     attempts = [
         f"{a.attempt}: {a.prefill.worker} -> {a.decode.worker or '?'} with {a.prefill.num_tokens} tokens "
@@ -201,7 +204,7 @@ def _story(stream: Stream) -> str:
     )
 
 
-def slowness(streams: Sequence[Stream]) -> list[str]:
+def slowness(streams: Sequence[ObservedStream]) -> list[str]:
     """Reports streams that paused for longer than any accident justifies, as text."""
     slow = []
     for stream in streams:

@@ -24,7 +24,7 @@ _preferences = count(1)  # one for each cut, by which it is found again
 ESTABLISHED, LISTEN = "01", "0A"  # as /proc/net/tcp writes them
 
 
-class Network(Protocol):
+class NetworkFaults(Protocol):
     """Cuts some processes off from others: what is sent between them is lost, and neither side gets an error.
 
     Both return what mends it, or None where there is nothing to cut. Both raise FileNotFoundError,

@@ -87,7 +87,7 @@ class Choice:
 
 
 @dataclass
-class Stream:
+class ObservedStream:
     """One answer, as its client saw it. `error`: why it is not a stream as promised."""
 
     template: Template
@@ -102,7 +102,7 @@ class Stream:
     def num_tokens(self) -> int:
         return sum(len(choice.token_ids) for choice in list(self.choices.values()))
 
-    def outcome(self, undisturbed: "Stream") -> str:
+    def outcome(self, undisturbed: "ObservedStream") -> str:
         """ "whole", "lost" (no ending of its own) or "altered" (other tokens, text or endings than the
         undisturbed run)."""
         if not self.is_ended:
@@ -162,7 +162,7 @@ def make_templates(rng: random.Random, count: int) -> list[Template]:
     return templates
 
 
-def run_stream(stub: rpc.GenerationStub, stream: Stream, name: str) -> Stream:
+def run_stream(stub: rpc.GenerationStub, stream: ObservedStream, name: str) -> ObservedStream:
     """Runs a stream to its end, however it ends, over as many connections as it takes."""
     stream.start_s = time.monotonic()
     request = stream.template.request(name)
@@ -175,7 +175,7 @@ def run_stream(stub: rpc.GenerationStub, stream: Stream, name: str) -> Stream:
 
 
 def _run_connection(
-    stub: rpc.GenerationStub, stream: Stream, request: pb.GenerateRequest
+    stub: rpc.GenerationStub, stream: ObservedStream, request: pb.GenerateRequest
 ) -> grpc.RpcError | None:
     timeout_s = stream.start_s + STREAM_TIMEOUT_S - time.monotonic()
     try:
@@ -196,11 +196,11 @@ def run_streams(
     stub: rpc.GenerationStub,
     templates: Sequence[Template],
     name: str,
-    meanwhile: Callable[[list[Stream]], None] | None = None,
-) -> list[Stream]:
+    meanwhile: Callable[[list[ObservedStream]], None] | None = None,
+) -> list[ObservedStream]:
     """Runs all streams at once; `meanwhile` runs beside them and may inspect them. Returns when each has
     ended."""
-    streams = [Stream(template, time.monotonic()) for template in templates]
+    streams = [ObservedStream(template, time.monotonic()) for template in templates]
     with ThreadPoolExecutor(max_workers=len(streams)) as pool:
         running = [
             pool.submit(run_stream, stub, stream, f"{name}/{number}") for number, stream in enumerate(streams)

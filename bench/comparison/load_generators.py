@@ -26,7 +26,7 @@ from pathlib import Path
 import grpc
 
 from bench.comparison.load_tools.slowed import make_slowed
-from bench.comparison.load_tools.tools import AiPerf, Figures, GuideLlm, Load, Pdserve, Tool, take_turn
+from bench.comparison.load_tools.tools import AiPerf, Figures, GuideLlm, Load, LoadTool, Pdserve, take_turn
 from pdserve.cluster.launch import launch
 from pdserve.core.config import ClusterConfig
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc as rpc
@@ -53,7 +53,7 @@ def served(model: Path) -> Iterator[str]:
 
 
 def take_turns(
-    tools: Sequence[Tool], load: Load, num_rounds: int, seeds: Iterator[int], scratch: Path
+    tools: Sequence[LoadTool], load: Load, num_rounds: int, seeds: Iterator[int], scratch: Path
 ) -> list[dict[str, Figures]]:
     """Returns each tool's figures for each round. The starting tool changes from round to round, and no
     prompt is repeated."""
@@ -127,7 +127,7 @@ def main() -> None:
         "--layers", type=int, default=40, help="of the embedded model, made slower; 5: as it is"
     )
     args = parser.parse_args()
-    tools: list[Tool] = [Pdserve(), GuideLlm(args.guidellm), AiPerf(args.aiperf)]
+    tools: list[LoadTool] = [Pdserve(), GuideLlm(args.guidellm), AiPerf(args.aiperf)]
     print(
         f"{date.today()}, GuideLLM {version(args.guidellm, 'guidellm')}, aiperf"
         f" {version(args.aiperf, 'aiperf')}"

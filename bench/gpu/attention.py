@@ -118,9 +118,8 @@ def _cudnn(given: Tensors) -> Callable[[], torch.Tensor]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     q, k, v = _batched(given)
-    k, v = (
-        tensor.repeat_interleave(_HEADS // _KV_HEADS, dim=1) for tensor in (k, v)
-    )  # it knows no groups in every version
+    # it knows no groups in every version
+    k, v = (tensor.repeat_interleave(_HEADS // _KV_HEADS, dim=1) for tensor in (k, v))
 
     def call() -> torch.Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):

@@ -22,9 +22,10 @@ from pdserve.kernels.triton.kernels import TritonKernels
 from pdserve.kernels.triton.launch import INTERPRETED, Launch
 from pdserve.kv_transfer import TransferConfig
 
+from ..transfer_endings import Endings
 from .batches import num_different, row_error
 from .cases import Case
-from .transfer import Endings, endpoint_of
+from .transfer import endpoint_of
 
 _NUM_LAYERS = 2
 _PAGES = 64, 16  # page sizes of the sender and of the receiver

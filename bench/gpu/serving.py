@@ -6,7 +6,7 @@ import statistics
 from itertools import pairwise
 
 from bench.comparison.peers.pdserve_peer import ColocatedWorker
-from bench.comparison.peers.protocol import Timeline
+from bench.comparison.peers.protocol import RunTimes
 
 from .engines import open_random_engine, options_for
 from .limits import COPY, PRODUCT
@@ -69,7 +69,7 @@ def _measure_prefill(context: Context, shape: Shape, worker: ColocatedWorker, pr
     context.emit(at_least(what, f"{prefill_s * 1e3:.1f} ms", share, 0.65, "matrix product"))
 
 
-def steady_step(timeline: Timeline) -> tuple[float, float]:
+def steady_step(timeline: RunTimes) -> tuple[float, float]:
     """(median time of a step, mean output tokens of a sequence by then), of the later half of the steps with
     all sequences."""
     opened_s = max(times[0] for times in timeline.arrivals_s)

@@ -35,7 +35,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Model:
+class ProfiledModel:
     shape: Shape
     steps: Sequence[Step]
     max_batch_tokens: int
@@ -55,11 +55,11 @@ def _nano() -> Requests:
 
 
 MODELS = (
-    Model(LLAMA_8B, (_alike(LLAMA_8B, 1, 128), _alike(LLAMA_8B, 64, 2048)), 8192),
-    Model(LLAMA_1B, (_alike(LLAMA_1B, 1, 128),), 2048),
-    Model(QWEN3_06B, (Step("256 requests of nano-vllm", _nano),), 16_384),
+    ProfiledModel(LLAMA_8B, (_alike(LLAMA_8B, 1, 128), _alike(LLAMA_8B, 64, 2048)), 8192),
+    ProfiledModel(LLAMA_1B, (_alike(LLAMA_1B, 1, 128),), 2048),
+    ProfiledModel(QWEN3_06B, (Step("256 requests of nano-vllm", _nano),), 16_384),
 )
-_TOYS = (Model(TOY, (_alike(TOY, 2, 5),), 64),)
+_TOYS = (ProfiledModel(TOY, (_alike(TOY, 2, 5),), 64),)
 
 
 def measure(context: Context) -> None:
@@ -81,7 +81,7 @@ def measure(context: Context) -> None:
             torch.cuda.empty_cache()
 
 
-def _profile(context: Context, model: Model) -> None:
+def _profile(context: Context, model: ProfiledModel) -> None:
     steps = [(step.name, step.requests()) for step in model.steps]
     longest = max(len(prompt) + new for _, requests in steps for prompt, new, _ in requests)
     max_batch_size = max(len(requests) for _, requests in steps)

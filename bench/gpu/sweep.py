@@ -60,7 +60,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchShape:
     """`count` sequences of equal lengths."""
 
     name: str
@@ -69,7 +69,7 @@ class Batch:
     context_len: int
 
 
-DECODE_BATCHES = (Batch("batch 32 at 4096", 32, 1, 4096), Batch("batch 1 at 8192", 1, 1, 8192))
+DECODE_BATCHES = (BatchShape("batch 32 at 4096", 32, 1, 4096), BatchShape("batch 1 at 8192", 1, 1, 8192))
 DECODE_VARIANTS = (
     Variant("as it serves"),
     Variant("half the waves", waves=0.5),
@@ -80,7 +80,10 @@ DECODE_VARIANTS = (
     Variant("tile of 32 keys", constants={"BLOCK_N": 32}),
     Variant("tile of 128 keys", constants={"BLOCK_N": 128}),
 )
-PREFILL_BATCHES = (Batch("8192 tokens", 1, 8192, 8192), Batch("128 tokens behind 8064 cached", 1, 128, 8192))
+PREFILL_BATCHES = (
+    BatchShape("8192 tokens", 1, 8192, 8192),
+    BatchShape("128 tokens behind 8064 cached", 1, 128, 8192),
+)
 PREFILL_PAGES = (64, 128)
 PREFILL_VARIANTS = (
     Variant("as it serves"),
@@ -88,8 +91,8 @@ PREFILL_VARIANTS = (
     Variant("4 stages", num_stages=4),
 )
 CHUNK_MIB = (4, 8, 16)
-_TOY_DECODE = (Batch("batch 2 at 300", 2, 1, 300),)
-_TOY_PREFILL = (Batch("20 tokens behind 130 cached", 1, 20, 150),)
+_TOY_DECODE = (BatchShape("batch 2 at 300", 2, 1, 300),)
+_TOY_PREFILL = (BatchShape("20 tokens behind 130 cached", 1, 20, 150),)
 _TOY_HEADS = (4, 2, 64)
 _TOY_CHUNK_MIB = (1 / 16, 1 / 8)
 
@@ -104,7 +107,7 @@ def measure(context: Context) -> None:
     _sweep_chunks(context)
 
 
-def _sweep_decode(context: Context, batch: Batch) -> None:
+def _sweep_decode(context: Context, batch: BatchShape) -> None:
     num_heads, num_kv_heads, head_dim = _TOY_HEADS if context.interpret else LLAMA_8B_HEADS
     page = 64
     num_bytes = 2 * batch.count * batch.context_len * num_kv_heads * head_dim * _DTYPE.itemsize
@@ -129,7 +132,7 @@ def _sweep_decode(context: Context, batch: Batch) -> None:
         expected = out if expected is None else expected
 
 
-def _with_waves(usual: DecodeShape, times: float, batch: Batch) -> DecodeShape:
+def _with_waves(usual: DecodeShape, times: float, batch: BatchShape) -> DecodeShape:
     """`usual` with about `times` as many pieces."""
     if times == 1.0:
         return usual
@@ -138,7 +141,7 @@ def _with_waves(usual: DecodeShape, times: float, batch: Batch) -> DecodeShape:
     return replace(usual, split_keys=tiles_of_a_piece * usual.tile)
 
 
-def _sweep_prefill(context: Context, batch: Batch, page: int) -> None:
+def _sweep_prefill(context: Context, batch: BatchShape, page: int) -> None:
     num_heads, num_kv_heads, head_dim = _TOY_HEADS if context.interpret else LLAMA_8B_HEADS
     paged, num_blocks = paged_batch([batch.query_len] * batch.count, [batch.context_len] * batch.count, page)
     cache = _random(context, 2, num_blocks, num_kv_heads, page, head_dim)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bench.comparison.peers.pdserve_peer import ColocatedWorker
-from bench.comparison.peers.protocol import Timeline
+from bench.comparison.peers.protocol import RunTimes
 
 from .engines import open_random_engine, options_for
 from .report import Note, Row, times_at_least
@@ -26,27 +26,29 @@ _RESERVE_S = 3.0
 
 
 @dataclass(frozen=True)
-class Request:
+class BenchRequest:
     prompt: list[int]
     num_new_tokens: int
 
 
 def nano_requests(
     count: int = 256, shortest: int = 100, longest: int = 1024, vocab_size: int = 10_001
-) -> list[Request]:
+) -> list[BenchRequest]:
     """The very ones of nano-vllm's bench.py by default: 133,966 output tokens."""
     rng = random.Random(0)
     prompts = [
         [rng.randint(0, vocab_size - 1) for _ in range(rng.randint(shortest, longest))] for _ in range(count)
     ]
-    return [Request(prompt, rng.randint(shortest, longest)) for prompt in prompts]
+    return [BenchRequest(prompt, rng.randint(shortest, longest)) for prompt in prompts]
 
 
 def measure(context: Context) -> None:
     measure_shape(context, QWEN3_06B, nano_requests(), num_peer_requests=64)
 
 
-def measure_shape(context: Context, shape: Shape, requests: list[Request], num_peer_requests: int) -> None:
+def measure_shape(
+    context: Context, shape: Shape, requests: list[BenchRequest], num_peer_requests: int
+) -> None:
     """Ours with all requests, and with those that the peer gets; then the peer."""
     part = requests[:num_peer_requests]
     ours_per_s = _measure_ours(context, shape, requests, part)
@@ -58,7 +60,9 @@ def measure_shape(context: Context, shape: Shape, requests: list[Request], num_p
     _measure_transformers(context, shape, part, ours_per_s)
 
 
-def _measure_ours(context: Context, shape: Shape, requests: list[Request], part: list[Request]) -> float:
+def _measure_ours(
+    context: Context, shape: Shape, requests: list[BenchRequest], part: list[BenchRequest]
+) -> float:
     """Returns output tokens/s of `part`."""
     longest = max(len(request.prompt) + request.num_new_tokens for request in requests)
     options = options_for(
@@ -81,16 +85,18 @@ def _measure_ours(context: Context, shape: Shape, requests: list[Request], part:
     return _output_per_s(_served(worker, part))
 
 
-def _served(worker: ColocatedWorker, requests: list[Request]) -> Timeline:
+def _served(worker: ColocatedWorker, requests: list[BenchRequest]) -> RunTimes:
     return worker.serve((request.prompt, request.num_new_tokens, TEMPERATURE) for request in requests)
 
 
-def _output_per_s(timeline: Timeline) -> float:
+def _output_per_s(timeline: RunTimes) -> float:
     arrivals_s = timeline.arrivals_s
     return sum(map(len, arrivals_s)) / (max(times[-1] for times in arrivals_s) - timeline.start_s)
 
 
-def _measure_transformers(context: Context, shape: Shape, requests: list[Request], ours_per_s: float) -> None:
+def _measure_transformers(
+    context: Context, shape: Shape, requests: list[BenchRequest], ours_per_s: float
+) -> None:
     """Greedily, which is less work than ours. Where time runs out before all have ended, its figure is what
     it would be had they ended then: more than it is."""
     os.environ |= {"HF_HUB_OFFLINE": "1"}
@@ -108,7 +114,7 @@ def _measure_transformers(context: Context, shape: Shape, requests: list[Request
     with _random_model(shape, context.device).continuous_batching_context_manager(
         generation_config=greedy, continuous_batching_config=batching, timeout=_RESERVE_S
     ) as manager:
-        _continue(manager, [Request(request.prompt, 8) for request in requests], context)
+        _continue(manager, [BenchRequest(request.prompt, 8) for request in requests], context)
         start_s = time.perf_counter()
         _continue(manager, requests, context)
         duration_s = time.perf_counter() - start_s
@@ -119,7 +125,7 @@ def _measure_transformers(context: Context, shape: Shape, requests: list[Request
         context.emit(times_at_least(f"{what}: ours", f"{ours_per_s:,.0f} tokens/s", ratio, 3, "transformers"))
 
 
-def _continue(manager: Any, requests: list[Request], context: Context) -> None:
+def _continue(manager: Any, requests: list[BenchRequest], context: Context) -> None:
     """Continues until all have ended, or little time is left."""
     waiting = {
         manager.add_request(list(request.prompt), max_new_tokens=request.num_new_tokens)

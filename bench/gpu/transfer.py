@@ -5,7 +5,6 @@ The prefill side is a whole engine and a prefill worker, the decode side the cac
 Both processes' transfers go through the real endpoints."""
 
 import multiprocessing
-import queue
 import statistics
 import time
 from collections.abc import Sequence
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 
-from pdserve.core.failures import FailureKind
 from pdserve.core.messages import Prefill, TransferAddress, TransferStats
 from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
 from pdserve.engine.batch import RoleEngine
@@ -29,6 +27,7 @@ from pdserve.kernels import KernelRequirements, load_kernels
 from pdserve.kv_transfer import Membership, TransferConfig, TransferEndpoint
 from pdserve.prefill_worker.worker import PrefillWorker
 
+from ..transfer_endings import Endings
 from .engines import BLOCK_SIZE, device_of, layout_of, open_random_engine
 from .report import Check, Row
 from .sections import Context
@@ -37,32 +36,7 @@ from .shapes import LLAMA_8B, Shape
 _PROMPT_LEN = 8192
 _MAX_BATCH_TOKENS = 2048
 _REPEATS = 5
-_TIMEOUT_S = 30.0
 _MOST_EXPOSED = 0.05  # share of TTFT
-
-
-class Endings:
-    """The results of transfers, for the caller that waits for the current one."""
-
-    def __init__(self) -> None:
-        self._ended: queue.SimpleQueue[TransferStats | RuntimeError | None] = queue.SimpleQueue()
-
-    def on_received(self, transfer: TransferId, payload: bytes) -> None:
-        self._ended.put(None)
-
-    def on_sent(self, transfer: TransferId, stats: TransferStats) -> None:
-        self._ended.put(stats)
-
-    def on_send_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
-        self._ended.put(RuntimeError(f"transfer failed: {error}"))
-
-    on_receive_failed = on_send_failed
-
-    def wait(self, timeout_s: float = _TIMEOUT_S) -> TransferStats | None:
-        ended = self._ended.get(timeout=timeout_s)
-        if isinstance(ended, RuntimeError):
-            raise ended
-        return ended
 
 
 def measure(context: Context) -> None:
@@ -95,7 +69,7 @@ def measure_shape(
             pair.measure(context, config)
     finally:
         pipe.close()  # which ends it
-        child.join(_TIMEOUT_S)
+        child.join(30.0)
 
 
 class _Pair:

@@ -22,10 +22,10 @@ from bench.microbench.kv_transfer import (
     LAYOUT,
     NUM_BYTES,
     NUM_TOKENS,
-    Endings,
     digest,
     paged_cache,
 )
+from bench.transfer_endings import Endings
 from pdserve.core.messages import TransferAddress
 from pdserve.core.request import TransferId
 from pdserve.kv_transfer import Membership, TransferConfig, TransferEndpoint

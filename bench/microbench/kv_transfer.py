@@ -12,7 +12,6 @@ import mmap
 import multiprocessing
 import os
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pdserve.core.failures import FailureKind
-from pdserve.core.messages import KVLayout, TransferAddress, TransferStats
+from bench.transfer_endings import Endings
+from pdserve.core.messages import KVLayout, TransferAddress
 from pdserve.core.request import TransferId
 from pdserve.engine.kv_cache import KVCache
 from pdserve.kernels.interface import KernelRequirements
@@ -55,34 +54,6 @@ def paged_cache(seed: int | None) -> KVCache:
 def digest(cache: KVCache) -> int:
     parts = [part for layer in range(LAYOUT.num_layers) for part in cache.layer(layer)]
     return sum(int(part.view(torch.int16).to(torch.int64).sum()) for part in parts)
-
-
-class Endings:
-    """Wakes the caller that waits for the current transfer."""
-
-    def __init__(self) -> None:
-        self.ended = threading.Event()
-        self.stats: TransferStats | None = None
-        self.error: str | None = None
-
-    def on_received(self, transfer: TransferId, payload: bytes) -> None:
-        self.ended.set()
-
-    def on_receive_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
-        self.error = error
-        self.ended.set()
-
-    def on_sent(self, transfer: TransferId, stats: TransferStats) -> None:
-        self.stats = stats
-        self.ended.set()
-
-    on_send_failed = on_receive_failed
-
-    def wait(self) -> None:
-        self.ended.wait()
-        self.ended.clear()
-        if self.error is not None:
-            raise RuntimeError(self.error)
 
 
 def open_endpoint(

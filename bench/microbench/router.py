@@ -27,8 +27,8 @@ from pdserve.core.messages import (
 from pdserve.core.request import Request, SamplingParams, TransferId
 from pdserve.router.config import RouterConfig
 from pdserve.router.core import Router
-from pdserve.router.dispatch import Job, LiveRequest
 from pdserve.router.events import RouterEvent, Submit, WorkerReady
+from pdserve.router.live_request import Job, LiveRequest
 from pdserve.router.prefix_index import PrefixIndex
 
 BLOCK_SIZE = 16

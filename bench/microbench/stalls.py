@@ -76,7 +76,7 @@ async def head() -> None:
     service = RouterService(Router(), streaming.Observer(), "token")
     port = await service.start("127.0.0.1")
     info = replace(model_info(config), max_model_len=CONTEXT)
-    gateway = await serve(streaming.Frontend(service), config, Tokenizer.load(MODEL_DIR), info)  # type: ignore[arg-type]
+    gateway = await serve(streaming.BareFrontend(service), config, Tokenizer.load(MODEL_DIR), info)  # type: ignore[arg-type]
     gateway.offload.start()
     gc.collect()
     gc.freeze()  # as `open_gateway` does
@@ -101,7 +101,7 @@ def worker(port: int, num_streams: int) -> None:
     """The worker of `streaming.py`, with a longer context."""
     info = structs.replace(streaming._info(), max_model_len=CONTEXT)
     streaming._info = lambda: info
-    streaming.Worker(port, num_streams * TOKENS_PER_S).run()
+    streaming.TokenSource(port, num_streams * TOKENS_PER_S).run()
 
 
 # the clients

@@ -69,7 +69,7 @@ class Observer:
     def handle(self, event: object) -> None: ...
 
 
-class Frontend:
+class BareFrontend:
     """Only requests."""
 
     def __init__(self, service: RouterService) -> None:
@@ -82,7 +82,7 @@ async def head(profile: str | None) -> None:
     config = ClusterConfig.model_validate({"listen": {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"}})
     service = RouterService(Router(), Observer(), "token")
     port = await service.start("127.0.0.1")
-    servers = await serve(Frontend(service), config, Tokenizer.load(MODEL_DIR), model_info(config))  # type: ignore[arg-type]
+    servers = await serve(BareFrontend(service), config, Tokenizer.load(MODEL_DIR), model_info(config))  # type: ignore[arg-type]
     print(
         json.dumps(
             {
@@ -108,7 +108,7 @@ async def head(profile: str | None) -> None:
 # the worker
 
 
-class Worker:
+class TokenSource:
     """A token for every stream in each step."""
 
     def __init__(self, port: int, rate: float | None) -> None:
@@ -292,7 +292,7 @@ def main() -> None:
         asyncio.run(head(args.profile))
         return
     if args.worker:
-        Worker(args.worker, args.rate).run()
+        TokenSource(args.worker, args.rate).run()
         return
     for server in args.servers:
         asyncio.run(measure(server, args))

@@ -40,9 +40,8 @@ def _best(logits: torch.Tensor, count: int) -> torch.Tensor:
     """Returns ids int64 [R, count]. Logit and id become one number, as torch does not define the order of
     equal ones."""
     bits = logits.view(torch.int32)
-    in_order = torch.where(
-        logits == 0.0, 0, bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    )  # as integers; both zeros are equal
+    # as integers; both zeros are equal
+    in_order = torch.where(logits == 0.0, 0, bits ^ ((bits >> 31) & 0x7FFFFFFF))
     last = logits.shape[1] - 1
     back_to_front = torch.arange(last, -1, -1, device=logits.device)
     best = ((in_order.long() << 32) + back_to_front).topk(count, dim=-1).values

@@ -1,6 +1,6 @@
 """Moves arrays whose number and sizes vary from step to step to the device: one piece of memory, one copy."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,16 @@ _DTYPES = {
 }
 
 
+def spans(sizes: Iterable[int]) -> list[slice]:
+    """Returns where arrays of so many bytes lie in one piece of memory, which ends with the last of them."""
+    found, end = [], 0
+    for num_bytes in sizes:
+        start = -(-end // _ALIGNMENT) * _ALIGNMENT
+        end = start + num_bytes
+        found.append(slice(start, end))
+    return found
+
+
 def send(device: Device, arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
     """Returns the arrays on the device, by name; the copy is queued without a wait.
 
@@ -28,13 +38,8 @@ def send(device: Device, arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]
     number of steps may be under way."""
     if not arrays:
         return {}
-    places = {}
-    end = 0
-    for name, array in arrays.items():
-        start = -(-end // _ALIGNMENT) * _ALIGNMENT
-        end = start + array.nbytes
-        places[name] = slice(start, end)
-    packet = np.zeros(end, dtype=np.uint8)
+    places = dict(zip(arrays, spans(array.nbytes for array in arrays.values()), strict=True))
+    packet = np.zeros(max(place.stop for place in places.values()), dtype=np.uint8)
     for name, array in arrays.items():
         packet[places[name]] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     there = device.pinned(torch.from_numpy(packet)).to(device.torch_device, non_blocking=True)

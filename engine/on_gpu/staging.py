@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 
 from ..device import Device, DeviceEvent
+from .packet import spans
 
-_ALIGNMENT = 16  # bytes; the pointer alignment that Triton assumes
 _NUM_BUFFERS = 2  # the host fills one while the device may still copy from the other
 
 Array = npt.NDArray[Any]
@@ -29,18 +29,15 @@ class Staging:
     """Arrays that stay on the device and are overwritten from the host step by step, all at once."""
 
     def __init__(self, device: Device, fields: Sequence[Field]) -> None:
-        spans = []
-        end = 0
-        for field in fields:
-            start = -(-end // _ALIGNMENT) * _ALIGNMENT
-            end = start + field.length * field.dtype.itemsize
-            spans.append((field, slice(start, end)))
+        places = spans(field.length * field.dtype.itemsize for field in fields)
+        placed = list(zip(fields, places, strict=True))
+        end = places[-1].stop
         self._device = device
         self._there = torch.zeros(end, dtype=torch.uint8, device=device.torch_device)
-        self.on_device = _views(self._there, spans)  # by name
+        self.on_device = _views(self._there, placed)  # by name
         buffers = [device.pinned(torch.zeros(end, dtype=torch.uint8)) for _ in range(_NUM_BUFFERS)]
         self._buffers: list[tuple[torch.Tensor, dict[str, Array], DeviceEvent]] = [
-            (buffer, {name: view.numpy() for name, view in _views(buffer, spans).items()}, device.event())
+            (buffer, {name: view.numpy() for name, view in _views(buffer, placed).items()}, device.event())
             for buffer in buffers
         ]
         self._next = 0
@@ -61,5 +58,5 @@ class Staging:
         self._next = (self._next + 1) % _NUM_BUFFERS
 
 
-def _views(memory: torch.Tensor, spans: list[tuple[Field, slice]]) -> dict[str, torch.Tensor]:
-    return {field.name: memory[span].view(field.dtype) for field, span in spans}
+def _views(memory: torch.Tensor, placed: list[tuple[Field, slice]]) -> dict[str, torch.Tensor]:
+    return {field.name: memory[span].view(field.dtype) for field, span in placed}

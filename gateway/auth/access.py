@@ -69,7 +69,7 @@ class Caller:
 
     @property
     def weight(self) -> float:
-        """Its client's share of the tokens under load, beside clients of weight 1."""
+        """The client's share of the tokens under load, beside clients of weight 1."""
         return float(self.key.weight or 1)
 
     @property

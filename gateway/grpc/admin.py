@@ -1,4 +1,4 @@
-"""The Cluster service: status, apply and drain for operators."""
+"""The Cluster service: status, apply, scale and drain for operators."""
 
 import asyncio
 import logging
@@ -20,6 +20,7 @@ from ..serving import Shared
 from ..translate import NeedsRestart, UnknownRequest, translated, write
 from ..vetting import refuse_unknown_fields
 from .auth_interceptor import CALLER
+from .scaling import scaled
 
 log = logging.getLogger(__name__)
 
@@ -62,15 +63,24 @@ class ClusterService(pdserve_pb2_grpc.ClusterServicer):
             if len(request.config_yaml) > MAX_CONFIG_CHARS:
                 got = f"{len(request.config_yaml)} characters"
                 raise InvalidRequest("config_yaml", got, f"at most {MAX_CONFIG_CHARS} characters")
-            old = self._shared.config
             new = parse_cluster_config(request.config_yaml, request.filename or "cluster.yaml")
-            if old.changes_needing_restart(new):
-                raise NeedsRestart(old, new)
-            await self._frontend.apply(new, request.dry_run)
-            if not request.dry_run:
-                self._shared.config = new
-            return pb.ApplyResponse(changes=_changes(old, new))
+            return await self._change(new, request.dry_run)
         raise AssertionError("translated() ends the call")
+
+    async def Scale(self, request: pb.ScaleRequest, context: Context) -> pb.ApplyResponse:
+        async with translated(context), self._applying:
+            refuse_unknown_fields(request)
+            return await self._change(scaled(self._shared.config, request.pools), request.dry_run)
+        raise AssertionError("translated() ends the call")
+
+    async def _change(self, new: ClusterConfig, dry_run: bool) -> pb.ApplyResponse:
+        old = self._shared.config
+        if old.changes_needing_restart(new):
+            raise NeedsRestart(old, new)
+        await self._frontend.apply(new, dry_run)
+        if not dry_run:
+            self._shared.config = new
+        return pb.ApplyResponse(changes=_changes(old, new))
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> None:  # type: ignore[override]
         async with translated(context):

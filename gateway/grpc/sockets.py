@@ -44,9 +44,8 @@ class GrpcSocket:
         try:
             with suppress(OSError), _borrowed(copy) as sock:
                 if _cookie(sock) == self.cookie:
-                    _libc.connect(
-                        copy, _UNSPECIFIED, len(_UNSPECIFIED)
-                    )  # connect(2): dissolves the association
+                    # connect(2): dissolves the association
+                    _libc.connect(copy, _UNSPECIFIED, len(_UNSPECIFIED))
         finally:
             _libc.close(copy)
 

@@ -6,7 +6,6 @@ new process."""
 import gc
 import os
 import sys
-import traceback
 from collections.abc import Iterator
 
 from ...core import limited_process
@@ -38,14 +37,9 @@ Worker = IntakeWorker | TemplateWorker
 
 
 def main() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     limited_process.set_up(NICENESS)
-    try:
-        _serve()
-    except MemoryError:
-        os.abort()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
+    limited_process.serve_or_die(_serve)
 
 
 def _serve() -> None:

@@ -58,9 +58,9 @@ class Offload:
 
     def start(self) -> None:
         """Starts the processes ahead of the first jobs, so that these do not wait for them."""
-        self._intake.start()
+        self._intake.need()
         if self._tokenizer.templates.can_render:
-            self.renderer.start()
+            self.renderer.need()
 
     async def stop(self) -> None:
         """Ends the processes and the threads; idempotent."""

@@ -1,19 +1,15 @@
-"""Runs the intake process: starts it, gives it one job after the other, and restarts it when a job has killed
-it."""
+"""Gives the intake process one job after the other."""
 
 import asyncio
 import itertools
-import logging
-import os
-import signal
-import sys
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import Process
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from ...core.codec import FrameDecoder, FrameEncoder
 from ...core.errors import InvalidRequest, NoWorkerAvailable, Problem
+from ...core.limited_child import READ_BYTES, Death, LimitedChild
 from ..text.chat_template import TooCostly
 from ..translate import UnknownModel
 from .job_queue import MAX_JOBS, MAX_JOBS_EACH, IntakeQueue
@@ -32,18 +28,8 @@ from .messages import (
 
 Setup = IntakeSetup | TemplateSetup
 
-log = logging.getLogger(__name__)
-
-BLAMED = (
-    -signal.SIGPROF,
-    -signal.SIGSEGV,
-    -signal.SIGBUS,
-    -signal.SIGABRT,
-)  # exit codes that are the job's fault
 # a process without an answer for this long is stopped or starved: its jobs end after 10 s of work
 SILENT_S = 60.0
-READ_BYTES = 1 << 18
-START_AGAIN_S = 1.0  # after a process that failed to become ready
 
 
 @dataclass(eq=False)
@@ -63,8 +49,9 @@ class _PendingJob:
         return InvalidRequest("message", f"{len(self.data)} bytes", expected)
 
 
-class IntakeProcess:
-    """Used on one asyncio loop."""
+class IntakeProcess(LimitedChild[tuple[Setup, bytes]]):
+    """Used on one asyncio loop. `need` starts the process ahead of the first job, so that this one does not
+    wait for it."""
 
     def __init__(
         self,
@@ -73,20 +60,10 @@ class IntakeProcess:
         max_jobs_each: int = MAX_JOBS_EACH,
     ) -> None:
         """`set_up` runs later, on a thread; it may take a moment."""
-        self._set_up = set_up
-        self._setup: tuple[Setup, bytes] | None = None  # the same for every process
+        super().__init__("intake", set_up, f"{__package__}.main")
         self._queue: IntakeQueue[_PendingJob] = IntakeQueue(max_jobs, max_jobs_each)
         self._current: _PendingJob | None = None  # the process has it
-        self._is_needed = asyncio.Event()
-        self._process: Process | None = None
         self._is_ready = False  # the current process
-        self._task: asyncio.Task[None] | None = None
-        self._is_stopped = False
-
-    @property
-    def pid(self) -> int | None:
-        """The process id, if the process is running."""
-        return None if self._process is None else self._process.pid
 
     @property
     def num_waiting(self) -> int:
@@ -98,12 +75,6 @@ class IntakeProcess:
         """Whether the process has a job."""
         return self._current is not None
 
-    def start(self) -> None:
-        """Starts the process ahead of the first job, so that this one does not wait for it."""
-        self._is_needed.set()
-        if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._run())
-
     async def do(self, job: IntakeJob, data: bytes, client: str) -> tuple[list[bytes], bytes]:
         """Returns the results and their metadata.
 
@@ -113,7 +84,7 @@ class IntakeProcess:
             raise NoWorkerAvailable("the server ends")
         pending = _PendingJob(job, data, asyncio.get_running_loop().create_future())
         self._queue.push(client, pending)
-        self.start()
+        self.need()
         try:
             return await pending.result
         finally:
@@ -121,30 +92,23 @@ class IntakeProcess:
 
     async def stop(self) -> None:
         """Ends the process; idempotent. Waiting jobs are refused."""
-        self._is_stopped = True
-        if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+        await super().stop()
         self._give_up("the server ends")
 
-    async def _run(self) -> None:
-        while True:
-            await self._is_needed.wait()
-            self._is_ready = False
-            code = await self._live()
-            victim, self._current = self._current, None
-            if victim is not None and not victim.result.done():
-                if code in BLAMED:
-                    victim.result.set_exception(victim.excess())
-                else:
-                    victim.result.set_exception(NoWorkerAvailable("the intake process died over it"))
-            if not self._is_ready:
-                self._give_up("the intake process does not start")
-                self._is_needed.clear()  # until there is another job
-                await asyncio.sleep(START_AGAIN_S)
-            if len(self._queue):
-                self._is_needed.set()
+    def _on_death(self, death: Death) -> bool:
+        is_ready, self._is_ready = self._is_ready, False
+        victim, self._current = self._current, None
+        if victim is not None and not victim.result.done():
+            if death is Death.OTHER:
+                victim.result.set_exception(NoWorkerAvailable("the intake process died over it"))
+            else:
+                victim.result.set_exception(victim.excess())
+        if not is_ready:
+            self._give_up("the intake process does not start")
+        return not is_ready
+
+    def _has_jobs(self) -> bool:
+        return bool(self._queue)
 
     def _give_up(self, why: str) -> None:
         waiting = [self._queue.pop() for _ in range(len(self._queue))]
@@ -154,57 +118,13 @@ class IntakeProcess:
             if not pending.result.done():
                 pending.result.set_exception(NoWorkerAvailable(why))
 
-    async def _live(self) -> int | None:
-        """Runs one process from start to end. Returns its exit code; None if it could not be started, or had
-        to be killed."""
-        try:
-            if self._setup is None:
-                self._setup = await asyncio.to_thread(self._set_up)
-            arguments = ("-P", "-m", f"{__package__}.main")
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *arguments,
-                stdin=PIPE,
-                stdout=PIPE,
-                limit=2 * READ_BYTES,
-                env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
-                start_new_session=True,
-            )
-        except Exception:  # whatever is missing here, waiting callers must be informed
-            log.exception("the intake process cannot be started")
-            return None
-        self._process = process
-        ended = asyncio.ensure_future(
-            process.wait()
-        )  # one wait for all jobs: asyncio keeps each until the process ends
-        try:
-            await self._converse(process, ended, *self._setup)
-        except (ConnectionError, EOFError):
-            pass  # it has died
-        except asyncio.CancelledError:
-            _kill(process)
-            await ended
-            raise
-        except Exception:  # it is silent, or violates the protocol: it is no longer trusted
-            log.exception("the intake process is killed")
-            _kill(process)
-            await ended
-            return None
-        finally:
-            self._process = None
-        code = await ended
-        log.warning("the intake process ended", extra={"exit_code": code})
-        return code
-
     async def _converse(
-        self, process: Process, ended: "asyncio.Future[int]", setup: Setup, data: bytes
+        self, process: Process, ended: "asyncio.Future[int]", setup: tuple[Setup, bytes]
     ) -> None:
-        """Serves jobs until the process dies, which `ended` waits for. Then raises EOFError or
-        ConnectionError; FrameError for an invalid answer, TimeoutError if none arrives."""
         encoder = FrameEncoder()
         async with aclosing(_answers(process)) as answers:
             async with asyncio.timeout(SILENT_S):
-                await _send(process, encoder, setup, data)
+                await _send(process, encoder, *setup)
                 await anext(answers)
             self._is_ready = True
             while True:
@@ -223,7 +143,7 @@ class IntakeProcess:
     async def _next_job(self, ended: "asyncio.Future[int]") -> _PendingJob:
         """Waits for a job. Raises EOFError if the process ends meanwhile."""
         while True:
-            self._is_needed.clear()
+            self._needed.clear()
             while len(self._queue):
                 pending = self._queue.pop()
                 if not pending.result.done():  # its caller still waits
@@ -232,7 +152,7 @@ class IntakeProcess:
 
     async def _need_or_end(self, ended: "asyncio.Future[int]") -> None:
         """Raises EOFError when the process has ended."""
-        needed = asyncio.ensure_future(self._is_needed.wait())
+        needed = asyncio.ensure_future(self._needed.wait())
         try:
             await asyncio.wait((needed, ended), return_when=asyncio.FIRST_COMPLETED)
             if ended.done():
@@ -281,8 +201,3 @@ async def _result(answers: AsyncIterator[FromProcess], size: int) -> bytes:
         assert isinstance(part, DataPart), "not the next part"
         data += part.data
     return bytes(data)
-
-
-def _kill(process: Process) -> None:
-    with suppress(ProcessLookupError):
-        process.kill()

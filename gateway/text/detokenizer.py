@@ -44,9 +44,8 @@ class Detokenizer:
             return delta
         if len(self._window) > _MAX_WINDOW:
             return self._cut(text)
-        certain = text.rstrip(
-            _REPLACEMENT
-        )  # a run of byte tokens decodes as such until its last character is complete
+        # a run of byte tokens decodes as such until its last character is complete
+        certain = text.rstrip(_REPLACEMENT)
         delta = certain[len(self._emitted) :] if certain.startswith(self._emitted) else ""
         self._emitted += delta
         return delta

@@ -43,9 +43,8 @@ class Tokenizer:
         self._backend.encode_special_tokens = data.encode_special_tokens
         added = self._backend.get_added_tokens_decoder()
         self.templates = ChatTemplates(data.templates)
-        self.may_stall = may_stall(
-            data.backend_json
-        )  # even on short texts, which then go to the intake process
+        # even on short texts, which then go to the intake process
+        self.may_stall = may_stall(data.backend_json)
         self.max_token_chars = max(map(len, self._backend.get_vocab()), default=1)  # added tokens included
         self._pieces: dict[int, str] = {}  # at most as many as the vocabulary has
         self._added_ids = {token.content: token_id for token_id, token in added.items()}

@@ -12,8 +12,6 @@ import torch
 
 from .launch import cdiv
 
-Ints = npt.NDArray[np.int32]
-
 MAX_QUERY_LEN = 8
 NO_PARTIAL = -1  # the piece has all of its sequence's keys: its result is the final one
 _NO_SEQUENCE = -1

@@ -6,7 +6,7 @@ bisection; each step continues from the nearest existing logit, so that ten to t
 remaining tokens fit one tile they are copied, in their order, and the row is not read again
 (`logit_search.py`).
 
-The random number is exactly that of `engine/random_numbers.py`, and tokens are on its line by id, as in
+The random number is exactly that of `kernels/random_numbers.py`, and tokens are on its line by id, as in
 `engine/distribution.py`. Differences from the CPU: a GPU's `exp` is off by about 1e-7 times the distance to
 the largest logit (over the temperature), relatively, and masses, float64 on both, are summed in another
 order. So the border between two neighbours may shift, by some 1e-7 of the total, 1e-6 at worst: a random
@@ -141,7 +141,7 @@ def _draw_token(
 
 @triton.jit
 def uniform(seed: tl.tensor, choice: tl.tensor, index: tl.tensor):
-    """`engine.random_numbers.uniform` of uint64 numbers."""
+    """`kernels.random_numbers.uniform` of uint64 numbers."""
     state = _mix(seed)
     state = _mix(state ^ choice)
     return (_mix(state ^ index) >> 11).to(tl.float64) * 1.1102230246251565e-16  # 2 ** -53

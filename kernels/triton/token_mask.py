@@ -11,8 +11,8 @@ _BLOCK = 2048
 
 
 def mask_tokens(logits: torch.Tensor, rows: torch.Tensor, bits: torch.Tensor) -> None:
-    """In place: in row `rows[m]` of float32 logits [R, V], token t becomes -inf unless bit t % 8 of `bits[m,
-    t // 8]` is set.
+    """Masks logits in place: in row `rows[m]` of float32 logits [R, V], token t becomes -inf unless bit t % 8
+    of `bits[m, t // 8]` is set.
 
     rows int32 [M], each once; bits uint8 [M, ceil(V / 8)].
     """

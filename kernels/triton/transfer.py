@@ -288,9 +288,8 @@ def _move_int8(
 def _quantise(values: tl.tensor, dims: tl.tensor, BLOCK_TOKENS: tl.constexpr, BLOCK_DIMS: tl.constexpr):
     """Returns rows [BLOCK_TOKENS, BLOCK_DIMS] as (words of eight int8 steps, the size of a row's step)."""
     sizes = tl.abs(values)
-    largest = tl.max(
-        tl.where(sizes < float("inf"), sizes, float("inf")), 1
-    )  # infinite where a value is NaN, too
+    # infinite where a value is NaN, too
+    largest = tl.max(tl.where(sizes < float("inf"), sizes, float("inf")), 1)
     spoilt = largest == float("inf")
     empty = largest < _SMALLEST_ROW
     divisor = tl.where(spoilt | empty, 1.0, largest)

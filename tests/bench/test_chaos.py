@@ -10,9 +10,9 @@ import grpc
 import pytest
 from google.rpc import status_pb2
 
-from bench.chaos.accidents import Accident, Victim
+from bench.chaos.accidents import InjectedAccident, Victim
 from bench.chaos.account import Account
-from bench.chaos.streams import Stream, Template, run_stream
+from bench.chaos.streams import ObservedStream, Template, run_stream
 from bench.chaos.watch import Watch
 from pdserve.proto import pdserve_pb2 as pb
 
@@ -26,8 +26,8 @@ def tokens(index: int, *token_ids: int) -> pb.GenerateEvent:
     return pb.GenerateEvent(tokens=pb.TokenDelta(index=index, token_ids=token_ids, text="x" * len(token_ids)))
 
 
-def stream(*events: pb.GenerateEvent) -> Stream:
-    taken = Stream(TEMPLATE, start_s=0.0)
+def stream(*events: pb.GenerateEvent) -> ObservedStream:
+    taken = ObservedStream(TEMPLATE, start_s=0.0)
     for event in events:
         taken.take(event)
     return taken
@@ -101,7 +101,7 @@ class Unavailable(grpc.RpcError):
         return self._trailers
 
 
-class Router:
+class ScriptedStub:
     """Stands for a stub: plays one connection after the other."""
 
     def __init__(self, *connections: list[pb.GenerateEvent | grpc.RpcError]) -> None:
@@ -120,11 +120,11 @@ class Router:
 
 def run(
     *connections: list[pb.GenerateEvent | grpc.RpcError], num_choices: int = 1
-) -> tuple[Stream, list[list[int]]]:
+) -> tuple[ObservedStream, list[list[int]]]:
     """The stream, and from where its client asked for it each time."""
-    router = Router(*connections)
+    router = ScriptedStub(*connections)
     template = Template(TEMPLATE.prompt, TEMPLATE.sampling | {"n": num_choices})
-    stream = run_stream(router, Stream(template, start_s=0.0), "a stream")  # type: ignore[arg-type]
+    stream = run_stream(router, ObservedStream(template, start_s=0.0), "a stream")  # type: ignore[arg-type]
     assert {request.request_id for request in router.requests} == {"a stream"}
     return stream, [list(request.resume_from) for request in router.requests]
 
@@ -195,12 +195,12 @@ def test_a_stream_that_the_router_itself_gave_up_is_lost() -> None:
     assert lost.outcome(UNDISTURBED) == "lost"
 
 
-def killed(role: str, at_s: float) -> Accident:
+def killed(role: str, at_s: float) -> InjectedAccident:
     name = "router" if role == "router" else f"{role}-0"
-    return Accident("kill", role, "mid decode", **KILL, at_s=at_s, victims=[Victim(name, 1)])  # type: ignore[arg-type]
+    return InjectedAccident("kill", role, "mid decode", **KILL, at_s=at_s, victims=[Victim(name, 1)])  # type: ignore[arg-type]
 
 
-def came_back(broken_s: list[float], arrivals_s: list[float]) -> Stream:
+def came_back(broken_s: list[float], arrivals_s: list[float]) -> ObservedStream:
     taken = stream(tokens(0, 7), tokens(1, 8, 9), CHOICE_END, END)
     taken.breaks_s, taken.choices[0].arrivals_s = broken_s, arrivals_s
     return taken

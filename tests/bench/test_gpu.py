@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.comparison.peers.protocol import Timeline
+from bench.comparison.peers.protocol import RunTimes
 from bench.gpu import (
     __main__ as command,
     attention_checks,
@@ -251,6 +251,6 @@ def test_a_step_reads_the_weights_and_the_contexts(shape: Any, gigabytes: float,
 def test_a_steady_step_is_one_in_which_all_decode() -> None:
     """One sequence starts late; later steps take 2 s, earlier ones 5."""
     early, late = [5.0 * i for i in range(20)], [100.0 + 2.0 * i for i in range(41)]
-    step_s, mean_length = steady_step(Timeline(0.0, (tuple(early + late), tuple(late))))
+    step_s, mean_length = steady_step(RunTimes(0.0, (tuple(early + late), tuple(late))))
     assert step_s == 2.0
     assert 31 + 10 <= mean_length <= 31 + 12

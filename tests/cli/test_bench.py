@@ -71,9 +71,8 @@ def test_a_trace_is_replayed(run: Run, cluster: ScriptedCluster, tmp_path: Path)
 def test_cached_prompts_cause_a_warning_unless_prefixes_are_shared(
     run: Run, options: tuple[str, ...], warns: bool
 ) -> None:
-    result = run(
-        "bench", "--concurrency", "1", *SHORT, *options
-    )  # of each prompt a token is said to be cached
+    # of each prompt a token is said to be cached
+    result = run("bench", "--concurrency", "1", *SHORT, *options)
     assert ("take another --seed" in result.stdout) is warns
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from pdserve.core.config_file import load_cluster_config
+from pdserve.core.config_file import ConfigSource
 
 TEXT = (Path(__file__).parents[2] / "cluster.yaml").read_text()
 CLOUDS = {"AWS": "aws", "GCP": "gcp", "Azure": "azure"}
@@ -65,4 +65,4 @@ def test_ray_accepts_the_cloud_sections_with_gpu_node_types(cloud: str) -> None:
 @pytest.mark.parametrize("cloud", CLOUDS)
 def test_pdserve_accepts_the_lines_for_a_cloud(cloud: str, tmp_path: Path) -> None:
     (tmp_path / "cluster.yaml").write_text(for_cloud(cloud))
-    assert load_cluster_config(tmp_path / "cluster.yaml").model.path == "embedded"
+    assert ConfigSource.read(tmp_path / "cluster.yaml").config().model.path == "embedded"

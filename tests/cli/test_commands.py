@@ -420,6 +420,27 @@ def test_apply_prints_each_change(run: Run, cluster: ScriptedCluster, tmp_path: 
     assert "kv.block_size" in result.stderr
 
 
+def test_scale_changes_pools_to_a_number_or_by_one(run: Run, cluster: ScriptedCluster) -> None:
+    assert run("scale", "prefill=3", "decode=+1", "--dry-run").stdout.splitlines() == [
+        "pools.prefill.instances: 1 -> 3",
+        "pools.decode.instances: 1 -> 2",
+    ]
+    assert cluster.applied == []
+    assert run("scale", "decode=+1").stdout == "pools.decode.instances: 1 -> 2\n"
+    assert run("scale", "--", "decode=-1").stdout == "pools.decode.instances: 2 -> 1\n"
+    assert run("scale", "decode=1").stdout == "nothing to change\n"
+
+
+@pytest.mark.parametrize(
+    "text", ["decode", "decode=", "decode=some", "=3", "decode=1.5", "decode=+", "decode=²"]
+)
+def test_a_change_of_scale_that_is_none_is_refused(run: Run, text: str, cluster: ScriptedCluster) -> None:
+    result = run("scale", text)
+    assert result.exit_code == 1
+    assert f"{text!r}: expected a pool and its instances, such as prefill=3 or decode=+1" in result.stderr
+    assert cluster.applied == []
+
+
 def test_drain_waits_until_workers_are_idle(run: Run, server: ServerThread, cluster: ScriptedCluster) -> None:
     server.call(cluster.go_on.set)
     result = run("drain", "prefill-0")

@@ -17,6 +17,7 @@ NAMES = {
     "explain": "[REQUEST_ID]",
     "logs": "[WORKER]...",
     "apply": "{FILE}",
+    "scale": "{POOL=N}...",
     "drain": "[WORKER]...",
     "bench": "[TARGETS]...",
 }

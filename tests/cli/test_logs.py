@@ -94,7 +94,7 @@ def test_a_log_that_another_user_may_have_written_is_not_shown(runtime_folder: P
     assert "expected a directory of user" in result.stderr
 
 
-def test_the_running_cluster_comes_before_later_ones_and_each_is_found_by_address(
+def test_the_running_cluster_comes_first_and_others_by_address(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with closing(LogFile()) as running:

@@ -36,7 +36,7 @@ def lines_of(shown: bytes) -> list[str]:
     ]
 
 
-def test_a_terminal_shows_a_moving_line_below_the_log_and_an_interrupt_clears_it() -> None:
+def test_a_terminal_shows_progress_below_the_log_until_interrupted() -> None:
     ours, theirs = os.openpty()
     with subprocess.Popen([sys.executable, "-c", MOVING], stderr=theirs, env=ENVIRONMENT) as process:
         os.close(theirs)

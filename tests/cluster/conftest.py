@@ -20,9 +20,8 @@ from .harness import SESSION_MARK, session_processes
 @pytest.fixture(scope="session", autouse=True)
 def ray_session() -> Iterator[None]:
     """Ray as `pdserve up` would start it, shared by all tests; removed without a trace at the end."""
-    temp_dir = tempfile.mkdtemp(
-        prefix="pdserve-test-", dir="/tmp"
-    )  # mode 0700: Ray's own folder is world-writable
+    # mode 0700: Ray's own folder is world-writable
+    temp_dir = tempfile.mkdtemp(prefix="pdserve-test-", dir="/tmp")
     os.environ[SESSION_MARK] = temp_dir
     os.environ[RUNTIME_FOLDER] = f"{temp_dir}/runtime"
     shared_memory, sockets = set(os.listdir("/dev/shm")), abandoned_sockets()

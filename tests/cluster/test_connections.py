@@ -41,7 +41,7 @@ HELLO = Hello(worker_id="decode-0", incarnation=1)
 WAIT_S = 20.0
 
 
-class Link:
+class WorkerEnd:
     """A worker's end, and the messages that it received."""
 
     def __init__(self, port: int) -> None:
@@ -119,7 +119,7 @@ async def test_a_router_does_not_mistake_its_own_pause_for_workers_silence(
 def test_a_worker_that_receives_nothing_has_lost_its_router(hasty: None) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         with greeted(silent, "token") as accepted:
-            link = Link(silent.getsockname()[1])
+            link = WorkerEnd(silent.getsockname()[1])
         with accepted.get():
             assert link.lost.wait(WAIT_S)
             link.link.close()
@@ -145,7 +145,7 @@ def test_a_worker_hangs_up_when_a_frame_was_lost() -> None:
     first, _, third = (encoder.encode(Abort(transfer=TransferId("r", attempt))) for attempt in range(3))
     with socket.create_server(("127.0.0.1", 0)) as router:
         with greeted(router, "token") as accepted:
-            link = Link(router.getsockname()[1])
+            link = WorkerEnd(router.getsockname()[1])
         with accepted.get() as connection:
             connection.sendall(first + third)
             assert link.lost.wait(WAIT_S)

@@ -25,7 +25,7 @@ def spec(device: DeviceKind, gpus: float) -> WorkerSpec:
     return WorkerSpec("decode-0", 1, Role.DECODE, config, device, None, ("127.0.0.1", 1), "secret", None)
 
 
-class Shown:
+class VisibleDevice:
     """The device visible to an actor's process."""
 
     def gpu(self) -> str | None:
@@ -33,7 +33,7 @@ class Shown:
 
 
 def test_ray_assigns_gpus_by_the_rule_that_we_assume() -> None:
-    Shown.__module__ = "__main__"  # so that its code travels with it
+    VisibleDevice.__module__ = "__main__"  # so that its code travels with it
     (node_id,) = (node["NodeID"] for node in ray.nodes())
     allocator = CoreAllocator({node_id: Capacity(8, 2)})
     actors: list[Any] = []
@@ -41,7 +41,7 @@ def test_ray_assigns_gpus_by_the_rule_that_we_assume() -> None:
         for number, share in enumerate((0.5, 0.7, 0.5, 0.3)):
             worker = spec("cuda", share)
             placement = allocator.take((f"decode-{number}", 1), worker.need)
-            actors.append(ray.remote(Shown).options(**options_of(worker, placement)).remote())
+            actors.append(ray.remote(VisibleDevice).options(**options_of(worker, placement)).remote())
             assert ray.get(actors[-1].gpu.remote()) == str(placement.gpu)
             assert variables_of(worker)["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID", "the order by which it counts"
     finally:

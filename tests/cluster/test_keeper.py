@@ -136,7 +136,7 @@ async def test_an_end_is_not_lost_on_a_head_that_asks_late(workers: FakeWorkers)
     assert await second.living() == []
 
 
-async def test_the_keepers_open_calls_do_not_grow_with_workers_or_with_dead_heads(
+async def test_the_keepers_open_calls_do_not_accumulate(
     workers: FakeWorkers,
 ) -> None:
     handle = Handle(keeper_actor())

@@ -161,9 +161,8 @@ def test_a_worker_that_cannot_load_reports_why_until_the_checkpoint_is_repaired(
             if "truncated" in status.workers[0].message:
                 break
         assert status.workers[0].state == pb.WORKER_STATE_FAILED
-        assert (
-            tokens_of(cluster.stream(cluster.request("import this"))) == expected
-        )  # the prefill worker stands in
+        # the prefill worker stands in
+        assert tokens_of(cluster.stream(cluster.request("import this"))) == expected
         weights.write_bytes(whole)
         cluster.wait_for(prefill=1, decode=1)
     finally:

@@ -48,9 +48,8 @@ def test_the_legs_explain_the_time_to_first_token(cluster: Cluster) -> None:
         assert sum(chunk.num_tokens for chunk in record.chunks) == 64
         assert 0 <= legs.first_token_s <= record.ttft_s  # the router's interval lies within the client's
         assert legs.queue_s <= legs.first_token_s
-        assert (legs.transfer_s is None) == (
-            legs.exposed_s is None
-        )  # a worker's account may arrive after a short stream's end
+        # a worker's account may arrive after a short stream's end
+        assert (legs.transfer_s is None) == (legs.exposed_s is None)
     assert {"queue", "transfer", "exposed_transfer", "first_decode"} <= set(report.legs_ms)
 
 

@@ -171,9 +171,8 @@ def test_no_request_fails_while_workers_are_added_drained_and_removed(cluster: C
 
 def test_a_drained_worker_finishes_its_streams_and_the_other_pool_stands_in(cluster: Cluster) -> None:
     workers = cluster.admin.GetStatus(pb.GetStatusRequest()).workers
-    (decoder,) = (
-        worker.worker_id for worker in workers if worker.role == "decode"
-    )  # its number depends on which was removed
+    # its number depends on which was removed
+    (decoder,) = (worker.worker_id for worker in workers if worker.role == "decode")
     long = cluster.generation.GenerateStream(cluster.request(PROMPT, max_tokens=400))
     events = [next(iter(long))]
     drain = cluster.admin.Drain(pb.DrainRequest(worker_ids=[decoder]))

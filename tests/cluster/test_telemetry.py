@@ -25,7 +25,7 @@ PROMPT = (
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 
-class Collector(collector_rpc.TraceServiceServicer):
+class TraceReceiver(collector_rpc.TraceServiceServicer):
     """A collector that accepts traces until it is stopped."""
 
     def __init__(self) -> None:
@@ -48,14 +48,14 @@ class Collector(collector_rpc.TraceServiceServicer):
 
 
 @pytest.fixture(scope="module")
-def collector() -> Iterator[Collector]:
-    collector = Collector()
+def collector() -> Iterator[TraceReceiver]:
+    collector = TraceReceiver()
     yield collector
     collector.stop()
 
 
 @pytest.fixture(scope="module")
-def cluster(collector: Collector) -> Iterator[Cluster]:
+def cluster(collector: TraceReceiver) -> Iterator[Cluster]:
     cluster = Cluster("embedded", observability={"otlp_endpoint": f"http://127.0.0.1:{collector.port}"})
     yield cluster
     cluster.close()
@@ -142,7 +142,7 @@ def test_the_parts_of_ttft_add_up_and_the_control_plane_is_smallest(cluster: Clu
     assert spent("time_to_first_token") == pytest.approx(sum(parts), rel=0.01)
 
 
-def test_a_request_is_one_trace_below_its_client(cluster: Cluster, collector: Collector) -> None:
+def test_a_request_is_one_trace_below_its_client(cluster: Cluster, collector: TraceReceiver) -> None:
     request = cluster.request(PROMPT, max_tokens=5)
     request.request_id = "traced"
     headers = (("traceparent", f"00-{TRACE}-{SPAN}-01"),)
@@ -192,7 +192,7 @@ def test_explain_shows_a_running_request(cluster: Cluster) -> None:
     cluster.check_all_blocks_free()
 
 
-def test_a_collectors_death_disturbs_no_request(cluster: Cluster, collector: Collector) -> None:
+def test_a_collectors_death_disturbs_no_request(cluster: Cluster, collector: TraceReceiver) -> None:
     before = num_closed(nonzero(cluster._launched.metrics()))
     collector.stop()
     answers = cluster.generate_all(

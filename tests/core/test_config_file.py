@@ -10,7 +10,7 @@ from hypothesis import example, given, strategies as st
 from ruamel.yaml import YAML
 
 from pdserve.core.config import ClusterConfig
-from pdserve.core.config_file import ConfigSource, Override, load_cluster_config, parse_cluster_config
+from pdserve.core.config_file import ConfigSource, Override, parse_cluster_config
 from pdserve.core.config_schema import cluster_schema, cluster_schema_text
 from pdserve.core.errors import ConfigError
 from pdserve.core.hosts import ExpectedHosts
@@ -34,7 +34,7 @@ def ours(lines: str) -> str:
 
 
 def test_the_sample_file_spells_out_the_defaults() -> None:
-    assert load_cluster_config(SAMPLE) == ClusterConfig().expecting(ExpectedHosts(addresses=()))
+    assert ConfigSource.read(SAMPLE).config() == ClusterConfig().expecting(ExpectedHosts(addresses=()))
 
 
 def test_an_empty_part_means_the_defaults() -> None:
@@ -204,13 +204,13 @@ def test_keys_merged_from_an_anchor_are_read() -> None:
 
 def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"missing\.yaml: no such file"):
-        load_cluster_config(tmp_path / "missing.yaml")
+        ConfigSource.read(tmp_path / "missing.yaml").config()
     with pytest.raises(ConfigError, match="cannot be read"):
-        load_cluster_config(tmp_path)
+        ConfigSource.read(tmp_path).config()
     bad = tmp_path / "latin1.yaml"
     bad.write_bytes(b"a: 1\nb: \xe9\n")
     with pytest.raises(ConfigError, match=r"latin1\.yaml:2: byte 0xe9 is not UTF-8"):
-        load_cluster_config(bad)
+        ConfigSource.read(bad).config()
 
 
 SCALARS = (
@@ -308,7 +308,7 @@ def test_the_file_written_by_ray_up_on_the_head_is_readable(tmp_path: Path) -> N
 
     bootstrap = tmp_path / "ray_bootstrap_config.yaml"
     bootstrap.write_text(json.dumps(prepare_config(yaml.safe_load(SAMPLE.read_text()))))
-    assert load_cluster_config(bootstrap) == ClusterConfig().expecting(ExpectedHosts(addresses=()))
+    assert ConfigSource.read(bootstrap).config() == ClusterConfig().expecting(ExpectedHosts(addresses=()))
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def embedded_metadata(tmp_path: Path, pre: str = "default") -> dict[str, Any]:
     return read_gguf_header(tmp_path / "m.gguf").metadata
 
 
-def test_a_byte_level_tokenizer_encodes_as_the_one_that_it_was_made_from(tmp_path: Path) -> None:
+def test_a_byte_level_tokenizer_encodes_as_its_original(tmp_path: Path) -> None:
     metadata = embedded_metadata(tmp_path)
     made = Tokenizer.from_str(gguf_tokenizer_json(metadata, "m"))
     original = Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 from pdserve.core.config import LimitsSection
-from pdserve.core.errors import InvalidRequest
+from pdserve.core.errors import InvalidRequest, refuse
 from pdserve.core.request import SamplingParams
-from pdserve.core.validation import MAX_TOP_K, validate_request
+from pdserve.core.validation import MAX_TOP_K, request_problems
 
 LIMITS = LimitsSection(
     max_tokens=100,
@@ -24,7 +24,8 @@ VOCAB_SIZE = 1000
 
 def check(prompt: list[int] | None = None, limits: LimitsSection = LIMITS, **fields: Any) -> None:
     sampling = SamplingParams(**fields)
-    validate_request([1, 2, 3] if prompt is None else prompt, sampling, limits, MAX_MODEL_LEN, VOCAB_SIZE)
+    prompt = [1, 2, 3] if prompt is None else prompt
+    refuse(request_problems(prompt, sampling, limits, MAX_MODEL_LEN, VOCAB_SIZE))
 
 
 def test_default_parameters_are_valid() -> None:
@@ -204,7 +205,7 @@ SAMPLING = st.builds(
 def test_any_request_is_served_or_refused_by_a_field(prompt: list[int], sampling: SamplingParams) -> None:
     refused = ""
     try:
-        validate_request(prompt, sampling, LIMITS, MAX_MODEL_LEN, VOCAB_SIZE)
+        refuse(request_problems(prompt, sampling, LIMITS, MAX_MODEL_LEN, VOCAB_SIZE))
     except InvalidRequest as error:
         refused = error.field.partition("[")[0]
     assert not refused or refused in {*SamplingParams.__struct_fields__, "prompt", "prompt_token_ids"}

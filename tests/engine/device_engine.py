@@ -36,9 +36,8 @@ def open_device_engine(
 @contextmanager
 def filled_with_nan() -> Iterator[None]:
     """Fills unwritten memory with NaN, so that it shows wherever it gets into a result."""
-    torch.use_deterministic_algorithms(
-        True
-    )  # with torch.utils.deterministic.fill_uninitialized_memory, which is the default
+    # with torch.utils.deterministic.fill_uninitialized_memory, which is the default
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:

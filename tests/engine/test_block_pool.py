@@ -114,7 +114,7 @@ def test_uncached_blocks_are_taken_before_a_prefix_is_evicted() -> None:
     assert len(pool.match_prefix([name(1), name(2)])) == 2
 
 
-def test_a_new_router_gets_the_whole_cache_in_slices_and_no_block_that_went_meanwhile() -> None:
+def test_a_new_router_gets_the_present_cache_in_slices() -> None:
     pool = BlockPool(5, 16, max_reported=2)
     blocks = cached_sequence(pool, [1, 2, 3, 4, 5])
     while pool.num_unreported_blocks:

@@ -10,7 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pdserve.core.errors import CheckpointError
-from pdserve.engine.checkpoint import Checkpoint, fingerprint, open_checkpoint, resolve_model_path
+from pdserve.engine.checkpoint import (
+    Checkpoint,
+    described_checkpoint,
+    fingerprint,
+    open_checkpoint,
+    resolve_model_path,
+)
 from pdserve.engine.tensor_names import expected_tensors
 from pdserve.engine.tensor_reader import TensorReader
 
@@ -311,3 +317,15 @@ def test_a_model_path_is_a_directory_or_the_embedded_model(
     assert resolve_model_path("~/models/x") == tmp_path / "models" / "x"
     assert resolve_model_path("/m") == Path("/m")
     assert open_checkpoint(resolve_model_path("embedded")).num_parameters > 0
+
+
+def test_a_config_alone_describes_the_checkpoint_that_it_belongs_to(tmp_path: Path) -> None:
+    whole = open_checkpoint(write(tmp_path / "model", torch_dtype="float32"))
+    described = described_checkpoint(tmp_path / "model" / "config.json")
+    assert described.config == whole.config
+    assert (described.num_parameters, described.dtype) == (whole.num_parameters, whole.dtype)
+
+
+def test_a_config_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        described_checkpoint(tmp_path / "config.json")

@@ -34,7 +34,7 @@ def test_the_layout_states_everything_that_peers_must_agree_on(checkpoint: Calla
     assert isinstance(first.layout, KVLayout) and first.layout.mismatch(second.layout) is not None
     again = Engine.open(checkpoint("llama-bf16"), EngineOptions(num_blocks=9, block_size=32))
     assert first.layout.mismatch(again.layout) is None
-    assert again.kv.max_model_len == 4096 and again.kv.max_num_tokens == 9 * 32
+    assert again.kv.max_model_len == 4096 and (again.kv.pool.num_blocks, again.kv.pool.block_size) == (9, 32)
 
 
 def test_progress_rises_to_one(checkpoint: Callable[[str], Path]) -> None:

@@ -167,7 +167,7 @@ def test_a_choice_resumed_by_another_worker_continues_with_the_same_tokens(
         assert run_to_end(engine, [resumed])[0] == whole[done:]
 
 
-def test_sampled_tokens_with_a_seed_are_the_same_alone_and_in_any_batch(
+def test_seeded_tokens_are_the_same_alone_and_in_any_batch(
     subject: Callable[[str], Subject],
 ) -> None:
     engine = (checked := subject("qwen2")).engine

@@ -9,9 +9,10 @@ import pynvml
 import pytest
 import torch
 
+from pdserve.core.errors import ConfigError
 from pdserve.core.messages import GpuSample
 from pdserve.engine.gpu import GpuProbe, probe_devices, probe_memory, probe_node
-from pdserve.engine.gpu_peaks import peaks_of
+from pdserve.engine.gpu_peaks import GPU_MODELS, gpu_model, peaks_of
 
 GIB = 1 << 30
 
@@ -266,3 +267,13 @@ def test_this_machine_has_cores_and_memory() -> None:
     node = probe_node()
     assert set(node.cores) == os.sched_getaffinity(0)
     assert 0 < node.available_memory_bytes <= node.total_memory_bytes
+
+
+def test_gpus_are_found_by_their_short_and_by_their_full_names() -> None:
+    assert gpu_model("H200") is gpu_model("h200") is gpu_model("NVIDIA H200") is GPU_MODELS["h200"]
+    assert all(peaks_of(model.name) == model.peaks for model in GPU_MODELS.values())
+
+
+def test_an_unknown_gpu_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(ConfigError, match=r"gpu: got 'h201', expected one of b200, h200, .*, l4$"):
+        gpu_model("h201")

@@ -197,11 +197,10 @@ def test_growth_beyond_the_pool_is_refused_and_changes_nothing() -> None:
     manager.admit(seq)
     assert not manager.grow(seq, 12)
     assert seq.block_ids == [] and manager.pool.num_free_blocks == 2
-    assert manager.max_num_tokens == 8
 
 
 def test_the_bookkeeping_needs_no_torch() -> None:
-    modules = "block_pool", "kv_manager", "sequence", "batch", "random_numbers"
+    modules = "block_pool", "kv_manager", "sequence", "batch"
     imports = "; ".join(f"import pdserve.engine.{module}" for module in modules)
     check = f"import sys; {imports}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True)

@@ -16,8 +16,8 @@ from transformers import (
 from pdserve.core.request import SamplingParams
 from pdserve.engine.batch import SampledToken, ScheduledChunk
 from pdserve.engine.distribution import draw
-from pdserve.engine.random_numbers import uniform
 from pdserve.engine.sampler import Sampler
+from pdserve.kernels.random_numbers import uniform
 from pdserve.kernels.reference import TorchKernels
 from tests.engine.chunks import VOCAB_SIZE, follow, make_chunk, random_logits
 
@@ -128,9 +128,8 @@ def test_top_p_keeps_the_fewest_tokens_of_a_large_vocabulary(scale: float) -> No
 
 def test_equal_logits_are_cut_at_the_border_by_token_id() -> None:
     assert support(torch.zeros(VOCAB_SIZE), top_p=0.5) == set(range(25))
-    assert support(torch.zeros(VOCAB_SIZE), top_k=3) == set(
-        range(VOCAB_SIZE)
-    )  # none is below the third largest
+    # none is below the third largest
+    assert support(torch.zeros(VOCAB_SIZE), top_k=3) == set(range(VOCAB_SIZE))
 
 
 def test_a_masked_token_is_never_drawn_whatever_the_number() -> None:
@@ -194,9 +193,8 @@ def test_a_bias_is_added_to_the_raw_logits_before_penalties() -> None:
     _expect_adjusted(logits, expected, chunk)
     token = sample(logits, chunk)[0][0]
     assert token.token_id == VOCAB_SIZE - 1
-    assert token.logprob == pytest.approx(
-        float(logits.log_softmax(-1)[0, -1]), abs=1e-6
-    )  # of the model's own distribution
+    # of the model's own distribution
+    assert token.logprob == pytest.approx(float(logits.log_softmax(-1)[0, -1]), abs=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

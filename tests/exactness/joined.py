@@ -162,11 +162,10 @@ class JoinedEngines:
             output_token_ids=tuple(output),
             eos_token_ids=self.engines[0].config.eos_token_ids if eos is None else eos,
         )
-        if spec.num_remaining_tokens > 1:
+        needs_decode = spec.sampling.max_tokens - len(spec.output_token_ids) > 1
+        if needs_decode:
             self.decode.reserve(Reserve(spec=spec, source_worker_id="prefill-0", source_incarnation=1))
-        self.prefill.prefill(
-            Prefill(spec=spec, target=self._address if spec.num_remaining_tokens > 1 else None)
-        )
+        self.prefill.prefill(Prefill(spec=spec, target=self._address if needs_decode else None))
         return spec
 
     def run(self) -> None:

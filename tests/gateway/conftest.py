@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import cast
 
 import grpc
+import httpx
 import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc import error_details_pb2, status_pb2
@@ -51,6 +52,12 @@ async def channel(server: GatewayServer) -> AsyncIterator[grpc.aio.Channel]:
 @pytest.fixture
 def generation(channel: grpc.aio.Channel) -> "pdserve_pb2_grpc.GenerationAsyncStub":
     return pdserve_pb2_grpc.GenerationStub(channel)
+
+
+@pytest.fixture
+async def http(server: GatewayServer) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as client:
+        yield client
 
 
 @pytest.fixture

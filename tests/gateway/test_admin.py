@@ -97,6 +97,47 @@ async def test_a_dry_run_changes_nothing(admin: Admin, cluster: ScriptedCluster)
     assert cluster.applied == []
 
 
+async def test_scaling_changes_the_ratio_and_nothing_else(admin: Admin, cluster: ScriptedCluster) -> None:
+    to_three = pb.ScaleRequest(pools=[pb.PoolScale(role="decode", instances=3)])
+    (change,) = (await admin.Scale(to_three)).changes
+    assert (change.key, change.before, change.after) == ("pools.decode.instances", "1", "3")
+    assert (await admin.Scale(to_three)).changes == []
+    by = [pb.PoolScale(role="prefill", delta=1), pb.PoolScale(role="decode", delta=-2)]
+    dry = await admin.Scale(pb.ScaleRequest(pools=by, dry_run=True))
+    wet = await admin.Scale(pb.ScaleRequest(pools=by))
+    assert dry == wet
+    sizes = [(config.pools.prefill.instances, config.pools.decode.instances) for config in cluster.applied]
+    assert sizes == [(1, 3), (1, 3), (2, 1)]
+    assert cluster.applied[-1].limits == cluster.applied[0].limits
+
+
+@pytest.mark.parametrize(
+    ("pools", "field", "expected"),
+    [
+        ([], "pools", "at least one of prefill, decode"),
+        ([pb.PoolScale(role="both", instances=1)], "pools[0].role", "one of prefill, decode"),
+        ([pb.PoolScale(role="decode", delta=1)] * 2, "pools[1].role", "each once"),
+        ([pb.PoolScale(role="decode")], "pools[0].instances", "instances, or delta"),
+        ([pb.PoolScale(role="decode", instances=4097)], "pools[0].instances", "0 to 4096"),
+        ([pb.PoolScale(role="decode", delta=-2)], "pools[0].delta", "-1 to 4095"),
+        (
+            [pb.PoolScale(role=role, instances=0) for role in ("prefill", "decode")],
+            "pools",
+            "at least one instance",
+        ),
+    ],
+)
+async def test_a_ratio_that_cannot_be_is_refused(
+    pools: list[pb.PoolScale], field: str, expected: str, admin: Admin, cluster: ScriptedCluster
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await admin.Scale(pb.ScaleRequest(pools=pools))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    message = caught.value.details() or ""
+    assert message.startswith(f"{field}: ") and expected in message
+    assert cluster.applied == []
+
+
 async def test_a_change_that_needs_a_restart_is_refused_as_a_whole(
     admin: Admin, cluster: ScriptedCluster, details: Details
 ) -> None:

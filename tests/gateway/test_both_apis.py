@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import AsyncIterator
 from typing import Any, TypeAlias
 
 import grpc
@@ -11,7 +10,6 @@ import pytest
 
 from pdserve.core.errors import DuplicateRequest, NoWorkerAvailable, PdserveError, QueueFull
 from pdserve.core.request import FinishReason
-from pdserve.gateway.app import GatewayServer
 from pdserve.gateway.http.errors import STATUSES
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from tests.gateway.support import ScriptedCluster
@@ -19,12 +17,6 @@ from tests.gateway.support import ScriptedCluster
 Stub: TypeAlias = "pdserve_pb2_grpc.GenerationAsyncStub"
 TEXT = pb.Prompt(text="hello")
 NAN = float("nan")
-
-
-@pytest.fixture
-async def http(server: GatewayServer) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as client:
-        yield client
 
 
 def ask(prompt: pb.Prompt = TEXT, **fields: Any) -> pb.GenerateRequest:

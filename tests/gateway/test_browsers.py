@@ -16,7 +16,7 @@ import pytest
 from starlette.requests import Request
 
 from pdserve.core.config import ClusterConfig
-from pdserve.gateway.app import GatewayServer, serve
+from pdserve.gateway.app import serve
 from pdserve.gateway.auth.keys import make_key, new_key
 from pdserve.gateway.http.codings import SLICE_BYTES, Decoder, accepts_gzip
 from pdserve.gateway.http.pages import Pages
@@ -32,12 +32,6 @@ PREFLIGHT = {
 BODY = json.dumps({"prompt": "hello", "max_tokens": 4}).encode()
 JSON = {"content-type": "application/json"}
 Connect = Callable[..., Any]
-
-
-@pytest.fixture
-async def http(server: GatewayServer) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as client:
-        yield client
 
 
 @pytest.fixture

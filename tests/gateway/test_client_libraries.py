@@ -7,7 +7,6 @@ the same is tried against what their code looks for."""
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,6 @@ with_clients = pytest.mark.skipif(
     not PYTHON.exists(), reason="the clients' environment is missing: make clients"
 )
 LONG = "a b c " * 200
-
-
-@pytest.fixture
-async def http(server: GatewayServer) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as client:
-        yield client
 
 
 async def printed_by(script: str, *arguments: str) -> dict[str, Any]:

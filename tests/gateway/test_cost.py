@@ -148,6 +148,5 @@ def test_in_the_end_a_bucket_has_lost_exactly_what_was_used(
     charge.settle(num_output, 0.0)
     tenths = num_prompt * (10 + alternatives[0]) + num_output * (10 + alternatives[1])
     used = ceil(tenths / 10)
-    assert bucket.take(per_minute, 0.0) * per_minute / 60 == pytest.approx(
-        used
-    )  # the missing share of a minute's worth
+    # the missing share of a minute's worth
+    assert bucket.take(per_minute, 0.0) * per_minute / 60 == pytest.approx(used)

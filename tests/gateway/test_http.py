@@ -23,12 +23,6 @@ USER: Any = {"role": "user", "content": "hello"}
 
 
 @pytest.fixture
-async def http(server: GatewayServer) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as client:
-        yield client
-
-
-@pytest.fixture
 async def client(server: GatewayServer) -> AsyncIterator[openai.AsyncOpenAI]:
     async with openai.AsyncOpenAI(
         base_url=f"http://{server.http_address}/v1", api_key="none", max_retries=0

@@ -53,12 +53,6 @@ async def raw(server: GatewayServer) -> AsyncIterator[RawClient]:
     client.writer.close()
 
 
-@pytest.fixture
-async def http(server: GatewayServer) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as client:
-        yield client
-
-
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("num_prompts", [1, 3])
 async def test_a_disconnecting_client_frees_its_resources(

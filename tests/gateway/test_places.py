@@ -89,7 +89,7 @@ def test_addresses_of_one_client_are_one_group(host: str, group: str) -> None:
     assert address_group(host) == group
 
 
-class Places(RuleBasedStateMachine):
+class PlacesBesideModel(RuleBasedStateMachine):
     """Compares with a simple, slow model."""
 
     def __init__(self) -> None:
@@ -148,4 +148,4 @@ class Places(RuleBasedStateMachine):
         assert len(self.places) == len(self.model) and all(holder in self.places for holder in self.model)
 
 
-TestPlaces = Places.TestCase
+TestPlaces = PlacesBesideModel.TestCase

@@ -32,12 +32,6 @@ CHAT: dict[str, Any] = {"messages": [USER], "max_tokens": 4}
 TEXT: dict[str, Any] = {"prompt": "hello", "max_tokens": 4}
 
 
-@pytest.fixture
-async def http(server: GatewayServer) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as client:
-        yield client
-
-
 async def ask(http: httpx.AsyncClient, body: dict[str, Any], **headers: str) -> httpx.Response:
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     content = json.dumps(body)
@@ -361,8 +355,8 @@ async def test_a_silent_request_gets_the_models_defaults(cluster: ScriptedCluste
         (model,) = (await http.get("/v1/models")).json()["data"]
         assert model["default_sampling"] == (await http.get("/v1/models/tiny")).json()["default_sampling"]
         assert model["default_sampling"] == defaults.stated
-        told = (await generation.GetModelInfo(pb.GetModelInfoRequest())).default_sampling
-        assert {descriptor.name: value for descriptor, value in told.ListFields()} == defaults.stated
+        reported = (await generation.GetModelInfo(pb.GetModelInfoRequest())).default_sampling
+        assert {descriptor.name: value for descriptor, value in reported.ListFields()} == defaults.stated
     await server.stop(0)
 
 

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 from jinja2.filters import FILTERS
 
-from pdserve.gateway.offload.process import BLAMED
+from pdserve.core.limited_child import Death
 from pdserve.gateway.text.encoding import RENDER_BYTES
 
 GROW = "{% set ns = namespace(t='x', l=['x']) %}{% for i in range(90) %}"
@@ -148,7 +148,7 @@ def outcomes() -> dict[str, tuple[str, int]]:
         for line in ended.stdout.splitlines():
             name, end = json.JSONDecoder().raw_decode(line)
             found[name] = tuple(json.loads(line[end:].strip() or '["killed", 0]'))
-        assert ended.returncode == 0 or ended.returncode in BLAMED, ended.stderr[-2000:]
+        assert ended.returncode == 0 or Death.of(ended.returncode) is not Death.OTHER, ended.stderr[-2000:]
         waiting = {name: source for name, source in waiting.items() if name not in found}
     return found
 

@@ -194,9 +194,8 @@ def refused_calls() -> Iterator[bytes]:
 async def test_a_flood_of_calls_that_the_library_refuses_ends_its_connection(
     cluster: ScriptedCluster, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "pdserve.gateway.grpc.unauthenticated_traffic.MAX_CALLS", 1 << 30
-    )  # the calls that are seen do not end it
+    # the calls that are seen do not end it
+    monkeypatch.setattr("pdserve.gateway.grpc.unauthenticated_traffic.MAX_CALLS", 1 << 30)
     async with serving(cluster, keys) as server:
         ((reader, writer),) = await connect(server.grpc_address, 1)
         closed = asyncio.create_task(until_closed(reader))

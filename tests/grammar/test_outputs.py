@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from pdserve.core.codec import FrameError
+from pdserve.core.limited_child import Death
 from pdserve.grammar.messages import Advance, Close, FromProcess, GrammarRefused, Mask, OpenOutput, ToProcess
-from pdserve.grammar.outputs import MAX_DEATHS, WINDOW, WINDOW_EACH, Death, Outputs
+from pdserve.grammar.outputs import MAX_DEATHS, WINDOW, WINDOW_EACH, Outputs
 
 BAD = "dies of it"
 
 
-class Model:
+class ScriptedProcess:
     """A process that keeps the outputs it was sent, and answers in order."""
 
     def __init__(self) -> None:
@@ -44,7 +45,7 @@ ACTIONS = st.tuples(
 @given(st.lists(ACTIONS, max_size=60))
 def test_every_output_gets_each_mask_once_across_crashes(actions: list[Action]) -> None:
     """Two clients, and two processes: what one was asked for a client may go on in the other."""
-    outputs, processes = (Outputs(), Outputs()), [Model(), Model()]
+    outputs, processes = (Outputs(), Outputs()), [ScriptedProcess(), ScriptedProcess()]
     keys = itertools.count()
     side_of: dict[int, int] = {}
     covered: dict[int, int] = {}  # for live outputs: the tokens that the last mask covered
@@ -83,7 +84,7 @@ def test_every_output_gets_each_mask_once_across_crashes(actions: list[Action]) 
             if given_up is not None:
                 assert given_up == (given_up[0], False)
                 del covered[given_up[0]]
-            processes[side] = Model()
+            processes[side] = ScriptedProcess()
         elif action == "hand over":
             moved, messages = outputs[side].hand_over(CLIENTS[number // 2 % 2], outputs[1 - side])
             side_of |= dict.fromkeys(moved, 1 - side)

@@ -9,11 +9,13 @@ import pytest
 from pdserve.core.config import ClusterConfig
 from pdserve.core.errors import PdserveError
 from pdserve.core.messages import Role
+from pdserve.engine.checkpoint import open_checkpoint, resolve_model_path
 from pdserve.engine.gpu import DeviceInfo, Node
 from pdserve.head.head import Head
-from pdserve.head.settings import GPU_PEAKS, REACHED, priors, vacated
+from pdserve.head.settings import vacated
 from pdserve.head.spec import HeadSpec
 from pdserve.planner.plan import plan
+from pdserve.planner.priors import GPU_PEAKS, REACHED, priors, rates_of
 from pdserve.router.cores import Placement
 from pdserve.router.fleet_events import StartWorker
 from pdserve.worker.spec import WorkerSpec
@@ -61,9 +63,11 @@ def test_a_worker_knows_the_device_and_not_how_it_was_chosen() -> None:
 @pytest.mark.parametrize(("name", "bytes_per_s"), [(H100, 3.35e12), (UNKNOWN, GPU_PEAKS.bytes_per_s)])
 def test_the_first_predictions_assume_the_present_gpu(name: str, bytes_per_s: float) -> None:
     planned = plan(ClusterConfig(), [node(name)])
-    found = priors(ClusterConfig(), planned)
+    shape = open_checkpoint(resolve_model_path("embedded")).config
+    found = priors(shape, planned, rates_of(planned))
     assert found.decode_context_token_s == pytest.approx(planned.kv_bytes_per_token / (REACHED * bytes_per_s))
-    on_cores = priors(ClusterConfig(), plan(ClusterConfig(), [node(num_gpus=0)]))
+    planned = plan(ClusterConfig(), [node(num_gpus=0)])
+    on_cores = priors(shape, planned, rates_of(planned))
     assert on_cores.prefill_token_s > 100 * found.prefill_token_s
 
 

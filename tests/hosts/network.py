@@ -276,9 +276,8 @@ class Hosts:
         run("ip", "-n", self._switch, "link", "set", port, "master", "bridge", "up")
         run("ip", "-n", space, "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
         run("ip", "-n", space, "link", "set", "eth0", "up")
-        run(
-            "ip", "-n", space, "link", "add", "wan", "type", "bridge"
-        )  # the default route leads elsewhere, to nobody
+        # the default route leads elsewhere, to nobody
+        run("ip", "-n", space, "link", "add", "wan", "type", "bridge")
         run("ip", "-n", space, "addr", "add", f"198.51.100.{self._index(host) + 1}/24", "dev", "wan")
         run("ip", "-n", space, "link", "set", "wan", "up")
         run("ip", "-n", space, "route", "add", "default", "via", "198.51.100.254", "dev", "wan")

@@ -121,24 +121,6 @@ def test_a_closed_peer_fails_its_transfers_and_a_new_one_is_served(transport: st
             successor.endpoint.close()
 
 
-def test_a_forgotten_peer_is_fenced() -> None:
-    with pair() as (sender, receiver):
-        receiver.expect(T, sender.key, [1], 8)
-        sender.endpoint.send(T, receiver.address, [1], 8)
-        receiver.endpoint.forget_peer(*sender.key)
-        assert "is gone" in receiver.ends.receive_error(T)
-        second = TransferId("request", 1)
-        sender.push(second, receiver.address, [1], 8)
-        assert sender.ends.send_error(second)
-        third = TransferId("request", 2)
-        receiver.expect(third, sender.key, [1], 8)
-        assert "known to be gone" in receiver.ends.receive_error(third)
-        sender.endpoint.forget_peer(*receiver.key)
-        fourth = TransferId("request", 3)
-        sender.push(fourth, receiver.address, [1], 8)
-        assert "known to be gone" in sender.ends.send_error(fourth)
-
-
 def test_a_store_failure_ends_only_its_transfer() -> None:
     with pair() as (sender, receiver):
         other = TransferId("request", 1)

@@ -197,7 +197,7 @@ def test_a_reservation_outlives_its_link_by_one_lease() -> None:
     assert failed == ReceiveFailed(T, "the lease ended after 131.0 s without an offer", FailureKind.LOST)
 
 
-def test_a_refused_chunk_fails_its_transfer_with_the_receivers_message_and_closes_the_link() -> None:
+def test_a_refused_chunk_fails_its_transfer_and_closes_the_link() -> None:
     sender = open_sender()
     error = "refused by the receiver: wrong size"
     assert sender.handle(Nack(1, T, "wrong size", FailureKind.DISAGREEMENT), 0.0) == [

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from pdserve.kv_transfer.planner import ChunkPlanner
-from pdserve.kv_transfer.span import Coverage, Span, place_of
+from pdserve.kv_transfer.span import Coverage, Span, block_range
 
 
 def cells(span: Span) -> set[tuple[int, int]]:
@@ -80,7 +80,7 @@ def test_small_layers_leave_together_once_they_fill_a_chunk() -> None:
     assert planner.take(flush=True) == (Span(6, 8, 0, 4), 7)
 
 
-def test_layers_that_wait_for_slots_are_not_held_up_by_the_last_of_them() -> None:
+def test_the_last_layer_does_not_delay_those_that_wait_for_slots() -> None:
     planner = ChunkPlanner(Span(0, 4, 0, 10), bytes_per_cell=1, chunk_bytes=10)
     for layer in range(4):
         planner.add(Span(layer, layer + 1, 0, 10), mark=layer)
@@ -113,13 +113,11 @@ def test_a_token_larger_than_a_chunk_is_an_error() -> None:
 
 
 @given(st.integers(1, 8), st.integers(0, 40), st.integers(1, 40))
-def test_a_place_has_the_spans_tokens_and_no_extra_block(
-    block_size: int, start: int, num_tokens: int
-) -> None:
+def test_a_span_lies_in_its_own_blocks_alone(block_size: int, start: int, num_tokens: int) -> None:
     block_ids = list(range(100, 200))
     end = start + num_tokens
-    place = place_of(Span(0, 1, start, end), block_ids, block_size)
+    blocks = block_range(Span(0, 1, start, end), block_ids, block_size)
     cells = [(block_ids[token // block_size], token % block_size) for token in range(start, end)]
-    tokens = range(place.token_start, place.token_end)
-    assert [(place.block_ids[token // block_size], token % block_size) for token in tokens] == cells
-    assert set(place.block_ids) == {block for block, _ in cells}
+    tokens = range(blocks.token_start, blocks.token_end)
+    assert [(blocks.block_ids[token // block_size], token % block_size) for token in tokens] == cells
+    assert set(blocks.block_ids) == {block for block, _ in cells}

@@ -7,6 +7,8 @@ from pdserve.loadgen.trace import TraceRow, parse_trace
 
 HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens"
 
+MOONCAKE = '{"timestamp": 2000, "input_length": 700, "output_length": 52, "hash_ids": [0, 14]}'
+
 
 def test_the_2023_trace_has_seven_digits_and_no_zone() -> None:
     rows = parse_trace([HEAD, "2023-11-16 18:15:46.6805900,374,44", "2023-11-16 18:15:50.9951690,396,109"])
@@ -32,8 +34,19 @@ def test_rows_are_put_in_order_and_further_columns_ignored() -> None:
         ([HEAD, "2023-11-16 18:15:46,1"], "line 2"),
         ([HEAD, "2023-11-16 18:15:46,-1,2"], "line 2"),
         ([HEAD, "2023-11-16 18:15:46,1,2", "2023-11-16 18:15:46+00:00,1,2"], "time zone"),
+        (['{"timestamp": 0, "input_length": 1}'], "line 1 of the trace: .*output_length"),
+        ([MOONCAKE, MOONCAKE.replace("700", "-7")], "line 2 of the trace: .*input_length"),
+        ([MOONCAKE.replace("700", "512")], "2 hash_ids, expected 1, one for each 512 tokens"),
     ],
 )
 def test_a_broken_trace_is_refused_with_its_place(lines: list[str], message: str) -> None:
     with pytest.raises(LoadError, match=message):
         parse_trace(lines)
+
+
+def test_mooncakes_rows_carry_the_identities_of_their_blocks() -> None:
+    later = MOONCAKE.replace("2000", "2500").replace("[0, 14]", "[0, 3]")
+    assert parse_trace([later, MOONCAKE]) == [
+        TraceRow(0.0, 700, 52, (0, 14)),
+        TraceRow(0.5, 700, 52, (0, 3)),
+    ]

@@ -79,3 +79,13 @@ def test_a_load_ends_with_its_requests_or_its_time() -> None:
     assert all(job.due_s is not None and job.due_s < 5.0 for job in within)
     following = next(islice(DRAWN.jobs(0, 0), len(within), None)).due_s
     assert following is not None and following >= 5.0
+
+
+def test_prompts_of_a_trace_share_the_blocks_that_it_says() -> None:
+    rows = [TraceRow(0.0, 1000, 1, (1, 2)), TraceRow(1.0, 1000, 1, (1, 3))]
+    prompts = Prompts(0, 0, 50_000)
+    first, second = (prompts.token_ids(job, 0) for job in Replayed(rows).jobs(0, 0))
+    assert (len(first), len(second)) == (1000, 1000)
+    assert first[:512] == second[:512]
+    assert first[512:] != second[512:]
+    assert Prompts(1, 0, 50_000).token_ids(next(Replayed(rows).jobs(0, 0)), 0)[:512] != first[:512]

@@ -172,7 +172,7 @@ class Cluster:
         return commands[-1].spec
 
     def aborts(self, worker_id: str, *, choice: int | None = None) -> list[TransferId]:
-        """Returns the dispatches that the worker was told to stop, as a whole or one `choice` of each."""
+        """Returns the dispatches that the router aborted at the worker, as a whole or one `choice` of each."""
         return [
             command.transfer
             for command in self.sent[worker_id]

@@ -130,7 +130,7 @@ def test_a_client_that_comes_back_brings_its_user_along() -> None:
 
 
 @pytest.mark.parametrize("what", ["has_tools", "only_scores"])
-def test_what_the_gateway_makes_of_an_output_does_not_keep_its_client_away(what: str) -> None:
+def test_fields_of_the_gateway_alone_do_not_prevent_a_claim(what: str) -> None:
     """No worker knows of it."""
     request = make_request(max_tokens=6)
     spec = spec_of(request)

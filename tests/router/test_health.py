@@ -13,8 +13,8 @@ from pdserve.core.failures import FailureKind
 from pdserve.core.messages import Abort, Leg, Prefill, Serve
 from pdserve.core.request import FinishReason, TransferId
 from pdserve.router.config import RouterConfig
-from pdserve.router.dispatch import PROGRESS_TOKENS
 from pdserve.router.health import EJECTION_S, FULL_TRIAL, MAX_EJECTION_S, NUM_FAILURES, Health
+from pdserve.router.live_request import PROGRESS_TOKENS
 from pdserve.router.registry import RegisteredWorker, Registry, RoutingState
 
 from .cluster import Cluster, make_request, worker_info
@@ -50,7 +50,7 @@ class Fleet:
         self.health.review(self.now_s)
 
 
-def test_failures_in_a_row_eject_a_worker_and_a_success_between_them_does_not() -> None:
+def test_only_consecutive_failures_eject_a_worker() -> None:
     fleet = Fleet("prefill-0", "prefill-1", "decode-0")
     fleet.fail("prefill-0", NUM_FAILURES - 1)
     fleet.work("prefill-0")
@@ -83,7 +83,7 @@ def test_an_ejected_worker_returns_on_trial_and_carries_more_with_each_success()
     assert limits == [1, 2, 4, 8, FULL_TRIAL]
 
 
-def test_one_failure_on_trial_ejects_for_twice_as_long_up_to_a_bound() -> None:
+def test_a_failure_on_trial_doubles_the_ejection_up_to_a_bound() -> None:
     fleet = Fleet("prefill-0", "prefill-1")
     fleet.fail("prefill-0", NUM_FAILURES)
     seconds = EJECTION_S

@@ -182,7 +182,7 @@ def test_a_suspected_host_gets_no_instance_until_it_has_answered() -> None:
     assert (row.num_cores, row.num_cores_taken, row.worker_ids) == (2, 2.0, ("decode-0", "decode-1"))
 
 
-def test_a_host_that_fills_up_gets_no_instance_until_its_workers_report_it_no_more() -> None:
+def test_a_host_reported_full_gets_no_instance_until_it_recovers() -> None:
     cluster = Cluster(ExpectedHosts(("10.0.0.2",)))
     cluster.join(HEAD, B)
     on = {cluster.place(f"decode-{number}"): f"decode-{number}" for number in range(3)}

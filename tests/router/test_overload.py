@@ -7,7 +7,6 @@ from pdserve.core.errors import NoWorkerAvailable, QueueFull
 from pdserve.core.messages import Leg, Reserve, StepReport, StepTiming, WorkerLoad
 from pdserve.core.request import FinishReason, Request, SequenceSpec, TransferId
 from pdserve.router.config import RouterConfig
-from pdserve.router.dispatch import DispatchState
 from pdserve.router.events import (
     Cancel,
     Closing,
@@ -17,6 +16,7 @@ from pdserve.router.events import (
     WorkerIdle,
     WorkersExpected,
 )
+from pdserve.router.live_request import DispatchState
 
 from .cluster import Cluster, make_request, worker_info
 
@@ -199,7 +199,7 @@ def with_priority(request: Request, priority: int) -> Request:
     return msgspec.structs.replace(request, priority=priority)
 
 
-def test_a_lower_number_is_dispatched_first_and_takes_the_place_of_a_higher_one() -> None:
+def test_a_lower_number_is_served_first_and_displaces_a_higher_one() -> None:
     cluster = Cluster(worker_info("both-0", max_batch_size=1))
     cluster.submit(with_priority(request_of("a", "low", max_tokens=40), 5))
     cluster.submit(request_of("b", "middle"))

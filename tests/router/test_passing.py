@@ -103,7 +103,7 @@ def test_its_room_is_held_elsewhere_when_its_worker_changes_its_role() -> None:
     assert not is_dispatched(cluster, "next")
 
 
-def test_a_passed_request_takes_room_from_a_client_that_has_come_to_run_more() -> None:
+def test_a_passed_request_takes_room_from_a_client_that_runs_more() -> None:
     cluster = Cluster(
         worker_info("prefill-0", num_blocks=10_000, max_batch_tokens=1 << 20, max_batch_size=1000),
         worker_info("decode-0", num_blocks=NUM_BLOCKS),

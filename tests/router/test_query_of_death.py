@@ -164,7 +164,7 @@ def test_a_convict_that_comes_back_runs_alone_and_is_refused_for_longer() -> Non
         cluster.submit(request)
 
 
-def test_a_client_that_gives_up_after_each_death_is_a_suspect_next_time() -> None:
+def test_a_request_cancelled_after_a_death_is_a_suspect_next_time() -> None:
     cluster = DeadlyCluster(*PAIRS, is_deadly=of("poison"))
     request = make_request("poison", client="id:x")
     crowd(cluster)
@@ -205,7 +205,7 @@ def test_an_unexplained_loss_delays_a_request_by_a_second_at_most() -> None:
     assert isinstance(cluster.last(other), Serve)
 
 
-def test_a_late_verdict_still_makes_a_suspect_of_a_request_that_has_not_gone_on() -> None:
+def test_a_late_verdict_makes_a_suspect_of_a_stuck_request() -> None:
     cluster = Cluster("both-0", "both-1")
     cluster.submit(make_request("a", max_tokens=40))
     (lost,) = [name for name, num in cluster.num_legs().items() if num]
@@ -239,7 +239,7 @@ def test_the_broken_transfer_of_a_dying_worker_is_judged_with_it() -> None:
     assert [type(cluster.last(apart.worker_id)) for apart in cluster.router._registry.apart()] == [Serve]
 
 
-def test_a_worker_that_only_waits_for_its_kv_to_leave_makes_no_suspect() -> None:
+def test_a_worker_that_only_sends_kv_makes_no_suspect() -> None:
     cluster = Cluster("prefill-0", "decode-0", config=RouterConfig(prefill_on_decode_factor=None))
     cluster.submit(make_request("a", max_tokens=40))
     cluster.token("prefill-0", 0)

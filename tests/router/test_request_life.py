@@ -28,7 +28,6 @@ from pdserve.core.messages import (
 from pdserve.core.request import FinishReason, SequenceSpec
 from pdserve.router.config import RouterConfig
 from pdserve.router.core import Router
-from pdserve.router.dispatch import LiveRequest
 from pdserve.router.events import (
     Adopted,
     Cancel,
@@ -46,6 +45,7 @@ from pdserve.router.events import (
     WorkerRole,
     WorkersExpected,
 )
+from pdserve.router.live_request import LiveRequest
 from pdserve.router.request_events import (
     Abandoned,
     CancelChoice,

@@ -15,6 +15,7 @@ from pdserve.router.places import Places
 from pdserve.router.supervisor import (
     NUM_AWAY_BEATS,
     STOP_TIMEOUT_S,
+    AdoptProcesses,
     ConnectionLost,
     EndProcess,
     KillProcess,
@@ -26,7 +27,6 @@ from pdserve.router.supervisor import (
     SupervisorCommand,
     SupervisorEvent,
     SuspectHost,
-    TakeOver,
     WorkerProgress,
 )
 
@@ -131,7 +131,7 @@ def test_a_host_is_suspected_before_another_process_gets_a_place() -> None:
     assert commands.index(SuspectHost("node")) < commands.index(launch)
 
 
-def test_a_full_host_is_named_by_the_place_of_the_worker_that_reports_it() -> None:
+def test_a_full_host_is_the_one_of_the_reporting_worker() -> None:
     world = World()
     world.up()
     full = (("/dev/shm", 64 << 20),)
@@ -176,7 +176,7 @@ def test_take_over_keeps_only_the_newest_process_of_a_name() -> None:
     world = World(num_cores=3)
     living = [Spec(key, D, Need(1, 1.0)) for key in (("worker-0", 1), ("worker-0", 4))]
     placed = tuple((spec, Placement("node", (position,))) for position, spec in enumerate(living))
-    commands = world.handle(TakeOver(placed))
+    commands = world.handle(AdoptProcesses(placed))
     assert EndProcess(("worker-0", 1)) in commands and EndProcess(("worker-0", 4)) not in commands
     assert Adopted() not in commands
     world.handle(Apply({D: 1}))

@@ -122,7 +122,7 @@ def test_a_ready_worker_that_falls_silent_is_disconnected_and_lost(sessions: Wor
     assert sessions.connection(KEY) is None
 
 
-def test_a_worker_that_hung_up_while_we_stood_still_is_away_and_not_lost(
+def test_a_worker_lost_to_our_own_standstill_is_away(
     sessions: WorkerSessions[str],
 ) -> None:
     sessions.received("a", HELLO)

@@ -38,13 +38,13 @@ from pdserve.router.config import RouterConfig
 from pdserve.router.core import Router
 from pdserve.router.cores import Capacity, CoreAllocator
 from pdserve.router.deaths import Deaths
-from pdserve.router.dispatch import Dispatch, Job, LiveRequest
 from pdserve.router.events import LossCause, RouterCommand
 from pdserve.router.fleet import Fleet
 from pdserve.router.fleet_member import Member, MemberState
 from pdserve.router.health import Health
 from pdserve.router.hosts import HostChecked, Hosts, SeenHost
 from pdserve.router.links import Links
+from pdserve.router.live_request import Dispatch, Job, LiveRequest
 from pdserve.router.places import Places
 from pdserve.router.registry import RegisteredWorker
 from pdserve.router.reports import WorkerReports

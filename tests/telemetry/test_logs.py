@@ -113,7 +113,7 @@ def test_a_record_made_during_a_call_has_its_request_id() -> None:
         REQUEST_ID.reset(token)
 
 
-class Screen(io.StringIO):
+class ScreenText(io.StringIO):
     """The output of the process that shows the lines."""
 
     def lines(self) -> list[str]:
@@ -121,11 +121,11 @@ class Screen(io.StringIO):
 
 
 @pytest.fixture
-def relay() -> Iterator[Callable[..., tuple[LogRelay, Screen]]]:
+def relay() -> Iterator[Callable[..., tuple[LogRelay, ScreenText]]]:
     relays: list[LogRelay] = []
 
-    def make() -> tuple[LogRelay, Screen]:
-        screen = Screen()
+    def make() -> tuple[LogRelay, ScreenText]:
+        screen = ScreenText()
         relays.append(LogRelay(screen))
         return relays[-1], screen
 

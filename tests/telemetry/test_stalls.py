@@ -3,7 +3,7 @@
 from pdserve.telemetry.stalls import BEAT_S, WINDOW_S, LoopStalls
 
 
-def test_the_longest_lateness_of_a_beat_is_shown_for_a_window_and_then_forgotten() -> None:
+def test_the_longest_stall_is_shown_for_a_window_only() -> None:
     stalls, now_s = LoopStalls(0.0), 0.0
     seen: list[float] = []
     for late_s in (0.0, 0.25, 0.1, *([0.0] * int(2 * WINDOW_S / BEAT_S + 20))):

@@ -155,7 +155,7 @@ def test_an_unsampled_trace_is_not_exported(
     assert exported[0].num_spans == 0
 
 
-class Collector(collector_rpc.TraceServiceServicer):
+class SpanList(collector_rpc.TraceServiceServicer):
     """Keeps what comes."""
 
     def __init__(self) -> None:
@@ -169,7 +169,7 @@ class Collector(collector_rpc.TraceServiceServicer):
 
 
 def test_spans_reach_a_collector_over_otlp() -> None:
-    collector = Collector()
+    collector = SpanList()
     server = grpc.server(futures.ThreadPoolExecutor(1))
     cast(Any, collector_rpc).add_TraceServiceServicer_to_server(collector, server)
     port = server.add_insecure_port("127.0.0.1:0")

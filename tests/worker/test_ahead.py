@@ -9,19 +9,19 @@ from pdserve.engine.batch import Batch, CompletedStep
 
 from .ahead_engine import AheadEngine
 from .chain_model import expected_tokens, spec
-from .test_roles import Pair
+from .test_roles import WorkerPair
 
 
-def ahead_pair(seed: int = 0, **sizes: int) -> Pair:
-    return Pair(seed, engine=AheadEngine, **sizes)
+def ahead_pair(seed: int = 0, **sizes: int) -> WorkerPair:
+    return WorkerPair(seed, engine=AheadEngine, **sizes)
 
 
-def engine_of(pair: Pair) -> AheadEngine:
+def engine_of(pair: WorkerPair) -> AheadEngine:
     assert isinstance(pair.d, AheadEngine)
     return pair.d
 
 
-def drain(pair: Pair) -> None:
+def drain(pair: WorkerPair) -> None:
     while pair.decode.step():
         pass
 
@@ -39,7 +39,7 @@ def test_the_next_step_is_launched_before_the_current_tokens_are_known() -> None
     pair.check_at_rest()
 
 
-def test_a_stream_ended_by_a_token_wastes_one_row_and_keeps_blocks_meanwhile() -> None:
+def test_an_ended_stream_wastes_one_row_and_keeps_blocks_meanwhile() -> None:
     eos = expected_tokens(range(4), 0, 3)[2]
     pair, request = ahead_pair(), spec("a", range(4), 20, eos=eos)
     pair.decode.serve(Serve(spec=request))
@@ -141,7 +141,7 @@ def test_chunks_of_a_long_prompt_do_not_wait_for_each_other() -> None:
 
 
 def test_a_step_completed_at_launch_is_collected_at_once() -> None:
-    pair, request = Pair(), spec("a", range(4), 3)
+    pair, request = WorkerPair(), spec("a", range(4), 3)
     pair.decode.serve(Serve(spec=request))
     for num_reported in range(1, 4):
         assert pair.decode.step() and len(pair.d_box.outputs) == num_reported
@@ -149,7 +149,7 @@ def test_a_step_completed_at_launch_is_collected_at_once() -> None:
     assert isinstance(pair.d.launch(Batch(())), CompletedStep)
 
 
-def test_steps_do_not_run_ahead_of_a_request_with_more_choices_than_rows() -> None:
+def test_steps_do_not_run_ahead_of_more_choices_than_rows() -> None:
     """A device keeps the tokens of only that many rows."""
     pair, request = ahead_pair(), spec("many", range(4), 5, n=12)  # on a worker with 8
     pair.decode.serve(Serve(spec=request))

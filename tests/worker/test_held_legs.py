@@ -7,7 +7,7 @@ from pdserve.worker.held_legs import KEPT_S, MAX_FRAME_TOKENS, MAX_KEPT_TOKENS, 
 from .chain_model import spec
 
 
-class Clock:
+class HandSetClock:
     def __init__(self) -> None:
         self.now_s = 0.0
 
@@ -23,8 +23,8 @@ def token(name: str, index: int) -> TokenOutput:
     return TokenOutput(TransferId(name, 0), 0, index, 7)
 
 
-def test_a_leg_is_reported_with_all_tokens_for_a_while_after_its_end() -> None:
-    clock = Clock()
+def test_an_ended_leg_is_reported_with_all_tokens_for_a_while() -> None:
+    clock = HandSetClock()
     legs = HeldLegs(clock)
     legs.accepted(spec("a", range(4)), Leg.DECODE, has_partner=True)
     legs.record([token("a", 0)], [])
@@ -37,7 +37,7 @@ def test_a_leg_is_reported_with_all_tokens_for_a_while_after_its_end() -> None:
 
 
 def test_log_probabilities_of_prompts_count_towards_the_limit() -> None:
-    legs = HeldLegs(Clock())
+    legs = HeldLegs(HandSetClock())
     prompt = (TokenLogprobs(-1.0, ((1, -1.0), (2, -2.0))),) * (MAX_KEPT_TOKENS // 6)
     for name in ("a", "b", "c"):
         legs.accepted(spec(name, range(4)), Leg.DECODE, has_partner=False)
@@ -48,7 +48,7 @@ def test_log_probabilities_of_prompts_count_towards_the_limit() -> None:
 
 
 def test_remembered_ended_legs_are_bounded() -> None:
-    legs = HeldLegs(Clock())
+    legs = HeldLegs(HandSetClock())
     for number in range(5):
         legs.accepted(spec(f"{number}", range(MAX_KEPT_TOKENS // 4)), Leg.DECODE, has_partner=False)
         legs.record([token(f"{number}", 0)], [ended(f"{number}")])
@@ -56,7 +56,7 @@ def test_remembered_ended_legs_are_bounded() -> None:
 
 
 def test_all_held_legs_are_reported_in_order_across_frames() -> None:
-    legs = HeldLegs(Clock())
+    legs = HeldLegs(HandSetClock())
     for number in range(7):
         legs.accepted(spec(f"{number}", range(MAX_FRAME_TOKENS // 3)), Leg.DECODE, has_partner=False)
     legs.accepted(spec("long", range(2 * MAX_FRAME_TOKENS)), Leg.DECODE, has_partner=False)

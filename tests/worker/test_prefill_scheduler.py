@@ -82,7 +82,7 @@ def test_a_stream_of_short_prompts_at_most_doubles_a_long_ones_time() -> None:
     assert steps == 2 * 80 // 16
 
 
-def test_prompts_as_long_as_the_oldest_wait_and_may_find_its_prefix_cached() -> None:
+def test_prompts_as_long_as_the_oldest_wait_for_its_prefix() -> None:
     prefills = Prefills(budget=16)
     prefills.add("a", 40)
     prefills.add("b", 40)
@@ -132,7 +132,7 @@ def test_every_step_is_full_or_exhausts_admitted_prompts_and_all_end(
     assert prefills.engine.pool.num_free_blocks == num_blocks
 
 
-def test_a_prompt_of_lower_priority_gets_what_others_leave_and_a_step_now_and_then() -> None:
+def test_a_low_priority_prompt_gets_leftovers_and_an_occasional_step() -> None:
     prefills = Prefills(budget=8)
     prefills.add("low", 40, priority=1)
     prefills.add("high", 56)

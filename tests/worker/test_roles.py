@@ -22,7 +22,7 @@ from .ahead_engine import AheadEngine
 from .chain_model import ChainEngine, LateMasks, Wire, expected_tokens, spec
 
 
-class Pair:
+class WorkerPair:
     """A prefill worker and a decode worker, driven step by step in an order drawn by the seed."""
 
     def __init__(
@@ -104,7 +104,7 @@ class Pair:
 
 
 def test_a_request_is_prefilled_on_one_worker_and_decoded_on_the_other() -> None:
-    pair, request = Pair(), spec("a", range(10), max_tokens=6)
+    pair, request = WorkerPair(), spec("a", range(10), max_tokens=6)
     pair.submit(request)
     pair.run()
     assert pair.tokens(request) == expected_tokens(range(10), 0, 6)
@@ -115,7 +115,7 @@ def test_a_request_is_prefilled_on_one_worker_and_decoded_on_the_other() -> None
 
 
 def test_each_leg_ends_once_and_without_an_error() -> None:
-    pair = Pair()
+    pair = WorkerPair()
     pair.submit(spec("a", range(10)))
     pair.run()
     ended = [*pair.p_box.ended, *pair.d_box.ended]
@@ -132,7 +132,7 @@ def test_the_transfer_is_not_counted_as_prefill_time() -> None:
 
 
 def test_a_prompt_longer_than_the_token_budget_is_prefilled_in_chunks() -> None:
-    pair, request = Pair(budget=5), spec("a", range(33), max_tokens=4)
+    pair, request = WorkerPair(budget=5), spec("a", range(33), max_tokens=4)
     pair.submit(request)
     pair.run()
     assert [timing.num_prefill_tokens for timing in pair.p_box.timings] == [5] * 6 + [3]
@@ -140,7 +140,7 @@ def test_a_prompt_longer_than_the_token_budget_is_prefilled_in_chunks() -> None:
 
 
 def test_a_cached_prefix_is_neither_computed_nor_sent_again() -> None:
-    pair, first, second = Pair(), spec("a", range(20), 2), spec("b", [*range(17), 90, 91], 2)
+    pair, first, second = WorkerPair(), spec("a", range(20), 2), spec("b", [*range(17), 90, 91], 2)
     for request in (first, second):
         pair.submit(request)
         pair.run()
@@ -149,7 +149,7 @@ def test_a_cached_prefix_is_neither_computed_nor_sent_again() -> None:
 
 
 def test_several_choices_share_one_prefill_and_one_transfer() -> None:
-    pair, request = Pair(), spec("a", range(10), 6, n=3)
+    pair, request = WorkerPair(), spec("a", range(10), 6, n=3)
     pair.submit(request)
     pair.run()
     for choice in range(3):
@@ -160,7 +160,7 @@ def test_several_choices_share_one_prefill_and_one_transfer() -> None:
 
 def test_a_request_that_ends_with_its_first_token_leaves_nothing_behind() -> None:
     eos = expected_tokens(range(10), 0, 1)[0]
-    pair, request = Pair(), spec("a", range(10), 6, eos=eos)
+    pair, request = WorkerPair(), spec("a", range(10), 6, eos=eos)
     pair.submit(request)
     for _ in range(5):
         pair.tick()
@@ -171,7 +171,7 @@ def test_a_request_that_ends_with_its_first_token_leaves_nothing_behind() -> Non
 
 
 def test_one_worker_serves_both_phases() -> None:
-    pair, request = Pair(), spec("a", range(30), 6, n=2)
+    pair, request = WorkerPair(), spec("a", range(30), 6, n=2)
     pair.decode.serve(Serve(spec=request))
     pair.run()
     for choice in range(2):
@@ -180,7 +180,7 @@ def test_one_worker_serves_both_phases() -> None:
 
 
 def test_a_long_prompt_does_not_hold_up_decoding_sequences() -> None:
-    pair = Pair(budget=8)
+    pair = WorkerPair(budget=8)
     pair.decode.serve(Serve(spec=spec("short", range(4), 20)))
     pair.decode.step()
     pair.decode.serve(Serve(spec=spec("long", range(40, 80), 2)))
@@ -192,14 +192,14 @@ def test_a_long_prompt_does_not_hold_up_decoding_sequences() -> None:
 
 def test_a_resumed_request_continues_where_its_client_is() -> None:
     whole = expected_tokens(range(10), 0, 8)
-    pair, request = Pair(), spec("a", range(10), 8, output=whole[:3], attempt=2)
+    pair, request = WorkerPair(), spec("a", range(10), 8, output=whole[:3], attempt=2)
     pair.submit(request)
     pair.run()
     assert pair.tokens(request) == whole[3:]
 
 
 def test_preempted_sequences_lose_no_token() -> None:
-    pair = Pair(decode_blocks=17)
+    pair = WorkerPair(decode_blocks=17)
     requests = [spec(f"r{i}", range(i, i + 8), 40) for i in range(4)]
     for request in requests:
         pair.decode.serve(Serve(spec=request))
@@ -212,7 +212,7 @@ def test_preempted_sequences_lose_no_token() -> None:
 
 def test_a_client_with_one_sequence_is_not_preempted_for_one_with_many() -> None:
     """Its sequence is the youngest, and there are blocks for two of four."""
-    pair = Pair(decode_blocks=30)
+    pair = WorkerPair(decode_blocks=30)
     for number in range(3):
         pair.decode.serve(Serve(spec=spec(f"r{number}", range(number, number + 8), 40, client="many")))
     pair.decode.serve(Serve(spec=spec("one", range(50, 58), 40, client="one")))
@@ -226,7 +226,7 @@ def test_a_client_with_one_sequence_is_not_preempted_for_one_with_many() -> None
 
 
 def test_sequences_of_lower_priority_are_preempted_first_and_finish_all_the_same() -> None:
-    pair = Pair(decode_blocks=24)
+    pair = WorkerPair(decode_blocks=24)
     low = [msgspec.structs.replace(spec(f"low{n}", range(n, n + 8), 30), priority=3) for n in range(3)]
     high = [spec(f"high{n}", range(50 + n, 58 + n), 30) for n in range(2)]
     for request in (*low, *high):
@@ -241,8 +241,8 @@ def test_sequences_of_lower_priority_are_preempted_first_and_finish_all_the_same
     pair.check_at_rest()
 
 
-def test_waiting_sequences_are_admitted_by_priority_and_one_in_eight_of_the_lowest() -> None:
-    pair = Pair(decode_blocks=200)
+def test_admission_is_by_priority_with_one_in_eight_of_the_lowest() -> None:
+    pair = WorkerPair(decode_blocks=200)
     low = [msgspec.structs.replace(spec(f"low{n}", range(4), 2), priority=3) for n in range(2)]
     for request in (*low, *(spec(f"high{n}", range(n, n + 4), 2) for n in range(40))):
         pair.decode.serve(Serve(spec=request))
@@ -252,9 +252,9 @@ def test_waiting_sequences_are_admitted_by_priority_and_one_in_eight_of_the_lowe
     assert 0 < ended.index("low0") < ended.index("low1") < 24
 
 
-def crowded(*, decode_blocks: int, num_sequences: int, max_tokens: int, num_preemptions: int) -> Pair:
+def crowded(*, decode_blocks: int, num_sequences: int, max_tokens: int, num_preemptions: int) -> WorkerPair:
     """Returns a pair in which the sequences of client "many" have begun to preempt each other."""
-    pair = Pair(decode_blocks=decode_blocks)
+    pair = WorkerPair(decode_blocks=decode_blocks)
     for number in range(num_sequences):
         prompt = range(number, number + 8)
         pair.decode.serve(Serve(spec=spec(f"r{number}", prompt, max_tokens, client="many")))
@@ -285,7 +285,7 @@ def test_a_client_that_has_nothing_gets_room_from_one_that_has_all() -> None:
 
 
 def test_a_large_request_takes_no_room_from_clients_that_have_less() -> None:
-    pair = Pair(decode_blocks=24)
+    pair = WorkerPair(decode_blocks=24)
     for client in ("a", "b", "c"):
         for number in range(2):
             pair.decode.serve(Serve(spec=spec(f"{client}{number}", range(8), 60, client=client)))
@@ -297,9 +297,9 @@ def test_a_large_request_takes_no_room_from_clients_that_have_less() -> None:
     assert len(pair.tokens(spec("large", range(60), 4, client="d"))) == 4
 
 
-def test_a_small_sequence_does_not_wait_behind_a_preempted_one_that_does_not_fit() -> None:
+def test_a_small_sequence_passes_a_preempted_one_that_does_not_fit() -> None:
     """Two clients with one long sequence each, of which only one fits at the end."""
-    pair = Pair(decode_blocks=24)
+    pair = WorkerPair(decode_blocks=24)
     for start, client in enumerate("ab"):
         pair.decode.serve(Serve(spec=spec(client, range(10 * start, 10 * start + 8), 80, client=client)))
     scheduler = pair.decode.scheduler
@@ -312,11 +312,11 @@ def test_a_small_sequence_does_not_wait_behind_a_preempted_one_that_does_not_fit
     pair.check_at_rest()
 
 
-def test_small_sequences_pass_one_that_does_not_fit_a_bounded_number_of_times(
+def test_small_sequences_pass_a_large_one_a_bounded_number_of_times(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(scheduler_module, "MAX_PASSES", 3)
-    pair = Pair(decode_blocks=24)
+    pair = WorkerPair(decode_blocks=24)
     for start, client in enumerate("ab"):
         pair.decode.serve(Serve(spec=spec(client, range(10 * start, 10 * start + 8), 80, client=client)))
     scheduler = pair.decode.scheduler
@@ -333,8 +333,8 @@ def test_small_sequences_pass_one_that_does_not_fit_a_bounded_number_of_times(
     pair.check_at_rest()
 
 
-def test_a_client_that_has_little_takes_room_from_one_that_has_much_more() -> None:
-    pair = Pair(decode_blocks=40)
+def test_a_client_with_little_takes_room_from_one_with_much() -> None:
+    pair = WorkerPair(decode_blocks=40)
     for number in range(6):
         prompt = range(10 * number, 10 * number + 8)
         pair.decode.serve(Serve(spec=spec(f"r{number}", prompt, 200, client="many")))
@@ -350,7 +350,7 @@ def test_a_client_that_has_little_takes_room_from_one_that_has_much_more() -> No
 
 @pytest.mark.parametrize("steps", range(12))
 def test_an_abort_at_any_point_frees_everything_on_both_workers(steps: int) -> None:
-    pair, request = Pair(seed=steps, budget=4), spec("a", range(14), 6, n=2)
+    pair, request = WorkerPair(seed=steps, budget=4), spec("a", range(14), 6, n=2)
     pair.submit(request)
     for _ in range(steps):
         pair.tick()
@@ -365,10 +365,10 @@ def test_an_abort_at_any_point_frees_everything_on_both_workers(steps: int) -> N
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("choice", range(3))
 @pytest.mark.parametrize("steps", range(14))
-def test_an_aborted_choice_gets_no_more_tokens_and_its_siblings_all_of_theirs(
+def test_aborting_a_choice_leaves_its_siblings_all_their_tokens(
     steps: int, choice: int, both: bool, engine: type[ChainEngine]
 ) -> None:
-    pair, request = Pair(seed=steps, budget=4, engine=engine), spec("a", range(14), 9, n=3)
+    pair, request = WorkerPair(seed=steps, budget=4, engine=engine), spec("a", range(14), 9, n=3)
     pair.decode.serve(Serve(spec=request)) if both else pair.submit(request)
     for _ in range(steps):
         pair.tick()
@@ -386,7 +386,7 @@ def test_an_aborted_choice_gets_no_more_tokens_and_its_siblings_all_of_theirs(
 
 
 def test_an_aborted_choice_frees_its_own_blocks_at_once() -> None:
-    pair, request = Pair(), spec("a", range(8), 30, n=2)
+    pair, request = WorkerPair(), spec("a", range(8), 30, n=2)
     pair.decode.serve(Serve(spec=request))
     for _ in range(12):
         pair.decode.step()
@@ -400,7 +400,7 @@ def test_an_aborted_choice_frees_its_own_blocks_at_once() -> None:
 
 
 def test_a_preempted_choice_can_be_aborted() -> None:
-    pair, request = Pair(decode_blocks=8), spec("a", range(8), 16, n=3)
+    pair, request = WorkerPair(decode_blocks=8), spec("a", range(8), 16, n=3)
     pair.decode.serve(Serve(spec=request))
     scheduler = pair.decode.scheduler
     while not scheduler.num_preemptions:
@@ -413,7 +413,7 @@ def test_a_preempted_choice_can_be_aborted() -> None:
 
 
 def test_aborting_an_unknown_dispatch_is_ignored() -> None:
-    pair = Pair()
+    pair = WorkerPair()
     pair.decode.abort_choice(TransferId("nobody", 0), 0)
     pair.prefill.abort(TransferId("nobody", 0))
     pair.decode.abort(TransferId("nobody", 0))
@@ -444,7 +444,7 @@ def test_any_mix_of_requests_keeps_every_stream_exact(
     budget: int,
     engine: type[ChainEngine],
 ) -> None:
-    pair = Pair(seed, prefill_blocks=20, decode_blocks=20, budget=budget, engine=engine)
+    pair = WorkerPair(seed, prefill_blocks=20, decode_blocks=20, budget=budget, engine=engine)
     specs = {}
     for number, (kind, length, max_tokens, n, both, *_, follows) in enumerate(mix):
         prompt = [(kind * 7 + i) % 50 for i in range(length)]

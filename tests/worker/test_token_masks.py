@@ -9,14 +9,14 @@ from pdserve.core.messages import LegEnded, Prefill, Serve
 from pdserve.core.request import SequenceSpec
 
 from .chain_model import expected_tokens, spec
-from .test_roles import Pair
+from .test_roles import WorkerPair
 
 
 def constrained(name: str, length: int, max_tokens: int = 6, *, n: int = 1) -> SequenceSpec:
     return spec(name, range(length), max_tokens, n=n, grammar="g")
 
 
-def fail_masks(pair: Pair, kind: FailureKind) -> None:
+def fail_masks(pair: WorkerPair, kind: FailureKind) -> None:
     """Simulates the worker's reaction when the grammar process gives up an output."""
     for port, masks, role in (
         (pair.p_port, pair.p_masks, pair.prefill),
@@ -29,8 +29,8 @@ def fail_masks(pair: Pair, kind: FailureKind) -> None:
         port.due.clear()
 
 
-def test_a_prompt_is_computed_up_to_its_last_token_while_awaiting_the_mask() -> None:
-    pair, request = Pair(budget=16), constrained("a", 10)
+def test_all_but_a_prompts_last_token_are_computed_before_its_mask() -> None:
+    pair, request = WorkerPair(budget=16), constrained("a", 10)
     pair.prefill.prefill(Prefill(spec=request, target=None))
     assert pair.prefill.step()
     assert pair.p_box.timings[-1].num_prefill_tokens == 9
@@ -41,7 +41,7 @@ def test_a_prompt_is_computed_up_to_its_last_token_while_awaiting_the_mask() -> 
 
 
 def test_a_sequence_that_waits_for_a_mask_holds_up_no_other() -> None:
-    pair, waiting, other = Pair(), constrained("waiting", 5), spec("other", range(7), 9)
+    pair, waiting, other = WorkerPair(), constrained("waiting", 5), spec("other", range(7), 9)
     pair.decode.serve(Serve(spec=waiting))
     pair.decode.serve(Serve(spec=other))
     while pair.decode.step():
@@ -54,15 +54,15 @@ def test_a_sequence_that_waits_for_a_mask_holds_up_no_other() -> None:
 
 
 def test_a_prompt_of_one_token_waits_too() -> None:
-    pair, request = Pair(), constrained("a", 1)
+    pair, request = WorkerPair(), constrained("a", 1)
     pair.decode.serve(Serve(spec=request))
     assert not pair.decode.step()
     pair.run()
     assert pair.tokens(request) == expected_tokens(range(1), 0, 6)
 
 
-def test_a_mask_may_arrive_during_the_step_and_a_late_one_costs_a_step() -> None:
-    pair, request = Pair(), constrained("a", 3, 3)
+def test_a_mask_in_time_is_used_and_a_late_one_costs_a_step() -> None:
+    pair, request = WorkerPair(), constrained("a", 3, 3)
     pair.decode.serve(Serve(spec=request))
     pair.d_port.deliver(pair.rng, pair.d_masks)
     pair.decode.step()
@@ -79,7 +79,7 @@ def test_a_mask_may_arrive_during_the_step_and_a_late_one_costs_a_step() -> None
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_each_choice_follows_the_grammar_by_itself(n: int) -> None:
-    pair, request = Pair(), constrained("a", 10, n=n)
+    pair, request = WorkerPair(), constrained("a", 10, n=n)
     pair.submit(request)
     pair.run()
     for choice in range(n):
@@ -93,7 +93,7 @@ def test_each_choice_follows_the_grammar_by_itself(n: int) -> None:
 def test_a_leg_without_a_mask_ends_with_the_reason_and_leaves_nothing(
     ticks: int, kind: FailureKind, both: bool
 ) -> None:
-    pair, request = Pair(seed=ticks), constrained("a", 10, 30, n=2)
+    pair, request = WorkerPair(seed=ticks), constrained("a", 10, 30, n=2)
     if both:
         pair.decode.serve(Serve(spec=request))
     else:
@@ -122,7 +122,7 @@ def test_an_output_that_its_grammar_ends_ends_before_min_tokens() -> None:
     request = msgspec.structs.replace(
         request, sampling=msgspec.structs.replace(request.sampling, min_tokens=20)
     )
-    pair = Pair()
+    pair = WorkerPair()
     pair.submit(request)
     pair.run()
     assert pair.tokens(request) == expected_tokens(range(10), 0, 30, eos)

@@ -41,7 +41,7 @@ class Load:
         return f"open, {self.rate:g} requests/s" if self.rate else f"closed, {self.concurrency} at a time"
 
 
-class Tool(Protocol):
+class LoadTool(Protocol):
     """A load generator."""
 
     @property
@@ -56,7 +56,7 @@ class Tool(Protocol):
     def figures(self, folder: Path) -> Figures: ...
 
 
-def take_turn(tool: Tool, load: Load, seed: int, folder: Path) -> Figures:
+def take_turn(tool: LoadTool, load: Load, seed: int, folder: Path) -> Figures:
     """One run. Raises RuntimeError when the tool fails."""
     folder.mkdir(parents=True)
     command, environment = tool.command(load, seed, folder), tool.environment()

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from .protocol import PeerOptions, Timeline, claim_stdout, parse_options, serve
+from .protocol import PeerOptions, RunTimes, claim_stdout, parse_options, serve
 
 if TYPE_CHECKING:  # torch is imported when the number of threads is set
     from pdserve.core.request import SequenceSpec
@@ -41,16 +41,16 @@ class ColocatedWorker:
         self._arrivals_s: dict[str, list[float]] = {}
         self._token_ids: dict[str, list[int]] = {}
 
-    def run(self, prompts: Sequence[Sequence[int]], num_new_tokens: int) -> Timeline:
+    def run(self, prompts: Sequence[Sequence[int]], num_new_tokens: int) -> RunTimes:
         return self.serve((prompt, num_new_tokens, 0.0) for prompt in prompts)
 
-    def serve(self, requests: Iterable[tuple[Sequence[int], int, float]]) -> Timeline:
+    def serve(self, requests: Iterable[tuple[Sequence[int], int, float]]) -> RunTimes:
         """(prompt, number of new tokens, temperature) of each; all are submitted at once."""
         start_s = time.perf_counter()
         self.submit(requests)
         while self.is_busy:
             self.step()
-        return Timeline(start_s, tuple(map(tuple, self._arrivals_s.values())))
+        return RunTimes(start_s, tuple(map(tuple, self._arrivals_s.values())))
 
     def submit(self, requests: Iterable[tuple[Sequence[int], int, float]]) -> None:
         """Submits requests as `serve` does and forgets earlier ones. `step` computes them."""

@@ -19,7 +19,7 @@ from .schema import Case, CellResult
 
 
 @dataclass(frozen=True)
-class Timeline:
+class RunTimes:
     """The instants of one run, on `time.perf_counter`."""
 
     start_s: float
@@ -32,7 +32,7 @@ class MeasuredEngine(Protocol):
     @property
     def variant(self) -> str: ...
 
-    def run(self, prompts: Sequence[Sequence[int]], num_new_tokens: int) -> Timeline:
+    def run(self, prompts: Sequence[Sequence[int]], num_new_tokens: int) -> RunTimes:
         """Continue all prompts together, greedily, past any end-of-sequence token, and with no prefix cached
         before."""
         ...
@@ -45,7 +45,7 @@ def make_prompts(case: Case, vocab_size: int) -> list[list[int]]:
     ]
 
 
-def tokens_per_s(case: Case, timeline: Timeline) -> float:
+def tokens_per_s(case: Case, timeline: RunTimes) -> float:
     """Prefill: prompt tokens over the time to the first token. Decode: the rate while the whole batch is
     decoding, from the moment the last sequence has its first token to the moment the first sequence has its
     last."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from .protocol import MeasuredEngine, PeerOptions, Timeline, claim_stdout, parse_options, serve
+from .protocol import MeasuredEngine, PeerOptions, RunTimes, claim_stdout, parse_options, serve
 
 ENGINE = "transformers"
 
@@ -22,7 +22,7 @@ class GenerateEngine:
     def __init__(self, model: Any) -> None:
         self._model = model
 
-    def run(self, prompts: Sequence[Sequence[int]], num_new_tokens: int) -> Timeline:
+    def run(self, prompts: Sequence[Sequence[int]], num_new_tokens: int) -> RunTimes:
         import torch
 
         input_ids = torch.tensor(prompts)
@@ -37,7 +37,7 @@ class GenerateEngine:
             streamer=clock,
         )
         step_times_s = tuple(clock.times_s[1:])  # the first call brings the prompt
-        return Timeline(start_s, (step_times_s,) * len(prompts))
+        return RunTimes(start_s, (step_times_s,) * len(prompts))
 
 
 class _StepClock:
@@ -62,7 +62,7 @@ class ContinuousBatchingEngine:
     def __init__(self, manager: Any) -> None:
         self._manager = manager
 
-    def run(self, prompts: Sequence[Sequence[int]], num_new_tokens: int) -> Timeline:
+    def run(self, prompts: Sequence[Sequence[int]], num_new_tokens: int) -> RunTimes:
         start_s = time.perf_counter()
         inputs = [list(prompt) for prompt in prompts]
         waiting = set(
@@ -78,7 +78,7 @@ class ContinuousBatchingEngine:
             if output is not None and output.is_finished():
                 waiting.remove(output.request_id)
                 arrivals_s.append(tuple(output.timestamps))
-        return Timeline(start_s, tuple(arrivals_s))
+        return RunTimes(start_s, tuple(arrivals_s))
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from .protocol import PeerOptions, Timeline, claim_stdout, parse_options, serve
+from .protocol import PeerOptions, RunTimes, claim_stdout, parse_options, serve
 
 ENGINE = "vllm"
 _MARKER = "PDSERVE_BENCH_VLLM_READY"
@@ -36,7 +36,7 @@ class VllmEngine:
         self._engine = engine
         self._request_ids = count()
 
-    def run(self, prompts: Sequence[Sequence[int]], num_new_tokens: int) -> Timeline:
+    def run(self, prompts: Sequence[Sequence[int]], num_new_tokens: int) -> RunTimes:
         from vllm import SamplingParams  # type: ignore[import-not-found, unused-ignore]
         from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found, unused-ignore]
 
@@ -58,7 +58,7 @@ class VllmEngine:
             now_s = time.perf_counter()
             for output in outputs:
                 arrivals_s[output.request_id] += [now_s] * len(output.outputs[0].token_ids)
-        return Timeline(start_s, tuple(tuple(times) for times in arrivals_s.values()))
+        return RunTimes(start_s, tuple(tuple(times) for times in arrivals_s.values()))
 
 
 def load_engine(options: PeerOptions) -> VllmEngine:

@@ -8,6 +8,7 @@ expressions, none of which backtracks for longer than its text, may run on the s
 import msgspec
 
 from ....core.errors import CheckpointError
+from ....core.gguf_tokenizer import BEFORE, LLAMA3, LOWER, QWEN2, SHORT_FORMS, SIGNS, SPACES, TEKKEN, UPPER
 from .growth import Parts, check_text_growth
 
 MAX_TEXT_GROWTH = 16
@@ -15,26 +16,19 @@ MAX_PARTS = 8
 MAX_SEARCHED_CHARS = 16  # of a plain text: a search may compare all of it at each position
 MAX_WORD_CHARS = 100  # WordPiece's work grows with its square
 
-_SHORT_FORMS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_BEFORE = r"[^\r\n\p{L}\p{N}]?"
-_SIGNS = r" ?[^\s\p{L}\p{N}]+"
 _EXPRESSIONS = frozenset(
     (
         # GPT-2
         r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
         r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-        # Llama 3
-        rf"{_SHORT_FORMS}|{_BEFORE}\p{{L}}+|\p{{N}}{{1,3}}|{_SIGNS}[\r\n]*|{_SPACES}",
-        # Qwen 2 to 3, and 3.5
-        rf"{_SHORT_FORMS}|{_BEFORE}\p{{L}}+|\p{{N}}|{_SIGNS}[\r\n]*|{_SPACES}",
-        rf"{_SHORT_FORMS}|{_BEFORE}[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",
-        # Mistral's Tekken
-        rf"{_BEFORE}{_UPPER}*{_LOWER}+|{_BEFORE}{_UPPER}+{_LOWER}*|\p{{N}}|{_SIGNS}[\r\n/]*|{_SPACES}",
+        LLAMA3,
+        QWEN2,  # and Qwen 3
+        # Qwen 3.5
+        rf"{SHORT_FORMS}|{BEFORE}[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{SPACES}",
+        TEKKEN,
         # GPT-4o
-        rf"{_BEFORE}{_UPPER}*{_LOWER}+{_SHORT_FORMS}?|{_BEFORE}{_UPPER}+{_LOWER}*{_SHORT_FORMS}?|\p{{N}}{{1,3}}"
-        rf"|{_SIGNS}[\r\n/]*|{_SPACES}",
+        rf"{BEFORE}{UPPER}*{LOWER}+{SHORT_FORMS}?|{BEFORE}{UPPER}+{LOWER}*{SHORT_FORMS}?|\p{{N}}{{1,3}}"
+        rf"|{SIGNS}[\r\n/]*|{SPACES}",
         # parts of several
         r"\p{N}",
         r"\p{N}{1,3}",

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 import msgspec
 import pytest
 
+from pdserve.core import limited_child
 from pdserve.core.codec import FrameEncoder
 from pdserve.core.config import LimitsSection
 from pdserve.core.errors import InvalidRequest, NoWorkerAvailable
@@ -202,7 +203,7 @@ async def test_a_failed_start_is_retried_only_for_a_job(monkeypatch: pytest.Monk
         num_starts += 1
         raise OSError("no memory")
 
-    monkeypatch.setattr(shell, "START_AGAIN_S", 0)
+    monkeypatch.setattr(limited_child, "START_AGAIN_S", 0)
     monkeypatch.setattr(asyncio, "create_subprocess_exec", fails)
     process = IntakeProcess(set_up)
     for expected in (1, 2):
@@ -283,7 +284,9 @@ async def test_an_endless_job_ends_the_process(resource: str, exit_code: int) ->
     frames = [setup, *parts(tokenizer), _job(), *parts(packed([1]))]
     child = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdin=asyncio.subprocess.PIPE)
     await child.communicate(b"".join(map(encoder.encode, frames)))
-    assert child.returncode == exit_code and exit_code in shell.BLAMED
+    assert (
+        child.returncode == exit_code and limited_child.Death.of(exit_code) is not limited_child.Death.OTHER
+    )
 
 
 def test_the_worker_needs_no_transformers() -> None:

@@ -4,7 +4,6 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import cast
 
-import httpx
 import openai
 import pytest
 
@@ -37,12 +36,6 @@ async def server(cluster: ScriptedCluster) -> AsyncIterator[GatewayServer]:
     gateway = await serve(cluster, config, cluster.tokenizer, info)
     yield gateway
     await gateway.stop(0)
-
-
-@pytest.fixture
-async def http(server: GatewayServer) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as client:
-        yield client
 
 
 @pytest.fixture

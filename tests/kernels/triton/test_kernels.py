@@ -37,7 +37,7 @@ def test_short_and_mixed_batches_of_small_and_large_groups(
 
 
 @pytest.mark.parametrize("window", [None, 500])
-def test_on_a_gpu_a_few_tokens_behind_a_prefix_use_all_of_it(
+def test_a_few_tokens_behind_a_prefix_use_the_whole_gpu(
     window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(paged_attention, "num_multiprocessors", lambda device: 20)

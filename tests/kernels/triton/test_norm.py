@@ -27,9 +27,8 @@ def test_add_rms_norm(dtype: torch.dtype, num_tokens: int, width: int) -> None:
 
 def assert_sum(actual: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> None:
     if DEVICE == "cpu" and actual.dtype == torch.bfloat16:
-        assert_close_in_dtype(
-            actual, first.double() + second
-        )  # the interpreter truncates bfloat16 where GPUs round it
+        # the interpreter truncates bfloat16 where GPUs round it
+        assert_close_in_dtype(actual, first.double() + second)
     else:
         assert torch.equal(actual, first + second)
 

@@ -102,7 +102,7 @@ def test_few_new_tokens_behind_a_long_prefix_split_its_keys(
     assert_close_in_dtype(out, exact)
 
 
-def test_a_plan_has_each_query_in_one_tile_and_the_longest_work_first() -> None:
+def test_each_query_is_in_one_tile_and_long_work_first() -> None:
     query_lens, context_lens = [300, 1, 64, 65], [300, 900, 1000, 70]
     tiles = plan_prefill(query_lens, context_lens, 32, 64, num_programs=1).tiles.tolist()
     covered = sorted(

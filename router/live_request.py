@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from ..core.automaton import Automaton
 from ..core.messages import Leg, LegEnded
-from ..core.request import Request, SequenceSpec, TransferId
+from ..core.request import Request, SequenceSpec, TransferId, shared_fields
 from .candidates import RoutingDecision
 from .events import DispatchTimes, RouterCommand, StreamCommand, Timeline
 from .prefix_index import PrefixChain
@@ -275,14 +275,10 @@ class Job:
         request = self.live.request
         return SequenceSpec(
             transfer=TransferId(request.request_id, attempt),
-            prompt_token_ids=request.prompt_token_ids,
-            sampling=request.sampling,
             choices=self.choices,
             output_token_ids=self.output_token_ids,
-            eos_token_ids=request.eos_token_ids,
-            cache_salt=request.cache_salt,
             client=request.client,
-            priority=request.priority,
+            **shared_fields(request),
         )
 
 

@@ -1,0 +1,288 @@
+"""A cluster in virtual time, without faults: production's router, schedulers and block pools serve a
+workload; steps and transfers take their predicted durations and compute nothing.
+
+    Arrival --Submit--> Router --commands--> Worker.step() --reports--> Router
+                                    P --KV, through shared ports--> D
+
+Messages take no time. A transfer's bytes leave while the step that computes them is under way."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence as Seq
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import pairwise
+
+from ..core.errors import PdserveError
+from ..core.latency import LatencyModel
+from ..core.messages import KVLayout, LegEnded, Probe, Probed, StepReport, TransferStats
+from ..core.request import Request, SamplingParams, TransferId
+from ..loadgen.slo import Slo
+from ..router.config import RouterConfig
+from ..router.core import Router
+from ..router.events import EmitEnd, EmitTokens, RouterEvent, SendCommand, Submit, Tick, WorkerReady
+from .shared_links import Flow, SharedLinks
+from .virtual_instance import INCARNATION, InstanceShape, VirtualInstance
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A request of a workload. Its output has `num_output_tokens` tokens, whatever they are."""
+
+    at_s: float
+    prompt_token_ids: tuple[int, ...]
+    num_output_tokens: int
+
+
+@dataclass(slots=True)
+class ServedRequest:
+    """What became of a request. Instants are in virtual seconds."""
+
+    arrived_s: float
+    num_prompt_tokens: int
+    token_s: list[float] = field(default_factory=list)  # when each token came
+    is_complete: bool = False
+    error: str | None = None
+
+    @property
+    def ttft_s(self) -> float | None:
+        return self.token_s[0] - self.arrived_s if self.token_s else None
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Returns the mean time per output token; None for a single token."""
+        if len(self.token_s) < 2:
+            return None
+        return (self.token_s[-1] - self.token_s[0]) / (len(self.token_s) - 1)
+
+    @property
+    def largest_gap_s(self) -> float | None:
+        """Returns the longest time between two tokens; None for a single token."""
+        return max((later - earlier for earlier, later in pairwise(self.token_s)), default=None)
+
+    @property
+    def e2e_s(self) -> float | None:
+        return self.token_s[-1] - self.arrived_s if self.token_s else None
+
+    def misses(self, slo: Slo) -> list[str]:
+        """Returns the objectives that it missed; "failed" alone where it has no answer."""
+        if not self.is_complete:
+            return ["failed"]
+        return slo.missed(self.ttft_s, self.tpot_s, self.largest_gap_s, self.e2e_s)
+
+
+@dataclass(slots=True)
+class _Transfer:
+    """One request's KV on its way from P to D."""
+
+    source: VirtualInstance | None = None
+    target: VirtualInstance | None = None  # once it has reserved blocks
+    num_cached_tokens: int = 0  # of the target
+    num_computed_tokens: int = 0
+    num_bytes: int = 0  # that are moved, or under way
+    flow: Flow | None = None  # the bytes under way
+    started_s: float | None = None
+    computed_s: float = 0.0  # when the prefill was done
+    exposed_bytes: float = 0.0  # those that had not arrived then
+    payload: bytes | None = None  # with the prefill's end
+
+
+class VirtualCluster:
+    """Serves one workload."""
+
+    def __init__(self, shapes: Seq[InstanceShape], layout: KVLayout, config: RouterConfig) -> None:
+        """The router knows the first instance's speed from the start, as if it had measured it."""
+        self.now_s = 0.0
+        self.num_bytes_moved = 0
+        self._calls: list[tuple[float, int, Callable[[], object]]] = []
+        self._num_calls = 0
+        self._layout = layout
+        self._router = Router(config, LatencyModel(shapes[0].durations.priors))
+        self.instances = {
+            name: VirtualInstance(self, name, shape, layout)
+            for name, shape in ((f"{shape.role.value}-{i}", shape) for i, shape in enumerate(shapes))
+        }
+        self._links = SharedLinks(
+            {name: one.shape.durations.link_bytes_per_s for name, one in self.instances.items()}
+        )
+        self._transfers: dict[TransferId, _Transfer] = {}
+        self._flows: dict[Flow, TransferId] = {}
+        self._served: dict[str, ServedRequest] = {}
+        self._tick_s: float | None = None
+        self._is_enough: Callable[[ServedRequest], bool] | None = None
+        self._has_enough = False
+        for instance in self.instances.values():
+            self._route(WorkerReady(instance.info))
+
+    def serve(
+        self, workload: Iterable[Arrival], is_enough: Callable[[ServedRequest], bool] | None = None
+    ) -> list[ServedRequest]:
+        """Serves all requests to their ends. Instants of arrival never decrease.
+
+        `is_enough` is asked at each request's end; once it says so, the rest is left unserved."""
+        self._is_enough = is_enough
+        self._expect_next(iter(workload))
+        while self._calls and not self._has_enough:
+            self.now_s, _, call = heappop(self._calls)
+            call()
+        return list(self._served.values())
+
+    def check_idle(self) -> None:
+        """Raises AssertionError when anything is held, after all requests have ended."""
+        self._router.check_integrity()
+        assert not self._router.num_live and not self._transfers
+        for instance in self.instances.values():
+            instance.check_idle()
+
+    def call_at(self, at_s: float, call: Callable[[], object]) -> None:
+        self._num_calls += 1
+        heappush(self._calls, (at_s, self._num_calls, call))
+
+    # clients
+
+    def _expect_next(self, workload: Iterator[Arrival]) -> None:
+        arrival = next(workload, None)
+        if arrival is not None:
+            self.call_at(arrival.at_s, lambda: self._arrive(arrival, workload))
+
+    def _arrive(self, arrival: Arrival, workload: Iterator[Arrival]) -> None:
+        self._expect_next(workload)
+        request_id = str(len(self._served))
+        served = ServedRequest(self.now_s, len(arrival.prompt_token_ids))
+        self._served[request_id] = served
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=arrival.prompt_token_ids,
+            sampling=SamplingParams(max_tokens=arrival.num_output_tokens, ignore_eos=True),
+        )
+        try:
+            self._route(Submit(request))
+        except PdserveError as error:
+            self._end(served, str(error))
+
+    # the router
+
+    def report(self, message: StepReport | LegEnded) -> None:
+        self._route(message)
+
+    def _route(self, event: RouterEvent) -> None:
+        for command in self._router.handle(event, self.now_s):
+            match command:
+                case EmitTokens():
+                    served = self._served[command.request_id]
+                    served.token_s += [self.now_s] * len(command.tokens)
+                case SendCommand(command=Probe()):
+                    self.call_at(self.now_s, lambda command=command: self._answer(command))  # type: ignore[misc]
+                case SendCommand():
+                    self.instances[command.worker_id].command(command.command)
+                case EmitEnd():
+                    self._end(self._served[command.request_id], command.error)
+        self._tick_later()
+
+    def _end(self, served: ServedRequest, error: str | None) -> None:
+        served.is_complete, served.error = error is None, error
+        if self._is_enough is not None and self._is_enough(served):
+            self._has_enough = True
+
+    def _tick_later(self) -> None:
+        due_s = self._router.next_tick_s()
+        if due_s is not None and (self._tick_s is None or due_s < self._tick_s):
+            self._tick_s = due_s
+            self.call_at(max(due_s, self.now_s), self._tick)
+
+    def _tick(self) -> None:
+        self._tick_s = None
+        self._route(Tick())
+
+    def _answer(self, command: SendCommand) -> None:
+        """Every instance reaches every other one."""
+        assert isinstance(command.command, Probe)
+        self._route(
+            Probed(
+                worker_id=command.worker_id,
+                incarnation=command.incarnation,
+                target_worker_id=command.command.target.worker_id,
+                target_incarnation=INCARNATION,
+                error="",
+            )
+        )
+
+    # transfers
+
+    def opened(self, transfer: TransferId, source: VirtualInstance) -> None:
+        self._transfer(transfer).source = source
+
+    def granted(self, transfer: TransferId, target: VirtualInstance, num_cached_tokens: int) -> None:
+        one = self._transfer(transfer)
+        one.target, one.num_cached_tokens = target, num_cached_tokens
+        self._move(transfer, one)
+        self._end_if_complete(transfer, one)
+
+    def computed(self, transfer: TransferId, num_tokens: int) -> None:
+        one = self._transfer(transfer)
+        one.num_computed_tokens = num_tokens
+        self._move(transfer, one)
+
+    def committed(self, transfer: TransferId, payload: bytes) -> None:
+        one = self._transfer(transfer)
+        one.payload, one.computed_s = payload, self.now_s
+        if one.flow is not None:
+            one.exposed_bytes = one.flow.left_bytes(self.now_s)
+        elif one.target is None:
+            one.exposed_bytes = one.num_computed_tokens * self._layout.wire_bytes_per_token
+        self._end_if_complete(transfer, one)
+
+    def _transfer(self, transfer: TransferId) -> _Transfer:
+        return self._transfers.setdefault(transfer, _Transfer())
+
+    def _move(self, transfer: TransferId, one: _Transfer) -> None:
+        """Lets what is computed, and what the target lacks, leave."""
+        if one.target is None or one.source is None:
+            return
+        num_tokens = max(0, one.num_computed_tokens - one.num_cached_tokens)
+        more_bytes = num_tokens * self._layout.wire_bytes_per_token - one.num_bytes
+        if more_bytes <= 0:
+            return
+        if one.started_s is None:
+            one.started_s = self.now_s
+        one.num_bytes += more_bytes
+        self.num_bytes_moved += more_bytes
+        if one.flow is None:
+            one.flow = Flow(one.source.name, one.target.name, more_bytes)
+            self._flows[one.flow] = transfer
+            self._foresee(self._links.start(one.flow, self.now_s))
+        else:
+            self._foresee(self._links.extend(one.flow, more_bytes, self.now_s))
+
+    def _foresee(self, flows: Iterable[Flow]) -> None:
+        for flow in flows:
+            self.call_at(
+                flow.end_s,
+                lambda flow=flow, version=flow.version: self._end_flow(flow, version),  # type: ignore[misc]
+            )
+
+    def _end_flow(self, flow: Flow, version: int) -> None:
+        if flow.version != version:
+            return
+        transfer = self._flows.pop(flow)
+        self._foresee(self._links.end(flow, self.now_s))
+        one = self._transfers[transfer]
+        one.flow = None
+        self._end_if_complete(transfer, one)
+
+    def _end_if_complete(self, transfer: TransferId, one: _Transfer) -> None:
+        if one.payload is not None and one.target is not None and one.flow is None:
+            assert one.source is not None
+            at_s = self.now_s + one.source.shape.durations.transfer_s
+            self.call_at(at_s, lambda: self._end_transfer(transfer, one))
+
+    def _end_transfer(self, transfer: TransferId, one: _Transfer) -> None:
+        assert one.source is not None and one.target is not None and one.payload is not None
+        del self._transfers[transfer]
+        one.target.received(transfer, one.payload)
+        stats = TransferStats(
+            num_bytes=one.num_bytes,
+            num_chunks=1,
+            duration_s=0.0 if one.started_s is None else self.now_s - one.started_s,
+            exposed_s=self.now_s - one.computed_s,
+            hidden_bytes=max(0, one.num_bytes - int(one.exposed_bytes)),
+        )
+        one.source.sent(transfer, stats)

@@ -74,6 +74,10 @@ class Controller:
         """Whether a worker that identifies itself by `key` may serve."""
         return self._supervisor.expects(key)
 
+    def phase(self, key: Key) -> str:
+        """Returns what a worker's process is doing until it serves."""
+        return self._supervisor.phase(key)
+
     def attach(self, service: RouterService) -> None:
         """Attaches the router that these workers serve."""
         self._service = service

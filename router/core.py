@@ -8,8 +8,6 @@ decided here.
 No clock, no I/O: the shell carries commands out in order and feeds events in.
 """
 
-from collections.abc import Set
-
 from ..core.errors import NoWorkerAvailable, QueueFull
 from ..core.histogram import TokenGaps
 from ..core.latency import LatencyModel
@@ -56,6 +54,7 @@ from .reunion import Reunion
 from .room import RoomMaker
 from .status import Counters, RouterStatus, snapshot
 from .take_over import TakeOver
+from .waiting import Waiting
 
 CLOSING = "the cluster is shutting down"
 # a prediction may exceed the actual prefill time by this factor before a request is given up wrongly
@@ -89,6 +88,7 @@ class Router:
         self._isolation = Isolation(self._registry, self._ledger)
         self._queue = JobQueue(self._may_run)
         self._room = RoomMaker(self._registry, self._ledger, self._queue.counters)
+        self._waiting = Waiting(self._registry, self._ledger, self._queue, self._room)
         self._requests = LiveRequests(self._queue, self._ledger, config)
         self._reports = WorkerReports(
             self._registry,
@@ -113,6 +113,7 @@ class Router:
     def configure(self, config: RouterConfig) -> None:
         """Applies new limits and a new SLO to subsequent events."""
         self._requests.config = self._placer.config = config
+        self._waiting.end()
 
     @property
     def num_live(self) -> int:
@@ -139,7 +140,12 @@ class Router:
                 return commands
         commands += self._requests.pass_time(now_s)
         self._health.review(now_s)
-        commands += self._dispatch(now_s)
+        if not (
+            isinstance(event, StepReport | LegEnded)
+            and self._waiting.goes_on(event, now_s, self.config.max_prefill_backlog_tokens)
+        ):
+            commands += self._dispatch(now_s)
+            self._waiting.begin(now_s)
         return commands + self._probe_links(now_s)
 
     def _react(self, event: RouterEvent, now_s: float) -> list[RouterCommand]:
@@ -217,8 +223,9 @@ class Router:
         `scope`."""
         return self._requests.timelines(max_requests, scope, now_s)
 
-    def known_blocks(self, worker_id: str) -> Set[bytes]:
-        """Returns the hashes of the blocks that a worker caches, as far as it has reported them."""
+    def known_blocks(self, worker_id: str) -> set[int]:
+        """Returns the keys (`prefix_index.block_keys`) of the blocks that a worker caches, as far as it has
+        reported them."""
         return self._index.blocks_of(worker_id)
 
     def check_integrity(self) -> None:

@@ -222,7 +222,7 @@ class SendCommand(msgspec.Struct, frozen=True):
     command: WorkerCommand
 
 
-class EmitTokens(msgspec.Struct, frozen=True):
+class EmitTokens(msgspec.Struct, frozen=True, gc=False):
     """The next tokens of one choice: indices are contiguous over all the choice's EmitTokens."""
 
     request_id: str

@@ -68,7 +68,9 @@ class Ledger:
 
     def note_report(self, worker: RegisteredWorker, report: StepReport, now_s: float) -> None:
         """Records a worker's load and the progress of its step."""
+        is_more = report.load.num_free_blocks > worker.load.num_free_blocks
         worker.load = report.load
+        self._registry.note_room(worker, is_more=is_more)
         worker.note_step(report.timing is not None, now_s)
         if report.timing is not None and report.timing.num_prefill_tokens:
             worker.progress(report.timing.duration_s)
@@ -97,6 +99,7 @@ class Ledger:
             if not dispatch.decode_started:
                 dispatch.decode_started = True
                 worker.num_pending_blocks -= dispatch.num_reserved_blocks
+                self._registry.note_room(worker)
             dispatch.num_grown_tokens += num_tokens
             worker.num_grown_tokens += num_tokens
             worker.num_context_tokens += num_tokens

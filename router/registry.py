@@ -1,8 +1,9 @@
 """The registry of current workers: their unfinished work, and their ranking for the next request."""
 
 import enum
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from heapq import nsmallest
+from itertools import islice
 
 import msgspec
 
@@ -10,6 +11,8 @@ from ..core.automaton import Automaton
 from ..core.messages import Role, WorkerInfo, WorkerLoad
 from ..core.request import TransferId
 from .ranking import Ranking
+
+NUM_WITH_ROOM = 32  # workers with the most room, of which the least loaded are considered
 
 
 class RoutingState(enum.Enum):
@@ -124,6 +127,15 @@ class RegisteredWorker(Automaton[RoutingState]):
         ours = self.num_reserved_blocks + self.num_grown_tokens // self.info.layout.block_size
         return max(self.info.num_blocks - ours, self.load.num_free_blocks - self.num_pending_blocks)
 
+    @property
+    def room_tokens(self) -> int:
+        """Returns the tokens that fit here at most, beside what is open; 0 when no sequence fits."""
+        if not self.open_legs:
+            return self.info.num_blocks * self.info.layout.block_size
+        if self.num_sequences >= self.info.max_batch_size or not self._is_within_trial:
+            return 0
+        return self.num_free_blocks * self.info.layout.block_size
+
     def blocks_for(self, num_tokens: int, num_choices: int) -> int:
         """Returns the number of blocks of a prompt whose choices share it and grow by a block each."""
         return -(-num_tokens // self.info.layout.block_size) + num_choices
@@ -136,16 +148,20 @@ class RegisteredWorker(Automaton[RoutingState]):
             self.num_queued_tokens < limit and self.num_prefilling < max(1, self.info.max_batch_size)
         )
 
-    def has_decode_room(self, num_tokens: int, num_choices: int) -> bool:
-        """Whether the worker has room now. An idle worker has room for anything that it can hold at all."""
+    def has_decode_room(self, num_tokens: int, num_choices: int, *, with_held: bool = False) -> bool:
+        """Whether the worker has room now; `with_held`: or has some that is held for a job. An idle worker
+        has room for anything that it can hold at all."""
         if not self.open_legs:
             return True
+        held_blocks, held_sequences = self.num_held_blocks, self.num_held_sequences
+        if with_held:
+            held_blocks = held_sequences = 0
         if (
-            self.num_sequences + num_choices > self.info.max_batch_size - self.num_held_sequences
+            self.num_sequences + num_choices > self.info.max_batch_size - held_sequences
             or not self._is_within_trial
         ):
             return False
-        return self.blocks_for(num_tokens, num_choices) <= self.num_free_blocks - self.num_held_blocks
+        return self.blocks_for(num_tokens, num_choices) <= self.num_free_blocks - held_blocks
 
     @property
     def _is_within_trial(self) -> bool:
@@ -188,14 +204,18 @@ class RegisteredWorker(Automaton[RoutingState]):
 
 
 class Registry:
-    """Current incarnations by name, and two rankings per capacity: by queued prefill, and by decode load."""
+    """Current incarnations by name, and their rankings: by queued prefill and by decode load, each for
+    capacities of the same power of two, and by the room to decode."""
 
     def __init__(self) -> None:
         self._workers: dict[str, RegisteredWorker] = {}
         self._fenced: dict[str, int] = {}  # the highest incarnation of each id that is known to be lost
         self._layouts: dict[Hashable, int] = {}
-        self._by_prefill: dict[int, Ranking[RegisteredWorker]] = {}
+        self._by_prefill: dict[int, Ranking[RegisteredWorker]] = {}  # by the bit length of the capacity
         self._by_decode: dict[int, Ranking[RegisteredWorker]] = {}
+        self._by_room: Ranking[RegisteredWorker] = Ranking()  # decode workers, the one with most room first
+        self._unranked: dict[RegisteredWorker, None] = {}  # whose room has changed since it was ranked
+        self._roomier: dict[RegisteredWorker, None] = {}  # since `take_roomier`
         self._apart: dict[str, RegisteredWorker] = {}
 
     def __iter__(self) -> Iterator[RegisteredWorker]:
@@ -252,6 +272,10 @@ class Registry:
         self._apart[worker.worker_id] = worker
         self._unrank(worker)
 
+    @property
+    def has_apart(self) -> bool:
+        return bool(self._apart)
+
     def apart(self) -> list[RegisteredWorker]:
         """Returns the workers that are set apart, in the order in which they were."""
         return list(self._apart.values())
@@ -278,6 +302,7 @@ class Registry:
     def limit(self, worker: RegisteredWorker, num_dispatches: int | None) -> None:
         """Bounds the dispatches that may be open at the worker at once; None lifts the bound."""
         worker.trial_limit = num_dispatches
+        self.note_room(worker)
 
     def hold(self, worker: RegisteredWorker, num_blocks: int, num_sequences: int) -> None:
         """Keeps room at the worker from other jobs."""
@@ -286,17 +311,42 @@ class Registry:
     def with_decode_room(
         self, job_tokens: int, total_tokens: int, num_choices: int, count: int
     ) -> list[RegisteredWorker]:
-        """Returns `count` of the least loaded ready decode workers that have room for `job_tokens`
-        now and can hold `total_tokens`. Looks at all workers."""
-        workers = [
-            worker
-            for worker in self
-            if worker.takes_work
-            and worker.role.decodes
-            and worker.capacity_tokens >= total_tokens
-            and worker.has_decode_room(job_tokens, num_choices)
-        ]
-        return nsmallest(count, workers, key=lambda worker: (decode_load(worker), worker.worker_id))
+        """Returns `count` of the ready decode workers that have room for `job_tokens` now and can hold
+        `total_tokens`: the least loaded of those with the most room."""
+        found = islice(self._with_decode_room(job_tokens, total_tokens, num_choices), NUM_WITH_ROOM)
+        return nsmallest(count, found, key=lambda worker: (decode_load(worker), worker.worker_id))
+
+    def has_decode_room(self, job_tokens: int, total_tokens: int, num_choices: int) -> bool:
+        """Whether one of those `able_to_decode` has room for `job_tokens` now."""
+        if self.best_decode(total_tokens, 1):
+            return any(self._with_decode_room(job_tokens, total_tokens, num_choices))
+        return any(
+            worker.has_decode_room(job_tokens, num_choices) for worker in self.able_to_decode(total_tokens)
+        )
+
+    def _with_decode_room(
+        self, job_tokens: int, total_tokens: int, num_choices: int
+    ) -> Iterator[RegisteredWorker]:
+        for worker in self._unranked:
+            if worker.takes_work and worker.role.decodes:
+                self._by_room.put(worker.worker_id, -worker.room_tokens, worker)
+        self._unranked.clear()
+        for worker in self._by_room:
+            if worker.room_tokens < job_tokens:
+                return
+            if worker.capacity_tokens >= total_tokens and worker.has_decode_room(job_tokens, num_choices):
+                yield worker
+
+    def note_room(self, worker: RegisteredWorker, *, is_more: bool = True) -> None:
+        """Records that the room at a worker has changed; `is_more`: there may be more of it."""
+        self._unranked[worker] = None
+        if is_more:
+            self._roomier[worker] = None
+
+    def take_roomier(self) -> Iterable[RegisteredWorker]:
+        """Returns the workers that may have more room than when this was last called."""
+        roomier, self._roomier = self._roomier, {}
+        return roomier
 
     def assign(self, worker: RegisteredWorker, role: Role) -> None:
         """Makes the worker ready, as `role`."""
@@ -310,26 +360,30 @@ class Registry:
         """Updates the worker's rank from its present account."""
         if not worker.takes_work:
             return
+        self.note_room(worker)
+        size = worker.capacity_tokens.bit_length()
         if worker.role.prefills:
-            ranking = self._by_prefill.setdefault(worker.capacity_tokens, Ranking())
+            ranking = self._by_prefill.setdefault(size, Ranking())
             ranking.put(worker.worker_id, worker.queued_prefill_s, worker)
         if worker.role.decodes:
-            ranking = self._by_decode.setdefault(worker.capacity_tokens, Ranking())
+            ranking = self._by_decode.setdefault(size, Ranking())
             ranking.put(worker.worker_id, decode_load(worker), worker)
 
     def _unrank(self, worker: RegisteredWorker) -> None:
+        self._by_room.discard(worker.worker_id)
+        self._unranked.pop(worker, None)
         for rankings in (self._by_prefill, self._by_decode):
-            if ranking := rankings.get(worker.capacity_tokens):
+            if ranking := rankings.get(worker.capacity_tokens.bit_length()):
                 ranking.discard(worker.worker_id)
 
     def best_prefill(self, num_tokens: int, count: int) -> list[RegisteredWorker]:
         """Returns the ready prefill workers with the shortest queues that can hold `num_tokens`: `count` of
-        each capacity."""
+        each power of two."""
         return _best(self._by_prefill, num_tokens, count)
 
     def best_decode(self, num_tokens: int, count: int) -> list[RegisteredWorker]:
         """Returns the least loaded ready decode workers that can hold `num_tokens`: `count` of each
-        capacity."""
+        power of two."""
         return _best(self._by_decode, num_tokens, count)
 
     def able_to_decode(self, num_tokens: int) -> list[RegisteredWorker]:
@@ -337,6 +391,14 @@ class Registry:
         workers serve both phases, as in `Placer.place`."""
         able = [worker for worker in self if worker.takes_work and worker.capacity_tokens >= num_tokens]
         return [worker for worker in able if worker.role.decodes] or able
+
+    def is_able_to_decode(self, worker: RegisteredWorker, num_tokens: int) -> bool:
+        """Whether the worker is one of those `able_to_decode`."""
+        return (
+            worker.takes_work
+            and worker.capacity_tokens >= num_tokens
+            and (worker.role.decodes or not self.best_decode(num_tokens, 1))
+        )
 
     def can_hold(self, num_tokens: int) -> bool:
         """Whether any ready worker, or one that is set apart for a while, could ever serve that many
@@ -355,12 +417,13 @@ class Registry:
 def _best(
     rankings: dict[int, Ranking[RegisteredWorker]], num_tokens: int, count: int
 ) -> list[RegisteredWorker]:
-    return [
-        worker
-        for capacity, ranking in rankings.items()
-        if capacity >= num_tokens
-        for worker in ranking.best(count)
-    ]
+    best: list[RegisteredWorker] = []
+    for size, ranking in rankings.items():
+        if size > num_tokens.bit_length():
+            best += ranking.best(count)
+        elif size == num_tokens.bit_length():
+            best += islice((worker for worker in ranking if worker.capacity_tokens >= num_tokens), count)
+    return best
 
 
 def decode_load(worker: RegisteredWorker) -> float:

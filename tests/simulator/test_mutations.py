@@ -312,9 +312,9 @@ def forget_that_a_lost_host_is_asked_for() -> Planted:
 
 def forget_running_instances_when_a_host_is_opened() -> Planted:
     def open_host(self: CoreAllocator, node_id: str, capacity: Capacity) -> None:
-        taken, self._taken = self._taken, {}
+        instances, self._on = self._on, {}
         original(self, node_id, capacity)
-        self._taken = taken
+        self._on = instances
 
     original = CoreAllocator.open
     return patch.object(CoreAllocator, "open", open_host)
@@ -329,7 +329,7 @@ def recall_a_worker_that_must_leave_its_host() -> Planted:
 
     def replace(self: Fleet, workers, now_s: float) -> None:  # type: ignore[no-untyped-def]
         original(self, workers, now_s)
-        for member in self._members.values():
+        for member in self._roster:
             member.is_replaced = False
 
     return patch.object(Fleet, "_replace", replace)
@@ -345,6 +345,7 @@ def time_out_a_worker_that_waits_for_a_host() -> Planted:
     def start(self: Fleet, member: Member, now_s: float) -> None:
         original(self, member, now_s)
         member.due_s = now_s + 1.0
+        self._roster.note(member)
 
     return patch.object(Fleet, "_start", start)
 
@@ -553,12 +554,12 @@ FIRST_FOUND: dict[Mutation, int] = {
     announce_layers_before_they_are_computed: 0,
     share_kv_between_salts: 1,
     leave_workers_working_for_an_ended_request: 0,
-    decode_an_aborted_sequence: 6,
+    decode_an_aborted_sequence: 8,
     miss_a_deadline: 0,
     stop_a_worker_without_draining_it: 7,
     commit_a_chunk_that_never_left: 42,
     forget_tokens_computed_before_the_router_died: 78,
-    forget_to_abort_the_broken_dispatches_that_a_new_router_finds: 680,
+    forget_to_abort_the_broken_dispatches_that_a_new_router_finds: 114,
     count_attempts_from_0_in_a_new_router: 365,
     compute_only_part_of_a_prompt_with_requested_logprobs: 1,
     release_an_ended_sequence_while_a_step_has_a_row_of_it: 0,

@@ -105,10 +105,11 @@ class Fleet:
             case ReplaceWorkers(workers):
                 self._replace(workers, now_s)
             case HostJoined():
-                for member in self._members.values():
+                for member in self._roster:
                     member.num_failures = 0
                     if member.state is MemberState.BACKOFF:
                         member.due_s = now_s
+                        self._roster.note(member)
             case Shutdown():
                 self.is_shutting_down, self._desired = True, {}
                 for member in self._roster:

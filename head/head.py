@@ -23,7 +23,7 @@ from ..planner.priors import priors, rates_of
 from ..router.core import Router
 from ..router.events import Closing, EmitChoiceEnd, EmitEnd, EmitTokens, Tick, Timeline
 from ..router.fleet import Fleet, FleetConfig
-from ..router.fleet_events import Apply, Drain, ReplaceWorkers, Shutdown, StartWorker
+from ..router.fleet_events import Apply, Drain, HostJoined, ReplaceWorkers, Shutdown, StartWorker
 from ..router.fleet_member import MemberState, MemberStatus
 from ..router.hosts import Hosts
 from ..router.places import Places
@@ -127,6 +127,7 @@ class Head:
         self._service = RouterService(router, self._controller, spec.token, self._telemetry.recorder)
         self._controller.attach(self._service)
         self._watch.on_vacate = lambda workers: self._controller.handle(ReplaceWorkers(workers))
+        self._watch.on_join = lambda: self._controller.handle(HostJoined())
         # waiting instances may have a place now
         self._watch.on_change = lambda: self._controller.handle(Tick())
         await self._service.start(self._host, listener=listener)

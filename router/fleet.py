@@ -14,6 +14,7 @@ from .fleet_events import (
     DrainWorker,
     FleetAction,
     FleetEvent,
+    HostJoined,
     ReplaceWorkers,
     Shutdown,
     StartWorker,
@@ -103,6 +104,12 @@ class Fleet:
                 self._drain_by_hand(event, now_s)
             case ReplaceWorkers(workers):
                 self._replace(workers, now_s)
+            case HostJoined():
+                for member in self._roster:
+                    member.num_failures = 0
+                    if member.state is MemberState.BACKOFF:
+                        member.due_s = now_s
+                        self._roster.note(member)
             case Shutdown():
                 self.is_shutting_down, self._desired = True, {}
                 for member in self._roster:

@@ -127,7 +127,7 @@ class ConnectionLost:
 @dataclass(frozen=True, slots=True)
 class ProcessEnded:
     """Nothing is left of a process. `is_explained`: the worker itself reported why. `has_died`: it did not
-    end in order."""
+    end in order, and its host is up."""
 
     worker_id: str
     incarnation: int

@@ -258,7 +258,7 @@ class Simulation:
         )
         self.workers[spec.key] = worker
         self._num_started[spec.worker_id] += 1
-        self.hosts.started(worker, placement, self.head.waits_for_a_place)
+        self.hosts.started(worker, placement, self.head.waits_for_its_first_place)
         worker.process.when_it_dies(lambda: self._note_death(worker))
         worker.start(scenario.start_s)
         return worker

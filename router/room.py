@@ -31,7 +31,7 @@ class RoomMaker:
         """Whether no worker has a place for the job's sequences; otherwise it waits for others' prompts,
         which end soon."""
         return job.needs_decode and not self._registry.has_decode_room(
-            job.num_tokens, job.num_total_tokens, len(job.choices)
+            job.num_tokens, job.num_total_tokens, len(job.choices), job.num_expected_tokens
         )
 
     def may_take(self, job: Job) -> bool:

@@ -79,7 +79,9 @@ class Waiting:
             return True
         return any(
             self._registry.is_able_to_decode(worker, job.num_total_tokens)
-            and worker.has_decode_room(job.num_tokens, len(job.choices), with_held=True)
+            and worker.has_decode_room(
+                job.num_tokens, len(job.choices), job.num_expected_tokens, with_held=True
+            )
             for job in (look.head if look.for_decode else None, look.passed)
             if job is not None
         )

@@ -151,7 +151,9 @@ class Account:
             f"{'choices that went on elsewhere: ' + hit:44} {count}"
             for hit, count in sorted(self.hits.items())
         ]
-        rows += [f"{'  of these, by no accident to their workers':44} {sum(self.unexplained.values())}", ""]
+        if not self.paused_s:  # of gray faults, causes are not told apart
+            rows += [f"{'  of these, by no accident to their workers':44} {sum(self.unexplained.values())}"]
+        rows += [""]
         rows += [f"{'seconds from the accident to':44} {'count':>6} {'median':>8} {'p95':>8} {'max':>8}"]
         return rows + self._times(watch)
 

@@ -46,7 +46,7 @@ class GrayFaults:
 
         def end() -> None:
             for switch in switches:
-                switch.unlink(missing_ok=True)  # the run may have been interrupted
+                switch.unlink(missing_ok=True)  # another fault of this kind and worker may have ended
 
         return end
 

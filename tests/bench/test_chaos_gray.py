@@ -1,5 +1,5 @@
-"""Gray faults of `python -m bench.chaos`: the hook obeys its switches in a worker's process alone, and a deadly
-request is held to its promises."""
+"""Gray faults of `python -m bench.chaos`: the hook obeys its switches, and a deadly request is held to its
+promises."""
 
 import os
 import random

@@ -173,7 +173,7 @@ class Placer:
         """Returns the seconds that decoding the job there is expected to take, and to add to the streams that
         the worker has already."""
         num_choices = len(job.choices)
-        delay_s = worker.speed.decode_factor * self._model.decode_delay_s(
+        delay_s = worker.speed.decode_weight * self._model.decode_delay_s(
             worker.num_sequences, worker.num_context_tokens, num_choices, num_choices * job.num_tokens
         )
         return delay_s * job.num_expected_tokens

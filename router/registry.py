@@ -429,7 +429,7 @@ class Registry:
             ranking.put(worker.worker_id, key, worker)
         if worker.role.decodes:
             ranking = self._by_decode.setdefault(size, Ranking())
-            key = (decode_load(worker) + IDLE_LOAD) * worker.speed.decode_factor
+            key = (decode_load(worker) + IDLE_LOAD) * worker.speed.decode_weight
             key += 0.0 if worker.may_receive else LAST
             ranking.put(worker.worker_id, key, worker)
 

@@ -61,6 +61,7 @@ class RegisteredWorker(Automaton[RoutingState]):
         "num_queued_tokens",
         "num_reserved_blocks",
         "num_sequences",
+        "num_short_tokens",
         "open_legs",
         "queued_prefill_s",
         "role",
@@ -82,6 +83,7 @@ class RegisteredWorker(Automaton[RoutingState]):
         self.open_legs: dict[TransferId, None] = {}  # ordered, so that a loss is handled in order of dispatch
         self.num_prefilling = 0  # dispatches that have not brought their first token
         self.num_queued_tokens = 0  # uncached prompt tokens of those
+        self.num_short_tokens = 0  # of those: of short prompts
         self.queued_prefill_s = 0.0  # predicted compute of those
         self._progress_s = 0.0  # the part of that which is already computed
         self.num_sequences = 0  # choices of open decode legs that have not ended
@@ -128,12 +130,21 @@ class RegisteredWorker(Automaton[RoutingState]):
         """Returns the number of blocks of a prompt whose choices share it and grow by a block each."""
         return -(-num_tokens // self.info.layout.block_size) + num_choices
 
-    def has_prefill_room(self, limit_tokens: int | None) -> bool:
-        if not self._is_within_trial:
+    def is_short(self, num_tokens: int) -> bool:
+        """Whether a prompt with so many uncached tokens overtakes longer ones: it fits into the half of a
+        step that the oldest one leaves."""
+        return 2 * num_tokens <= self.info.max_batch_tokens
+
+    def has_prefill_room(self, num_tokens: int, limit_tokens: int | None) -> bool:
+        """Whether a prompt with so many uncached tokens may be added. Only those count against the limit that
+        a short one would not overtake."""
+        if not self.is_within_trial:
             return False
         limit = 2 * self.info.max_batch_tokens if limit_tokens is None else limit_tokens
+        is_short, num_short = self.is_short(num_tokens), self.num_short_tokens
+        num_ahead = num_short if is_short else self.num_queued_tokens - num_short
         return not self.num_prefilling or (
-            self.num_queued_tokens < limit and self.num_prefilling < max(1, self.info.max_batch_size)
+            num_ahead < limit and self.num_prefilling < max(1, self.info.max_batch_size)
         )
 
     def has_decode_room(self, num_tokens: int, num_choices: int) -> bool:
@@ -142,23 +153,25 @@ class RegisteredWorker(Automaton[RoutingState]):
             return True
         if (
             self.num_sequences + num_choices > self.info.max_batch_size - self.num_held_sequences
-            or not self._is_within_trial
+            or not self.is_within_trial
         ):
             return False
         return self.blocks_for(num_tokens, num_choices) <= self.num_free_blocks - self.num_held_blocks
 
     @property
-    def _is_within_trial(self) -> bool:
+    def is_within_trial(self) -> bool:
         return self.trial_limit is None or len(self.open_legs) < self.trial_limit
 
     def start_prefill(self, num_tokens: int, seconds: float) -> None:
         self.num_prefilling += 1
         self.num_queued_tokens += num_tokens
+        self.num_short_tokens += num_tokens if self.is_short(num_tokens) else 0
         self.queued_prefill_s += seconds
 
     def end_prefill(self, num_tokens: int, seconds: float) -> None:
         self.num_prefilling -= 1
         self.num_queued_tokens -= num_tokens
+        self.num_short_tokens -= num_tokens if self.is_short(num_tokens) else 0
         self.queued_prefill_s -= seconds
         self._progress_s = max(0.0, self._progress_s - seconds)
         if not self.num_prefilling:

@@ -8,70 +8,160 @@ import typer
 
 from .address import NO_ADDRESS, Address
 
-Temperature = Annotated[float | None, typer.Option(help="0 takes the most probable token each time.")]
-TopP = Annotated[float | None, typer.Option(help="Draw among the tokens that make up this probability.")]
-TopK = Annotated[int | None, typer.Option(help="Draw among this many of the most probable tokens.")]
-Seed = Annotated[
-    int | None, typer.Option(min=0, max=2**64 - 1, metavar="N", help="The same seed gives the same output.")
+PROMPT, SAMPLING, LENGTH, OUTPUT = "Prompt", "Sampling", "Length and end", "Output"  # panels of options
+
+
+def _seed(value: int | None) -> int | None:
+    """Checks a bound that would be a line of digits in the help."""
+    if value is not None and value >= 2**64:
+        raise typer.BadParameter(f"got {value}, expected 0 to 2^64 - 1")
+    return value
+
+
+Temperature = Annotated[
+    float | None,
+    typer.Option(metavar="T", help="0 takes the most probable token each time.", rich_help_panel=SAMPLING),
 ]
-MaxTokens = Annotated[int, typer.Option(help="Output tokens, at most.")]
-System = Annotated[str | None, typer.Option(help="The system message of a conversation.")]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        metavar="P", help="Draw among the tokens that make up this probability.", rich_help_panel=SAMPLING
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Draw among this many of the most probable tokens.", rich_help_panel=SAMPLING
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        callback=_seed,
+        metavar="N",
+        help="The same seed gives the same output.",
+        rich_help_panel=SAMPLING,
+    ),
+]
+MaxTokens = Annotated[int, typer.Option(metavar="N", help="Output tokens, at most.", rich_help_panel=LENGTH)]
+System = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="The system message of a conversation.", rich_help_panel=PROMPT),
+]
 
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from stdin.")],
-    max_tokens: MaxTokens = 128,
-    min_tokens: Annotated[int | None, typer.Option(help="Minimum number of tokens before the end.")] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="PROMPT is a user's message, to be answered.", rich_help_panel=PROMPT),
+    ] = False,
+    system: System = None,
+    token_ids: Annotated[
+        bool, typer.Option("--token-ids", help="PROMPT is a list of token ids.", rich_help_panel=PROMPT)
+    ] = False,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
     min_p: Annotated[
         float | None,
-        typer.Option(help="Draw among tokens at least this fraction as probable as the best one."),
+        typer.Option(
+            metavar="P",
+            help="Draw among tokens at least this fraction as probable as the best one.",
+            rich_help_panel=SAMPLING,
+        ),
     ] = None,
     repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1: avoid tokens of prompt and output.")
+        float | None,
+        typer.Option(
+            metavar="X", help="Above 1: avoid tokens of prompt and output.", rich_help_panel=SAMPLING
+        ),
     ] = None,
     presence_penalty: Annotated[
-        float | None, typer.Option(help="Above 0: avoid tokens of the output.")
+        float | None,
+        typer.Option(metavar="X", help="Above 0: avoid tokens of the output.", rich_help_panel=SAMPLING),
     ] = None,
     frequency_penalty: Annotated[
-        float | None, typer.Option(help="Above 0: avoid tokens, frequent ones more.")
-    ] = None,
-    seed: Seed = None,
-    n: Annotated[int | None, typer.Option("-n", "--n", help="Number of choices.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End where the text would contain this; may be repeated.")
-    ] = None,
-    stop_token_id: Annotated[
-        list[int] | None, typer.Option(min=0, help="End with this token; may be repeated.")
-    ] = None,
-    ignore_eos: Annotated[
-        bool | None, typer.Option("--ignore-eos", help="Continue after an end-of-text token.")
-    ] = None,
-    logprobs: Annotated[
-        int | None, typer.Option(help="Number of alternatives to report per token; shown with --json.")
-    ] = None,
-    prompt_logprobs: Annotated[
-        int | None, typer.Option(help="The same for the prompt's tokens; shown with --json.")
+        float | None,
+        typer.Option(
+            metavar="X", help="Above 0: avoid tokens, frequent ones more.", rich_help_panel=SAMPLING
+        ),
     ] = None,
     logit_bias: Annotated[
         list[str] | None,
-        typer.Option(help="TOKEN=BIAS: favour a token, up to 100, or avoid it; may be repeated."),
+        typer.Option(
+            metavar="TOKEN=BIAS",
+            help="Favour a token, up to 100, or avoid it; may be repeated.",
+            rich_help_panel=SAMPLING,
+        ),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message, to be answered.")] = False,
-    system: System = None,
-    token_ids: Annotated[bool, typer.Option("--token-ids", help="PROMPT is a list of token ids.")] = False,
-    model: Annotated[
-        str, typer.Option(help="The name of the model; by default the one that is served.")
-    ] = "",
-    request_id: Annotated[str, typer.Option(help="The request's id, for explain; random by default.")] = "",
-    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds after which to give up.")] = None,
-    timeline: Annotated[bool, typer.Option("--timeline", help="Show on stderr where the time went.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Show the request's id on stderr, for explain.")
+    seed: Seed = None,
+    n: Annotated[
+        int | None,
+        typer.Option("-n", "--n", metavar="N", help="Number of choices.", rich_help_panel=SAMPLING),
+    ] = None,
+    max_tokens: MaxTokens = 128,
+    min_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Minimum number of tokens before the end.", rich_help_panel=LENGTH),
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="End where the text would contain this; may be repeated.",
+            rich_help_panel=LENGTH,
+        ),
+    ] = None,
+    stop_token_id: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=0, metavar="ID", help="End with this token; may be repeated.", rich_help_panel=LENGTH
+        ),
+    ] = None,
+    ignore_eos: Annotated[
+        bool | None,
+        typer.Option("--ignore-eos", help="Continue after an end-of-text token.", rich_help_panel=LENGTH),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the whole answer as JSON.", rich_help_panel=OUTPUT)
     ] = False,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Number of alternatives to report per token; shown with --json.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    prompt_logprobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="The same for the prompt's tokens; shown with --json.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    timeline: Annotated[
+        bool,
+        typer.Option("--timeline", help="Show on stderr where the time went.", rich_help_panel=OUTPUT),
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose", "-v", help="Show the request's id on stderr, for explain.", rich_help_panel=OUTPUT
+        ),
+    ] = False,
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="The name of the model; by default the one that is served.")
+    ] = "",
+    request_id: Annotated[
+        str, typer.Option(metavar="ID", help="The request's id, for explain; random by default.")
+    ] = "",
+    timeout: Annotated[
+        float | None, typer.Option(min=0, metavar="S", help="Seconds after which to give up.")
+    ] = None,
     address: Address = NO_ADDRESS,
 ) -> None:
     """Continue a prompt; the text is shown as it is generated."""
@@ -139,9 +229,11 @@ def chat(
             command.check_chat(client)
             command.chat(client, command.typed_lines("> "), system, sampling, command.write_out)
         return
+    from .models import recommend
     from .serve import private_config
     from .up import serving
 
+    recommend(model, sampling)
     with serving(private_config(model)) as client:
         command.check_chat(client)
         command.chat(client, command.typed_lines("> "), system, sampling, command.write_out)

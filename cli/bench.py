@@ -8,6 +8,14 @@ import typer
 
 from .address import NO_ADDRESS, Address
 
+LOAD, TEXTS, SAMPLING, MEASURE, OUTPUT = (
+    "Load",
+    "Prompts and outputs",
+    "Sampling",
+    "Measurement",
+    "Output",
+)  # panels of options
+
 
 class ArrivalKind(StrEnum):
     """Gaps between the requests of an open load."""
@@ -27,80 +35,140 @@ def bench(
             )
         ),
     ] = None,
-    rate: Annotated[float | None, typer.Option(metavar="R", help="Open load: requests per second.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(metavar="R", help="Open load: requests per second.", rich_help_panel=LOAD)
+    ] = None,
     arrivals: Annotated[
-        ArrivalKind, typer.Option(metavar="KIND", help="Open load: poisson, gamma or constant gaps.")
+        ArrivalKind,
+        typer.Option(
+            metavar="KIND", help="Open load: poisson, gamma or constant gaps.", rich_help_panel=LOAD
+        ),
     ] = ArrivalKind.POISSON,
     burstiness: Annotated[
-        float, typer.Option(metavar="B", help="For gamma: 1 is poisson, below 1 is burstier.")
+        float,
+        typer.Option(metavar="B", help="For gamma: 1 is poisson, below 1 is burstier.", rich_help_panel=LOAD),
     ] = 1.0,
     trace: Annotated[
         Path | None,
-        typer.Option(metavar="CSV", help="Open load: columns TIMESTAMP, ContextTokens, GeneratedTokens."),
+        typer.Option(
+            metavar="CSV",
+            help="Open load: columns TIMESTAMP, ContextTokens, GeneratedTokens.",
+            rich_help_panel=LOAD,
+        ),
     ] = None,
-    speed: Annotated[float, typer.Option(metavar="X", help="Speed-up factor of the replay.")] = 1.0,
+    speed: Annotated[
+        float, typer.Option(metavar="X", help="Speed-up factor of the replay.", rich_help_panel=LOAD)
+    ] = 1.0,
     concurrency: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Closed load: number of clients, one request each.")
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Closed load: number of clients, one request each.", rich_help_panel=LOAD
+        ),
     ] = None,
     requests: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Requests of one round; 100 if there is no --duration."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Requests of one round; 100 if there is no --duration.",
+            rich_help_panel=LOAD,
+        ),
     ] = None,
     duration: Annotated[
-        float | None, typer.Option(min=0.0, metavar="S", help="Seconds after which a round sends no more.")
+        float | None,
+        typer.Option(
+            min=0.0, metavar="S", help="Seconds after which a round sends no more.", rich_help_panel=LOAD
+        ),
     ] = None,
     prompt_tokens: Annotated[
         str,
         typer.Option(
             metavar="D",
             help="A number, uniform:min=A,max=B, file:PATH, or lognormal: with mean=, cv=, min=, max=.",
+            rich_help_panel=TEXTS,
         ),
     ] = "512",
     output_tokens: Annotated[
-        str, typer.Option(metavar="D", help="Lengths of outputs, in the same forms.")
+        str, typer.Option(metavar="D", help="Lengths of outputs, in the same forms.", rich_help_panel=TEXTS)
     ] = "64",
     max_prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Cut longer prompts of a trace.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Cut longer prompts of a trace.", rich_help_panel=TEXTS),
     ] = None,
     max_output_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Cut longer outputs of a trace.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Cut longer outputs of a trace.", rich_help_panel=TEXTS),
     ] = None,
     prefix_groups: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Number of prefixes that prompts share.")
+        int,
+        typer.Option(
+            min=1, metavar="N", help="Number of prefixes that prompts share.", rich_help_panel=TEXTS
+        ),
     ] = 1,
     prefix_tokens: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Their length in tokens, before the prompt's own.")
+        int,
+        typer.Option(
+            min=0, metavar="N", help="Their length in tokens, before the prompt's own.", rich_help_panel=TEXTS
+        ),
     ] = 0,
     slo: Annotated[
-        str, typer.Option(metavar="SLO", help="Targets in ms: ttft, tpot (mean gap), itl (each gap), e2e.")
+        str,
+        typer.Option(
+            metavar="SLO",
+            help="Targets in ms: ttft, tpot (mean gap), itl (each gap), e2e.",
+            rich_help_panel=MEASURE,
+        ),
     ] = "ttft=200,tpot=50",
     warm_up: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Requests before each turn that do not count.")
+        int,
+        typer.Option(
+            min=0, metavar="N", help="Requests before each turn that do not count.", rich_help_panel=MEASURE
+        ),
     ] = 4,
     rounds: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Rounds; two targets take turns in each.")
+        int,
+        typer.Option(
+            min=1, metavar="N", help="Rounds; two targets take turns in each.", rich_help_panel=MEASURE
+        ),
     ] = 1,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="The same seed gives the same load.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="The same seed gives the same load.", rich_help_panel=SAMPLING),
+    ] = 0,
     temperature: Annotated[
-        float, typer.Option(min=0.0, metavar="T", help="0 takes the most probable token each time.")
+        float,
+        typer.Option(
+            min=0.0, metavar="T", help="0 takes the most probable token each time.", rich_help_panel=SAMPLING
+        ),
     ] = 0.0,
-    ignore_eos: Annotated[bool, typer.Option(help="Let outputs reach the length that was drawn.")] = True,
+    ignore_eos: Annotated[
+        bool, typer.Option(help="Let outputs reach the length that was drawn.", rich_help_panel=SAMPLING)
+    ] = True,
     timeout: Annotated[
-        float, typer.Option(min=0.0, metavar="S", help="Seconds after which a request has failed.")
+        float,
+        typer.Option(
+            min=0.0, metavar="S", help="Seconds after which a request has failed.", rich_help_panel=MEASURE
+        ),
     ] = 600.0,
     model: Annotated[
         str, typer.Option(metavar="NAME", help="The name of the model; by default the one that is served.")
     ] = "",
     vocab_size: Annotated[
-        int | None, typer.Option(min=2, metavar="N", help="Token ids of prompts are below it.")
+        int | None,
+        typer.Option(min=2, metavar="N", help="Token ids of prompts are below it.", rich_help_panel=TEXTS),
     ] = None,
     extra: Annotated[
         str, typer.Option(metavar="JSON", help="An object, added to the body of each HTTP request.")
     ] = "",
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write all figures to this file.")
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Write all figures to this file.", rich_help_panel=OUTPUT
+        ),
     ] = None,
-    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw PNGs into this folder.")] = None,
+    plots: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Draw PNGs into this folder.", rich_help_panel=OUTPUT)
+    ] = None,
     address: Address = NO_ADDRESS,
 ) -> None:
     """Put a server under load and measure it, or compare two.

@@ -93,7 +93,7 @@ def _place(prefill_worker: str, decode_worker: str) -> str:
     if not decode_worker:
         return f"{prefill_worker} alone"
     return (
-        f"both at {prefill_worker}"
+        f"{prefill_worker} for both phases"
         if prefill_worker == decode_worker
         else f"{prefill_worker} -> {decode_worker}"
     )

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from ..gateway.auth.keys import make_key, new_key
+from .commands import Command, Group
 
-key_app = typer.Typer(no_args_is_help=True, help="API keys of clients (listen.api_keys).")
+key_app = typer.Typer(cls=Group, no_args_is_help=True, help="API keys of clients (listen.api_keys).")
 
 
 @key_app.callback()
@@ -17,7 +18,7 @@ def key() -> None:
     """Holds the commands for keys."""
 
 
-@key_app.command()
+@key_app.command(cls=Command)
 def new(
     name: Annotated[str, typer.Argument(help="The key's name; its requests take turns under it.")],
     file: Annotated[

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from .. import __version__
 from ..core.errors import PdserveError
 from .address import NO_ADDRESS, Address
 from .ask import chat, generate
 from .bench import ArrivalKind, bench
+from .commands import Command, Group
 from .ending import end_at_once
 from .entry import EXIT_SIGPIPE
 from .key import key_app
@@ -36,7 +36,7 @@ _MEANT = {  # what other tools call our commands
 }
 
 
-class _Commands(TyperGroup):
+class _Commands(Group):
     """Environment errors end a command with one message on stderr and status 1."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -139,16 +139,16 @@ def pdserve(
     use(Trust(tls_ca, cert, key))
 
 
-@app.command(rich_help_panel=SERVING)
+@app.command(cls=Command, rich_help_panel=SERVING)
 def serve(
     model: Annotated[
         str, typer.Argument(help="A checkpoint directory, a GGUF file, embedded, or smollm2.")
     ] = "embedded",
-    prefill: Annotated[int, typer.Option(min=0, help="Number of prefill instances.")] = 1,
-    decode: Annotated[int, typer.Option(min=0, help="Number of decode instances.")] = 1,
+    prefill: Annotated[int, typer.Option(min=0, metavar="N", help="Number of prefill instances.")] = 1,
+    decode: Annotated[int, typer.Option(min=0, metavar="N", help="Number of decode instances.")] = 1,
     port: Annotated[
         int | None,
-        typer.Option(min=0, max=65535, help="HTTP port on loopback, by default 8000."),
+        typer.Option(min=0, max=65535, metavar="P", help="HTTP port on loopback, by default 8000."),
     ] = None,
     sets: Sets = None,
 ) -> None:
@@ -158,7 +158,7 @@ def serve(
     serve(model, prefill, decode, port, sets or [])
 
 
-@app.command(rich_help_panel=SERVING)
+@app.command(cls=Command, rich_help_panel=SERVING)
 def up(file: File = None, sets: Sets = None) -> None:
     """Start the cluster that a file describes, and serve until Ctrl-C or `pdserve down`.
 
@@ -173,7 +173,7 @@ def up(file: File = None, sets: Sets = None) -> None:
     report_end()
 
 
-@app.command(rich_help_panel=OPERATING)
+@app.command(cls=Command, rich_help_panel=OPERATING)
 def supervise(
     file: Annotated[Path, typer.Argument(help="The file, as Ray puts it on the head.")],
     ray_start: Annotated[list[str], typer.Argument(help="The command that starts Ray, behind `--`.")],
@@ -187,11 +187,11 @@ def supervise(
     supervise(file, ray_start, at_reboot)
 
 
-app.command(rich_help_panel=ASKING)(generate)
-app.command(rich_help_panel=ASKING)(chat)
+app.command(cls=Command, rich_help_panel=ASKING)(generate)
+app.command(cls=Command, rich_help_panel=ASKING)(chat)
 
 
-@app.command(rich_help_panel=OPERATING)
+@app.command(cls=Command, rich_help_panel=OPERATING)
 def status(
     watch: Annotated[
         bool, typer.Option("--watch", "-w", help="Show the state as it changes, until interrupted.")
@@ -207,7 +207,7 @@ def status(
         show_status(client, watch, output.value)
 
 
-@app.command(rich_help_panel=MEASURING)
+@app.command(cls=Command, rich_help_panel=MEASURING)
 def explain(
     request_id: Annotated[
         str | None, typer.Argument(help="The id of a request that is being served, or that ended recently.")
@@ -226,9 +226,11 @@ def explain(
         explain(client, request_id or read())
 
 
-@app.command(rich_help_panel=MEASURING)
+@app.command(cls=Command, rich_help_panel=MEASURING)
 def requests(
-    number: Annotated[int, typer.Option("-n", "--number", min=1, max=200, help="How many at most.")] = 20,
+    number: Annotated[
+        int, typer.Option("-n", "--number", min=1, max=200, metavar="N", help="How many at most.")
+    ] = 20,
     output: Annotated[Output, typer.Option("--output", "-o", help="How to print.")] = Output.TABLE,
     address: Address = NO_ADDRESS,
 ) -> None:
@@ -240,11 +242,11 @@ def requests(
         show_requests(client, number, output.value)
 
 
-@app.command(rich_help_panel=OPERATING)
+@app.command(cls=Command, rich_help_panel=OPERATING)
 def logs(
     processes: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[WORKER]...", help="Only these workers, or: up, keeper, head."),
+        typer.Argument(metavar="WORKER", help="Only these workers, or: up, keeper, head."),
     ] = None,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Print further lines too, until the cluster ends.")
@@ -260,7 +262,7 @@ def logs(
     show_logs(None if address is None else checked(address), processes or [], follow)
 
 
-@app.command(rich_help_panel=OPERATING)
+@app.command(cls=Command, rich_help_panel=OPERATING)
 def apply(
     file: Annotated[Path, typer.Argument(help="The file that the cluster is to match.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report what would change.")] = False,
@@ -277,10 +279,10 @@ def apply(
         apply(client, file, dry_run, wait)
 
 
-@app.command(rich_help_panel=OPERATING)
+@app.command(cls=Command, rich_help_panel=OPERATING)
 def scale(
     changes: Annotated[
-        list[str], typer.Argument(metavar="POOL=N...", help="Such as prefill=3, or decode=+1 for one more.")
+        list[str], typer.Argument(metavar="POOL=N", help="Such as prefill=3, or decode=+1 for one more.")
     ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report what would change.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Return when all instances are ready.")] = False,
@@ -296,10 +298,10 @@ def scale(
         scale(client, changes, dry_run, wait)
 
 
-@app.command(rich_help_panel=OPERATING)
+@app.command(cls=Command, rich_help_panel=OPERATING)
 def drain(
     workers: Annotated[
-        list[str] | None, typer.Argument(help="Names of workers, as `status` shows them.")
+        list[str] | None, typer.Argument(metavar="WORKER", help="Names of workers, as `status` shows them.")
     ] = None,
     all_: Annotated[bool, typer.Option("--all", help="All workers.")] = False,
     address: Address = NO_ADDRESS,
@@ -314,7 +316,7 @@ def drain(
         drain(client, workers or [])
 
 
-@app.command(rich_help_panel=OPERATING)
+@app.command(cls=Command, rich_help_panel=OPERATING)
 def down(address: Address = NO_ADDRESS) -> None:
     """Drain all workers and end the cluster."""
     from .admin import shut_down
@@ -325,7 +327,7 @@ def down(address: Address = NO_ADDRESS) -> None:
     print("stopped")
 
 
-@app.command(rich_help_panel=SERVING)
+@app.command(cls=Command, rich_help_panel=SERVING)
 def validate(file: File = None, sets: Sets = None) -> None:
     """Check a cluster.yaml and the model it names."""
     from .plan import validate
@@ -333,7 +335,7 @@ def validate(file: File = None, sets: Sets = None) -> None:
     validate(file, sets or [])
 
 
-@app.command(rich_help_panel=SERVING)
+@app.command(cls=Command, rich_help_panel=SERVING)
 def plan(
     file: File = None,
     output: Annotated[PlanOutput, typer.Option("--output", "-o", help="How to print.")] = PlanOutput.TEXT,
@@ -437,15 +439,15 @@ def plan(
     show_splits(file, sets or [], Hardware(devices, gpu, model), workload, answer)
 
 
-@app.command(rich_help_panel=MEASURING)
+@app.command(cls=Command, rich_help_panel=MEASURING)
 def simulate(
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Run this seed alone and print its timeline.")
+        int | None, typer.Option(min=0, metavar="N", help="Run this seed alone and print its timeline.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds to run.")] = 100,
-    first_seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Number of seeds to run.")] = 100,
+    first_seed: Annotated[int, typer.Option(min=0, metavar="N", help="The first seed.")] = 0,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Number of processes; by default one per core.")
+        int | None, typer.Option(min=1, metavar="N", help="Number of processes; by default one per core.")
     ] = None,
 ) -> None:
     """Run the cluster's own decisions in virtual time, with faults everywhere.
@@ -458,7 +460,7 @@ def simulate(
         raise typer.Exit(1)
 
 
-@app.command(rich_help_panel=SERVING)
+@app.command(cls=Command, rich_help_panel=SERVING)
 def demo() -> None:
     """Serve the embedded model through one prefill and one decode worker and ask it something."""
     from .demo import demo
@@ -467,4 +469,4 @@ def demo() -> None:
 
 
 app.add_typer(key_app, name="key", rich_help_panel=OPERATING)
-app.command(rich_help_panel=MEASURING)(bench)
+app.command(cls=Command, rich_help_panel=MEASURING)(bench)

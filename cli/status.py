@@ -68,13 +68,24 @@ def as_table(status: pb.ClusterStatus, wide: bool = False, gap: int = GAP) -> st
 
 def as_text(status: pb.ClusterStatus, wide: bool, width: int) -> Text:
     """Returns the table for a terminal of so many columns: with colours, and narrower where it has to be."""
-    table = as_table(status, wide)
+    table = _folded(as_table(status, wide), width)
     if max(map(len, table.splitlines())) > width:
-        table = as_table(status, wide, gap=1 if any(one.num_restarts for one in status.workers) else 2)
+        gap = 1 if any(one.num_restarts for one in status.workers) else 2
+        table = _folded(as_table(status, wide, gap), width)
     text = Text(harmless(table), no_wrap=True, overflow="ellipsis")
     for style, words in STYLES.items():
         text.highlight_regex(rf"\b({'|'.join(words)})\b(\(\d+%\))?", style)
     return text
+
+
+def _folded(table: str, width: int) -> str:
+    """Returns a table whose first line has its last part below it if it is too long: the part that changes is
+    not cut off."""
+    heading, _, rest = table.partition("\n")
+    if len(heading) <= width:
+        return table
+    state, _, requests = heading.rpartition("; ")
+    return "\n".join((state, requests, rest))
 
 
 def summary(status: pb.ClusterStatus) -> str:

@@ -24,6 +24,7 @@ from ..core import admin_socket
 from ..core.config import ClusterConfig
 from ..core.errors import PdserveError
 from ..proto import pdserve_pb2 as pb
+from ..telemetry import log_file
 from . import local_hosts
 from .admin import apply
 from .at_reboot import AtReboot
@@ -230,8 +231,11 @@ class _Supervisor:
                 _pause(pauses.after(time.monotonic() - began_s))
                 began_s = time.monotonic()
         except _Ended as ended:
+            is_ray_stop = _is_ray_stop(ended.by)
+            if is_ray_stop:
+                log_file.remove_ended()  # LOG has the lines
             sweep()
-            if not _is_ray_stop(ended.by):
+            if not is_ray_stop:
                 return  # the host shuts down, perhaps: with it, the supervisor starts again
             local_hosts.end_ray(self._copy)
         if AtReboot.is_possible():

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RESTART_TIMEOUT_S = 60.0  # for another head to take the place of one that died
-END_TIMEOUT_S = 10.0  # from the last status to the end of the head
+END_TIMEOUT_S = 30.0  # from the last status to the end of the head
 
 
 def up(config: ClusterConfig) -> None:
@@ -169,11 +169,14 @@ def _is_back(cluster: "LaunchedCluster", client: Client) -> bool:
 
 
 def _check_end(cluster: "LaunchedCluster") -> None:
-    """Checks why the server is gone: fine when it was ended on purpose, an error when the head died."""
+    """Checks why the server is gone: fine when it was ended on purpose, an error when the head died, or none
+    has taken its place."""
     give_up_s = time.monotonic() + END_TIMEOUT_S
     while not cluster.ended and time.monotonic() < give_up_s:
         time.sleep(0.05)
     error = cluster.poll()
+    if error is None and not cluster.ended:
+        error = f"the head is gone, and no other has served within {RESTART_TIMEOUT_S + END_TIMEOUT_S:.0f} s"
     if error is not None:
         raise CommandFailed(error)
     say("stopped")

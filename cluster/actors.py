@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..core.config import ClusterConfig
@@ -92,13 +92,20 @@ class WorkerActor:
 
 
 async def outcome_of(run: Awaitable[None]) -> Outcome:
-    """Returns the outcome of a worker's `run`, once it is over."""
+    """Returns the outcome of a worker's `run`, once it is over. A broken connection about which Ray knows no
+    more, as when the host has gone down, is no evidence of a death."""
     try:
         await run
     except RayError as error:
         log.debug("a worker ended: %s", error)
-        return Outcome(reason_of(error), isinstance(error, RayTaskError), has_died=True)
+        has_died = not isinstance(error, ActorUnavailableError)
+        return Outcome(reason_of(error), isinstance(error, RayTaskError), has_died)
     return Outcome("the process ended")
+
+
+def is_up(node_id: str) -> bool:
+    """Whether Ray runs on the host. When it ends there, it ends its actors, and tells of the host first."""
+    return any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
 
 
 @dataclass
@@ -138,11 +145,13 @@ class KeeperActor:
         actor = WorkerActor.options(  # type: ignore[attr-defined]  # made by ray.remote
             **options_of(spec, placement)
         ).remote(replace(spec, cores=placement.cores))
-        end = asyncio.get_running_loop().create_task(self._await_end(spec.key, actor))
+        end = asyncio.get_running_loop().create_task(self._await_end(spec.key, placement.node_id, actor))
         self._kept[spec.key] = _Kept(spec, placement, actor, end)
 
-    async def _await_end(self, key: Key, actor: Any) -> None:
+    async def _await_end(self, key: Key, node_id: str, actor: Any) -> None:
         outcome = await outcome_of(actor.run.remote())
+        if outcome.has_died and not await asyncio.to_thread(is_up, node_id):
+            outcome = replace(outcome, has_died=False)
         ray.kill(actor)  # an actor whose `run` has returned is still running
         self._kept.pop(key, None)
         self._endings.append((key, outcome))

@@ -35,16 +35,17 @@ class Override:
 
     path: KeyPath  # below ROOT
     value: Any
-    text: str
+    source: str  # how the user gave it, for mistakes in it
 
     @staticmethod
-    def parse(text: str) -> "Override":
-        """Parses KEY=VALUE, where VALUE is YAML. Raises ConfigError."""
+    def parse(text: str, source: str | None = None) -> "Override":
+        """Parses KEY=VALUE, where VALUE is YAML; by default it was given with --set. Raises ConfigError."""
         key, equals, value = text.partition("=")
         key = key.strip().removeprefix(f"{'.'.join(ROOT)}.")
         if not equals or _KEY.fullmatch(key) is None:
             raise ConfigError(f"--set {text}: expected KEY=VALUE, such as pools.decode.instances=2")
-        return Override(tuple(key.split(".")), parse_yaml(value, f"--set {key}").values, text)
+        parsed = parse_yaml(value, f"--set {key}").values
+        return Override(tuple(key.split(".")), parsed, source or f"--set {text}")
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class ConfigSource:
         path = tuple(key.split("."))
         override = self._override(path)
         if override is not None:
-            return f"--set {override.text}: {key}"
+            return f"{override.source}: {key}"
         if self.document is None:
             return key
         path = ROOT + path
@@ -94,7 +95,7 @@ class ConfigSource:
             line = 0 if self.document is None else self.document.line(ROOT + path)
             where = "" if self.document is None else f"{self.document.filename}:{line}: "
             if override is not None:
-                line, where = 0, f"--set {override.text}: "
+                line, where = 0, f"{override.source}: "
             found.append((line, path, where + _problem(item)))
         return [text for _, _, text in sorted(found)]
 
@@ -112,7 +113,7 @@ def _with(values: Any, path: KeyPath, override: Override) -> Any:
     if not path:
         return override.value
     if not isinstance(values, Mapping):
-        raise ConfigError(f"--set {override.text}: {_shown(values)} has no key {path[0]}")
+        raise ConfigError(f"{override.source}: {_shown(values)} has no key {path[0]}")
     return {**values, path[0]: _with(values.get(path[0], {}), path[1:], override)}
 
 

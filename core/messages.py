@@ -12,6 +12,7 @@ received nothing from P. Every report names the (worker_id, incarnation) it come
 replaced worker are recognisable as stale."""
 
 import enum
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -143,8 +144,9 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[tuple[int, float], ...] = ()  # (token_id, logprob), best first
 
 
-class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
-    """One token of one choice. `index` counts the choice's output tokens from 0, across attempts."""
+class TokenOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One token of one choice. `index` counts the choice's output tokens from 0, across attempts. There are
+    many, and none is ever in a cycle: the garbage collector passes them over."""
 
     transfer: TransferId
     choice: int
@@ -242,13 +244,59 @@ class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class HeldLeg(msgspec.Struct, frozen=True, kw_only=True):
-    """A leg that a worker received from an earlier router, and its reports on it so far."""
+    """A leg that a worker received from an earlier router, and its reports on it so far. A router that takes
+    over reads those of all streams at once: tokens without anything beside them come as numbers alone."""
 
     spec: SequenceSpec
     leg: Leg
     has_partner: bool  # its KV comes from, or goes to, another worker
-    outputs: tuple[TokenOutput, ...]
-    ended: LegEnded | None  # None while the worker carries it out
+    choice: int = 0  # of `token_ids`
+    first_index: int = 0  # of the first of them
+    token_ids: tuple[int, ...] = ()  # the first outputs
+    later_outputs: tuple[TokenOutput, ...] = ()
+    ended: LegEnded | None = None  # while the worker carries it out
+
+    @classmethod
+    def of(
+        cls,
+        spec: SequenceSpec,
+        leg: Leg,
+        outputs: Sequence[TokenOutput] = (),
+        *,
+        has_partner: bool,
+        ended: LegEnded | None = None,
+    ) -> "HeldLeg":
+        """Makes one of all `outputs` so far, in the order in which they were reported."""
+        choice, first_index = (outputs[0].choice, outputs[0].index) if outputs else (0, 0)
+        token_ids: list[int] = []
+        for output in outputs:
+            plain = TokenOutput(spec.transfer, choice, first_index + len(token_ids), output.token_id)
+            if output != plain:
+                break
+            token_ids.append(output.token_id)
+        return cls(
+            spec=spec,
+            leg=leg,
+            has_partner=has_partner,
+            choice=choice,
+            first_index=first_index,
+            token_ids=tuple(token_ids),
+            later_outputs=tuple(outputs[len(token_ids) :]),
+            ended=ended,
+        )
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.token_ids) + len(self.later_outputs)
+
+    def outputs(self) -> list[TokenOutput]:
+        """Returns all outputs, in the order in which they were reported."""
+        transfer, choice = self.spec.transfer, self.choice
+        first = [
+            TokenOutput(transfer, choice, index, token_id)
+            for index, token_id in enumerate(self.token_ids, self.first_index)
+        ]
+        return first + list(self.later_outputs)
 
 
 class Holds(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -80,7 +80,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     has_tools: bool = False  # its output may have tool calls in it, which the gateway separates from the text
 
 
-class TransferId(msgspec.Struct, frozen=True, array_like=True):
+class TransferId(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One dispatch of a request (or of one of its choices) to workers. `attempt` counts the dispatches of all
     requests, so a late message of an earlier one never fits a later one, also when a client uses its id
     again."""

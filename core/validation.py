@@ -82,7 +82,8 @@ def request_problems(
         _check_prompt(prompt_token_ids, limits, max_model_len, vocab_size)
     except InvalidRequest as error:
         return [error, *found]
-    _check_room(found, len(prompt_token_ids), sampling, max_model_len)
+    if sampling.max_tokens <= limits.max_tokens:
+        _check_room(found, len(prompt_token_ids), sampling, max_model_len)
     _check_prompt_logprobs(found, len(prompt_token_ids), sampling, limits)
     return found
 

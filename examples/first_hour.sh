@@ -18,7 +18,7 @@ refused() { # a mistake, and the answer to it
     ! "$@" 2>&1
 }
 finish() {
-    [ -z "${cluster:-}" ] || kill -INT "$cluster" 2>/dev/null || true
+    [ -z "${cluster:-}" ] || kill "$cluster" 2>/dev/null || true
     wait
     rm -rf "$folder"
 }

@@ -23,6 +23,7 @@ from ..core.errors import (
     NoWorkerAvailable,
     PdserveError,
     QueueFull,
+    TokensTooSlow,
 )
 from ..core.held_bytes import TooLarge, TooManyBytes
 from ..core.peer_log import failure_log
@@ -112,6 +113,9 @@ def to_status(error: PdserveError) -> tuple[grpc.StatusCode, list[Message]]:
             return grpc.StatusCode.ALREADY_EXISTS, [_info("DUPLICATE_REQUEST", request_id=error.request_id)]
         case QueueFull():
             details = [_retry(error.retry_after_s), _info("QUEUE_FULL", max_queued_requests=str(error.limit))]
+            return grpc.StatusCode.RESOURCE_EXHAUSTED, details
+        case TokensTooSlow():
+            details = [_retry(error.retry_after_s), _info("TOKENS_TOO_SLOW")]
             return grpc.StatusCode.RESOURCE_EXHAUSTED, details
         case RateLimited():
             return grpc.StatusCode.RESOURCE_EXHAUSTED, [

@@ -74,6 +74,10 @@ class Controller:
         """Whether a worker that identifies itself by `key` may serve."""
         return self._supervisor.expects(key)
 
+    def phase(self, key: Key) -> str:
+        """Returns what a worker's process is doing until it serves."""
+        return self._supervisor.phase(key)
+
     def attach(self, service: RouterService) -> None:
         """Attaches the router that these workers serve."""
         self._service = service
@@ -145,7 +149,7 @@ class Controller:
         if self._supervisor.expects(key):
             log.warning("%s/%d ended: %s", *key, outcome.reason, extra={"worker": key[0]})
         else:  # how is no news: Ray calls an actor that it has killed one that died unexpectedly
-            log.info("%s/%d ended, as it was to", *key, extra={"worker": key[0]})
+            log.info("%s/%d ended, as expected", *key, extra={"worker": key[0]})
         self.handle(ProcessEnded(*key, outcome.reason, outcome.is_reported, outcome.has_died))
 
     def _schedule_tick(self) -> None:

@@ -23,7 +23,7 @@ from ..planner.priors import priors, rates_of
 from ..router.core import Router
 from ..router.events import Closing, EmitChoiceEnd, EmitEnd, EmitTokens, Tick, Timeline
 from ..router.fleet import Fleet, FleetConfig
-from ..router.fleet_events import Apply, Drain, ReplaceWorkers, Shutdown, StartWorker
+from ..router.fleet_events import Apply, Drain, HostJoined, ReplaceWorkers, Shutdown, StartWorker
 from ..router.fleet_member import MemberState, MemberStatus
 from ..router.hosts import Hosts
 from ..router.places import Places
@@ -37,12 +37,12 @@ from .host_watch import HostWatch
 from .ports import FindNodes, Keeper
 from .settings import pool_sizes, pools_are_alike, router_config, step_costs, vacated
 from .spec import Endpoints, HeadSpec
+from .status_feed import StatusFeed
 from .telemetry import HeadTelemetry
 
 log = logging.getLogger(__name__)
 
 FIRST_CHECK_S = 5.0  # for hosts that are present at the start; those that answer later join later
-STATUS_INTERVAL_S = 0.2  # minimum interval between updates to a watcher
 STATES = {
     MemberState.STARTING: WorkerState.STARTING,
     MemberState.READY: WorkerState.READY,
@@ -69,6 +69,7 @@ class Head:
         self._is_listening = False
         self._reported_serving = False  # last, to health checks
         self._changed = asyncio.Event()
+        self._status_feed = StatusFeed(self.status)
         self._ended = asyncio.Event()
 
     async def start(self) -> Endpoints:
@@ -126,6 +127,7 @@ class Head:
         self._service = RouterService(router, self._controller, spec.token, self._telemetry.recorder)
         self._controller.attach(self._service)
         self._watch.on_vacate = lambda workers: self._controller.handle(ReplaceWorkers(workers))
+        self._watch.on_join = lambda: self._controller.handle(HostJoined())
         # waiting instances may have a place now
         self._watch.on_change = lambda: self._controller.handle(Tick())
         await self._service.start(self._host, listener=listener)
@@ -205,14 +207,8 @@ class Head:
         running = self._service.router.timelines(max_requests, scope, now_s)
         return running + self._telemetry.latest(max_requests - len(running), scope)
 
-    async def watch(self) -> AsyncGenerator[ClusterStatus, None]:
-        """Yields the state now, and again whenever it may have changed."""
-        while not self._ended.is_set():
-            self._changed.clear()
-            yield self.status()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), 1.0)
-            await asyncio.sleep(STATUS_INTERVAL_S)
+    def watch(self) -> AsyncGenerator[ClusterStatus, None]:
+        return self._status_feed.watch()
 
     async def apply(self, config: ClusterConfig, dry_run: bool) -> None:
         await self._watch.resolve(config)
@@ -300,13 +296,11 @@ class Head:
 
     @property
     def _is_serving(self) -> bool:
-        fleet = self._controller.fleet
-        return not fleet.is_shutting_down and any(
-            member.state is MemberState.READY for member in fleet.status()
-        )
+        return self._controller.fleet.is_serving
 
     def _on_change(self) -> None:
         self._changed.set()
+        self._status_feed.change()
         self._report_serving(self._is_serving)
 
     def _report_serving(self, serving: bool) -> None:
@@ -317,6 +311,7 @@ class Head:
     def _end(self) -> None:
         self._ended.set()
         self._changed.set()
+        self._status_feed.close()
 
     def _row(
         self, member: MemberStatus, routed: RoutedWorker | None, hosts: Mapping[str, str], now_s: float
@@ -327,7 +322,7 @@ class Head:
             worker_id=member.worker_id,
             role=member.role,
             state=STATES[member.state],
-            phase=process.phase if process is not None else "",
+            phase=self._controller.phase((member.worker_id, member.incarnation)),
             fraction=process.fraction if process is not None else 0.0,
             message=(member.last_error or "") if member.state is MemberState.BACKOFF else "",
             node=hosts.get(self._places.cores.node_of((member.worker_id, member.incarnation)) or "", ""),

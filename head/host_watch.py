@@ -13,6 +13,7 @@ from ..core.devices import DeviceKind
 from ..core.hosts import ExpectedHosts, HostState
 from ..engine.gpu import Node
 from ..router.cores import Key
+from ..router.fleet_events import HostJoined
 from ..router.hosts import (
     WATCH_INTERVAL_S,
     CheckHost,
@@ -33,12 +34,13 @@ log = logging.getLogger(__name__)
 
 class HostWatch:
     """The watch, running from `start` to `close`. `on_vacate` is called with workers that must leave their
-    host, `on_change` after each change."""
+    host, `on_join` when a host may take workers for the first time, `on_change` after each change."""
 
     def __init__(self, hosts: Hosts, nodes: Nodes, device: DeviceKind, *, is_alone: bool) -> None:
         """`is_alone`: Ray is our own, and no other host can join it."""
         self.hosts = hosts
         self.on_vacate: Callable[[tuple[Key, ...]], None] = lambda workers: None
+        self.on_join: Callable[[], None] = lambda: None
         self.on_change: Callable[[], None] = lambda: None
         self._nodes = nodes
         self._device = device
@@ -108,6 +110,8 @@ class HostWatch:
                     check.add_done_callback(self._checks.discard)
                 case VacateHost(workers):
                     self.on_vacate(workers)
+                case HostJoined():
+                    self.on_join()
                 case HostChanged(name, state, message):
                     is_odd = bool(message) and state is not HostState.CHECKING
                     log.log(

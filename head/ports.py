@@ -21,7 +21,7 @@ Version = tuple[
 @dataclass(frozen=True)
 class Outcome:
     """The way a worker's process ended. `is_reported`: the worker itself reported why. `has_died`: it did not
-    end in order."""
+    end in order, and its host is up."""
 
     reason: str
     is_reported: bool = False

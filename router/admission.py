@@ -2,14 +2,16 @@
 requests."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from heapq import heapify, heappop, heappush
 from itertools import count
 
 from ..core.errors import QueueFull
 from .fair_queue import PriorityQueue, TokenCounters
+from .front_jobs import FrontJobs
 from .live_request import Job, LiveRequest
 from .passed_jobs import PassedJobs
+from .timetable import Timetable
 
 MIN_RETRY_AFTER_S = 0.1
 MAX_RETRY_AFTER_S = 60.0
@@ -20,19 +22,23 @@ NEWCOMERS = 8  # one in this many places is kept for clients that have nothing q
 class JobQueue:
     """Jobs in order of dispatch: by priority, those dispatched before first, then clients in turns. Retries
     that back off are held separately, as are stranded jobs, which no present worker could ever serve and
-    which wait for another to join, and large jobs without room, which others pass."""
+    which wait for another to join, and large jobs without room, which others pass. A job is put in, and taken
+    out from wherever it waits, in logarithmic time."""
 
     def __init__(self, may_run: Callable[[Job], bool] = lambda job: True) -> None:
         """`may_run`: whether a job's client may have it running now."""
         self.counters = TokenCounters()
+        self.num_added = 0  # times that jobs were put among those that can be placed
         self._passed = PassedJobs()
-        self._front: deque[Job] = deque()
+        self._front = FrontJobs()
         self._fair: PriorityQueue[Job] = PriorityQueue(self.counters, may_run)
-        self._returning: list[Job] = []  # in front at the next `wake`, in this order
-        self._backing_off: list[tuple[float, int, Job]] = []
-        self._stranded: list[Job] = []
-        self._suspects: list[Job] = []  # run alone, apart from all others
-        self._sequence = count()
+        # ordered sets
+        self._returning: dict[Job, None] = {}  # in front at the next `wake`, in this order
+        self._stranded: dict[Job, None] = {}
+        self._suspects: dict[Job, None] = {}  # run alone, apart from all others
+        self._backing_off: Timetable[Job] = Timetable()
+        # stranded jobs, and suspects: the one that waits longest is first
+        self._awaiting: deque[Job] = deque()
         self._last_dispatch_s: float | None = None
         self._interval_s: float | None = None  # mean time between dispatches while jobs wait
 
@@ -47,7 +53,7 @@ class JobQueue:
         yield from self._front
         yield from self._fair
         yield from self._suspects
-        yield from (job for _, _, job in self._backing_off)
+        yield from self._backing_off
 
     def check_room(self, client: str, limit: int, now_s: float, job_s: float) -> None:
         """Raises QueueFull when a new request has to be refused. Neither one client nor all waiting clients
@@ -60,8 +66,7 @@ class JobQueue:
 
     def retry_after_s(self, now_s: float, job_s: float) -> float:
         """Returns the seconds until the present backlog has drained at the recent pace."""
-        expected_s = len(self) * self._pace_s(now_s, job_s)
-        return min(max(expected_s, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S)
+        return retry_delay_s(len(self) * self._pace_s(now_s, job_s))
 
     def _pace_s(self, now_s: float, job_s: float) -> float:
         """Returns the seconds between dispatches; a longer wait since the last one counts as if a dispatch
@@ -72,13 +77,14 @@ class JobQueue:
         return max(pace_s, pace_s + SMOOTHING * (now_s - self._last_dispatch_s - pace_s))
 
     @property
-    def suspects(self) -> Sequence[Job]:
+    def suspects(self) -> Set[Job]:
         """Jobs that have to run alone, the oldest first."""
-        return self._suspects
+        return self._suspects.keys()
 
     def push(self, job: Job) -> None:
+        self.num_added += 1
         if job.is_suspect:
-            self._suspects.append(job)
+            self._suspects[job] = None
         else:
             self._fair.push(job.priority, job.client, job)
 
@@ -87,42 +93,43 @@ class JobQueue:
         `ready_s`."""
         for job in jobs:
             if job.ready_s <= now_s:
-                (self._suspects if job.is_suspect else self._returning).append(job)
+                (self._suspects if job.is_suspect else self._returning)[job] = None
         for job in reversed(jobs):
             if job.ready_s > now_s:
-                heappush(self._backing_off, (job.ready_s, next(self._sequence), job))
+                self._backing_off.put(job, job.ready_s)
 
     def push_back(self, jobs: Sequence[Job]) -> None:
         """Queues jobs that gave up their places, or had none yet: they wait for their client's turn, ahead of
         its other jobs."""
+        self.num_added += len(jobs)
         for job in reversed(jobs):
             if job.is_suspect:
-                self._suspects.append(job)
+                self._suspects[job] = None
             else:
                 self._fair.push(job.priority, job.client, job, is_first=True)
 
     def pop_suspect(self, job: Job, now_s: float) -> Job:
         """Takes a job that is to run alone out for dispatch."""
-        self._suspects.remove(job)
+        del self._suspects[job]
         self._note_dispatch(job, now_s)
         return job
 
     def favour(self, job: Job) -> None:
         """Moves a waiting job ahead of all others."""
         self.remove(job)
-        self._put_in_front([job])
+        self._front.put_first([job])
 
     def candidates(self) -> Iterator[Job]:
         """Yields at least the first job of each client that could be dispatched now."""
-        yield from self._front
+        yield from self._front.firsts()
         yield from self._fair.firsts()
 
     def head(self) -> Job | None:
-        head = self._fair.head()
-        if not self._front or head is None:
-            return self._front[0] if self._front else head
-        is_first = self._front[0].priority <= head.priority or self._fair.is_floor_due
-        return self._front[0] if is_first else head
+        head, front = self._fair.head(), self._front.first()
+        if front is None or head is None:
+            return front or head
+        is_first = front.priority <= head.priority or self._fair.is_floor_due
+        return front if is_first else head
 
     def reconsider(self) -> None:
         """Some clients may run more than before."""
@@ -145,34 +152,29 @@ class JobQueue:
 
     def pop_passed(self, job: Job, now_s: float) -> Job:
         """Takes a job that others have passed out for dispatch."""
-        self._passed.remove(job)
+        self._passed.discard(job)
         self._note_dispatch(job, now_s)
         return job
 
     def defer_passed(self, job: Job) -> None:
         """Lets a job that others have passed wait for its client's turn."""
-        self._passed.remove(job)
+        self._passed.discard(job)
         self.push_back([job])
 
     def return_passed(self) -> None:
         """Makes the jobs that others have passed the first ones again."""
-        self._put_in_front(self._passed.clear())
-
-    def _put_in_front(self, jobs: Sequence[Job]) -> None:
-        self._front.extendleft(reversed(jobs))
-        if any(job.priority != self._front[0].priority for job in self._front):
-            self._front = deque(sorted(self._front, key=lambda job: job.priority))
+        self._front.put_first(self._passed.clear())
 
     def _pop_head(self) -> Job:
         job = self.head()
         assert job is not None
         if self._fair.has_before(job.priority):
             job.live.keeps_place = True
-        if self._front and self._front[0] is job:
-            self._front.popleft()
+        if self._front.discard(job):
             self._fair.served_elsewhere(job.priority)
         else:
-            passes = bool(self._front) and self._front[0].priority > job.priority
+            front = self._front.first()
+            passes = front is not None and front.priority > job.priority
             self._fair.pop(job.priority, job.client, job, passes=passes)
         return job
 
@@ -185,43 +187,66 @@ class JobQueue:
 
     def remove(self, job: Job) -> None:
         """Takes a job out, wherever it waits."""
-        if self._fair.remove(job.priority, job.client, job) or self._passed.remove(job):
+        places = (self._front, self._passed, self._backing_off)
+        if self._fair.remove(job.priority, job.client, job) or any(place.discard(job) for place in places):
             return
-        for place in (self._front, self._stranded, self._returning, self._suspects):
-            if job in place:
-                place.remove(job)
-                return
-        self._backing_off = [entry for entry in self._backing_off if entry[2] is not job]
-        heapify(self._backing_off)
+        for place in (self._stranded, self._returning, self._suspects):
+            place.pop(job, None)
 
-    def strand_head(self) -> None:
+    def strand_head(self, now_s: float) -> None:
         job = self.head()
         assert job is not None
         self.remove(job)
-        self._stranded.append(job)
+        self._stranded[job] = None
+        self.await_worker(job, now_s)
+
+    def await_worker(self, job: Job, now_s: float) -> None:
+        """Counts from now, unless it does already, how long no ready worker could ever serve the job."""
+        if job.awaits_worker_since_s is None:
+            job.awaits_worker_since_s = now_s
+            self._awaiting.append(job)
+
+    def awaiting_since(self, begin_s: float) -> Iterator[Job]:
+        """Takes out the jobs that have waited for a worker since `begin_s` or longer."""
+        while (since_s := self.longest_awaiting_s()) is not None and since_s <= begin_s:
+            job = self._awaiting.popleft()
+            job.awaits_worker_since_s = None
+            yield job
+
+    def longest_awaiting_s(self) -> float | None:
+        """Returns since when the job that waits longest for a worker does so."""
+        while self._awaiting and self._awaiting[0] not in self._awaiting[0].live.jobs:
+            self._awaiting.popleft()  # placed, or its request has ended
+        return self._awaiting[0].awaits_worker_since_s if self._awaiting else None
 
     def unstrand(self) -> None:
         """Re-examines stranded jobs, in their order, after workers have changed."""
-        stranded, self._stranded = self._stranded, []
-        self._returning[:0] = [job for job in stranded if job.live.dispatches]
+        stranded, self._stranded = self._stranded, {}
+        self._returning = {job: None for job in stranded if job.live.dispatches} | self._returning
         self.push_back([job for job in stranded if not job.live.dispatches])
 
     def wake(self, now_s: float) -> list[Job]:
         """Puts returning jobs, and those whose backoff has elapsed, in front; returns the latter."""
         if self._returning:
-            self._put_in_front(self._returning)
+            self.num_added += 1
+            self._front.put_first(tuple(self._returning))
             self._returning.clear()
-        due: list[Job] = []
-        while self._backing_off and self._backing_off[0][0] <= now_s:
-            due.append(heappop(self._backing_off)[2])
-            if due[-1].is_suspect:
-                self._suspects.append(due[-1])
+        due = self._backing_off.pop_due(now_s)
+        self.num_added += len(due)
+        for job in due:
+            if job.is_suspect:
+                self._suspects[job] = None
             else:
-                self._put_in_front(due[-1:])
+                self._front.put_first([job])
         return due
 
     def next_wake_s(self) -> float | None:
-        return self._backing_off[0][0] if self._backing_off else None
+        return self._backing_off.next_s()
+
+
+def retry_delay_s(expected_s: float) -> float:
+    """Returns the retry delay for a client that could be served in `expected_s`."""
+    return min(max(expected_s, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S)
 
 
 class Deadlines:

@@ -28,7 +28,7 @@ class HeldDispatch:
         """Whether a leg waits for KV, or for a receiver of its KV, that cannot arrive: its partner's leg is
         gone."""
         return self._waits(Leg.PREFILL, Leg.DECODE) or (
-            self._waits(Leg.DECODE, Leg.PREFILL) and not self.legs[Leg.DECODE][1].outputs
+            self._waits(Leg.DECODE, Leg.PREFILL) and not self.legs[Leg.DECODE][1].num_outputs
         )
 
     def _waits(self, leg: Leg, partner: Leg) -> bool:

@@ -8,14 +8,12 @@ decided here.
 No clock, no I/O: the shell carries commands out in order and feeds events in.
 """
 
-from collections.abc import Set
-
-from ..core.errors import NoWorkerAvailable, QueueFull
+from ..core.errors import NoWorkerAvailable, Overloaded, TokensTooSlow
 from ..core.histogram import TokenGaps
 from ..core.latency import LatencyModel
 from ..core.messages import LegEnded, Probe, Probed, StepReport
 from ..core.request import FinishReason, Request
-from .admission import JobQueue
+from .admission import JobQueue, retry_delay_s
 from .adoption import Adoption
 from .candidates import RoutingDecision
 from .config import RouterConfig
@@ -56,6 +54,7 @@ from .reunion import Reunion
 from .room import RoomMaker
 from .status import Counters, RouterStatus, snapshot
 from .take_over import TakeOver
+from .waiting import Waiting
 
 CLOSING = "the cluster is shutting down"
 # a prediction may exceed the actual prefill time by this factor before a request is given up wrongly
@@ -89,6 +88,7 @@ class Router:
         self._isolation = Isolation(self._registry, self._ledger)
         self._queue = JobQueue(self._may_run)
         self._room = RoomMaker(self._registry, self._ledger, self._queue.counters)
+        self._waiting = Waiting(self._registry, self._ledger, self._queue, self._room)
         self._requests = LiveRequests(self._queue, self._ledger, config)
         self._reports = WorkerReports(
             self._registry,
@@ -113,6 +113,7 @@ class Router:
     def configure(self, config: RouterConfig) -> None:
         """Applies new limits and a new SLO to subsequent events."""
         self._requests.config = self._placer.config = config
+        self._waiting.end()
 
     @property
     def num_live(self) -> int:
@@ -129,7 +130,7 @@ class Router:
         return self._requests.counters
 
     def handle(self, event: RouterEvent, now_s: float) -> list[RouterCommand]:
-        """Returns the commands that `event` leads to. For a Submit it raises QueueFull, DuplicateRequest,
+        """Returns the commands that `event` leads to. For a Submit it raises Overloaded, DuplicateRequest,
         NoWorkerAvailable or KillsWorkers; nothing has changed then."""
         if self._adoption is None:
             commands = self._react(event, now_s)
@@ -138,8 +139,14 @@ class Router:
             if self._adoption is not None:
                 return commands
         commands += self._requests.pass_time(now_s)
+        commands += self._end_hopeless_waits(now_s)
         self._health.review(now_s)
-        commands += self._dispatch(now_s)
+        if not (
+            isinstance(event, StepReport | LegEnded)
+            and self._waiting.goes_on(event, now_s, self.config.max_prefill_backlog_tokens)
+        ):
+            commands += self._dispatch(now_s)
+            self._waiting.begin(now_s)
         return commands + self._probe_links(now_s)
 
     def _react(self, event: RouterEvent, now_s: float) -> list[RouterCommand]:
@@ -179,11 +186,13 @@ class Router:
         """Returns when the next deadline or retry is due; None when only events can change anything."""
         if self._take_over is not None:
             return 0.0  # at once, but after what else is due
+        waits_since_s = self._queue.longest_awaiting_s()
         due = (
             self._requests.deadlines.next_s(),
             self._queue.next_wake_s(),
             self._requests.claims_end_s,
             self._health.next_s(),
+            None if waits_since_s is None else waits_since_s + self.config.max_wait_for_worker_s,
         )
         return min((at_s for at_s in due if at_s is not None), default=None)
 
@@ -217,8 +226,9 @@ class Router:
         `scope`."""
         return self._requests.timelines(max_requests, scope, now_s)
 
-    def known_blocks(self, worker_id: str) -> Set[bytes]:
-        """Returns the hashes of the blocks that a worker caches, as far as it has reported them."""
+    def known_blocks(self, worker_id: str) -> set[int]:
+        """Returns the keys (`prefix_index.block_keys`) of the blocks that a worker caches, as far as it has
+        reported them."""
         return self._index.blocks_of(worker_id)
 
     def check_integrity(self) -> None:
@@ -242,7 +252,9 @@ class Router:
             self._queue.check_room(
                 request.client, self.config.max_queued_requests, now_s, self._job_s(request)
             )
-        except QueueFull:
+            if self.config.enforces_itl and (wait_s := self._placer.itl_wait_s(request)):
+                raise TokensTooSlow(self.config.itl_slo_s, retry_delay_s(wait_s))
+        except Overloaded:
             self.counters.rejected += 1
             raise
         return self._requests.admit(request, adopted, now_s)
@@ -291,7 +303,7 @@ class Router:
                 elif not self._pass(job, now_s):
                     break
             elif self._is_worker_expected:
-                self._queue.strand_head()
+                self._queue.strand_head(now_s)
             else:
                 commands += self._end_unservable(job, now_s)
         return commands
@@ -313,6 +325,16 @@ class Router:
         error = CLOSING if self._is_closing else "no worker is left that can serve the request"
         return self._requests.handle(job.live, End(FinishReason.ERROR, error), now_s)
 
+    def _end_hopeless_waits(self, now_s: float) -> list[RouterCommand]:
+        """Ends requests for which workers have been expected for too long."""
+        commands: list[RouterCommand] = []
+        limit_s = self.config.max_wait_for_worker_s
+        for job in self._queue.awaiting_since(now_s - limit_s):
+            if job.live.state.is_served and not self._registry.can_hold(job.num_total_tokens):
+                error = f"no worker that can serve the request has become ready in {limit_s:g} s"
+                commands += self._requests.handle(job.live, End(FinishReason.ERROR, error), now_s)
+        return commands
+
     def _dispatch_alone(self, now_s: float) -> list[RouterCommand]:
         """Places jobs under which a worker died, each at a worker that has no other; one of a request at a
         time."""
@@ -324,7 +346,10 @@ class Router:
             if job not in self._queue.suspects or any(one.is_alone for one in job.live.running()):
                 continue
             if not self._registry.can_hold(job.num_total_tokens):
-                commands += [] if self._is_worker_expected else self._end_unservable(job, now_s)
+                if self._is_worker_expected:
+                    self._queue.await_worker(job, now_s)
+                else:
+                    commands += self._end_unservable(job, now_s)
                 continue
             worker = self._isolation.worker_for(job, self._num_expected, now_s)
             if worker is not None:

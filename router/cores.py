@@ -3,13 +3,15 @@ GPUs out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from math import inf
 
 from ..core.config_types import format_size
-from ..core.errors import CapacityError
 from ..core.gpu_shares import GpuShares
 from ..core.needs import Need
+from .ranking import Ranking
 
+MAX_NEEDS = 16  # kinds of instances whose hosts are kept in order
 _EPSILON = 1e-6
 Key = tuple[str, int]  # (worker_id, incarnation)
 
@@ -40,6 +42,7 @@ class _Free:
     """The free resources of a host."""
 
     capacity: Capacity
+    number: int  # in order of opening
     cores: list[float] = field(init=False)
     gpus: GpuShares = field(init=False)
     num_bytes: float = field(init=False)
@@ -69,7 +72,7 @@ class _Free:
 
     def rank(self, need: Need) -> tuple[float, ...]:
         gpus = () if need.gpu_share is None else self.gpus.rank(need.gpu_share)
-        return (*gpus, -sum(self.cores))
+        return (*gpus, -sum(self.cores), self.number)
 
 
 class CoreAllocator:
@@ -77,24 +80,51 @@ class CoreAllocator:
     likewise for GPUs."""
 
     def __init__(self, hosts: Mapping[str, Capacity] | None = None) -> None:
-        self._free = {node_id: _Free(capacity) for node_id, capacity in (hosts or {}).items()}
+        self._free: dict[str, _Free] = {}
         self._taken: dict[Key, tuple[Placement, Need]] = {}
+        self._on: dict[str, dict[Key, None]] = {}  # the instances of each node, in order
+        self._numbers = count()
+        self._fitting: dict[Need, Ranking[_Free]] = {}  # the hosts with room, by node id
+        self._missing: dict[Need, str | None] = {}  # texts, until something changes
+        for node_id, capacity in (hosts or {}).items():
+            self.open(node_id, capacity)
 
     def open(self, node_id: str, capacity: Capacity) -> None:
         """Opens a host for placement. Instances that are already running there are counted."""
-        free = self._free[node_id] = _Free(capacity)
-        for placement, need in self._taken.values():
-            if placement.node_id == node_id:
-                free.change(placement, need, -1)
+        free = self._free[node_id] = _Free(capacity, next(self._numbers))
+        for worker in self.on(node_id):
+            free.change(*self._taken[worker], -1)
+        self._rank(node_id)
 
     def close(self, node_id: str) -> None:
         """Closes a host for placement; instances that are running there stay until they give back their
         resources."""
         self._free.pop(node_id, None)
+        self._rank(node_id)
+
+    def _rank(self, node_id: str) -> None:
+        """Follows every change of a host: it is among those that have room, or not."""
+        self._missing.clear()
+        free = self._free.get(node_id)
+        for need, ranking in self._fitting.items():
+            if free is not None and free.fits(need):
+                ranking.put(node_id, free.rank(need), free)
+            else:
+                ranking.discard(node_id)
+
+    def _ranking(self, need: Need) -> Ranking[_Free]:
+        if need not in self._fitting:
+            if len(self._fitting) == MAX_NEEDS:
+                del self._fitting[next(iter(self._fitting))]
+            ranking = self._fitting[need] = Ranking()
+            for node_id, free in self._free.items():
+                if free.fits(need):
+                    ranking.put(node_id, free.rank(need), free)
+        return self._fitting[need]
 
     def on(self, node_id: str) -> list[Key]:
         """Returns the instances on a host."""
-        return [worker for worker, (placement, _) in self._taken.items() if placement.node_id == node_id]
+        return list(self._on.get(node_id, ()))
 
     def node_of(self, worker: Key) -> str | None:
         """Returns the node on which an instance runs; None for one without a place."""
@@ -103,25 +133,21 @@ class CoreAllocator:
 
     def num_taken(self, node_id: str) -> tuple[float, float]:
         """Returns the numbers of cores and GPUs of a host that instances have taken."""
-        needs = [need for placement, need in self._taken.values() if placement.node_id == node_id]
+        needs = [self._taken[worker][1] for worker in self.on(node_id)]
         return sum(need.num_cores * need.core_share for need in needs), sum(
             need.gpu_share or 0.0 for need in needs
         )
 
     def num_bytes_taken(self, node_id: str) -> int:
-        return sum(need.num_bytes for placement, need in self._taken.values() if placement.node_id == node_id)
+        return sum(self._taken[worker][1].num_bytes for worker in self.on(node_id))
 
-    def take(self, worker: Key, need: Need) -> Placement:
-        """Allocates cores of one host, the emptiest first. With GPUs, the fullest host that has room, close
-        to the GPUs in use.
-
-        Raises CapacityError when no host has room.
-        """
+    def take(self, worker: Key, need: Need) -> Placement | None:
+        """Allocates cores of one host, the emptiest first; None when no host has room. With GPUs, the fullest
+        host that has room, close to the GPUs in use."""
         assert worker not in self._taken
-        fitting = [node_id for node_id, free in self._free.items() if free.fits(need)]
-        if not fitting:
-            raise CapacityError(self.what_is_missing(worker[0], need) or "")
-        node_id = min(fitting, key=lambda node_id: self._free[node_id].rank(need))
+        node_id = self._ranking(need).first_name()
+        if node_id is None:
+            return None
         free = self._free[node_id]
         cores = sorted(free.fitting_cores(need), key=lambda core: -free.cores[core])[: need.num_cores]
         gpu = None if need.gpu_share is None else free.gpus.find(need.gpu_share)
@@ -131,18 +157,33 @@ class CoreAllocator:
 
     def take_back(self, worker: Key, placement: Placement, need: Need) -> None:
         """Registers an instance that is already running, on a host that may not be open."""
-        if placement.node_id in self._free:
-            self._free[placement.node_id].change(placement, need, -1)
         self._taken[worker] = (placement, need)
+        self._on.setdefault(placement.node_id, {})[worker] = None
+        self._change(placement, need, -1)
 
     def give_back(self, worker: Key) -> None:
         """Frees the resources of an instance; one that has none is ignored."""
-        placement, need = self._taken.pop(worker, (None, None))
-        if placement is not None and need is not None and placement.node_id in self._free:
-            self._free[placement.node_id].change(placement, need, 1)
+        if worker not in self._taken:
+            return
+        placement, need = self._taken.pop(worker)
+        del self._on[placement.node_id][worker]
+        if not self._on[placement.node_id]:
+            del self._on[placement.node_id]
+        self._change(placement, need, 1)
+
+    def _change(self, placement: Placement, need: Need, sign: int) -> None:
+        if placement.node_id in self._free:
+            self._free[placement.node_id].change(placement, need, sign)
+            self._rank(placement.node_id)
 
     def what_is_missing(self, worker_id: str, need: Need) -> str | None:
         """Describes the missing resources; None when there is room."""
+        if need not in self._missing:
+            self._missing[need] = self._what_is_missing(need)
+        missing = self._missing[need]
+        return None if missing is None else f"{worker_id} needs {missing}"
+
+    def _what_is_missing(self, need: Need) -> str | None:
         hosts = self._free.values()
         if any(free.fits(need) for free in hosts):
             return None
@@ -150,7 +191,7 @@ class CoreAllocator:
         if any(free.has_cores(need) for free in hosts):
             most = max(free.num_bytes for free in hosts if free.has_cores(need))
             return (
-                f"{worker_id} needs {format_size(need.num_bytes)} of memory, but of the hosts with free cores"
+                f"{format_size(need.num_bytes)} of memory, but of the hosts with free cores"
                 f" none has more than {format_size(max(0, int(most)))} left"
             )
         needs = f"{need.num_cores} core(s) with {need.core_share:g} of each free"
@@ -162,4 +203,4 @@ class CoreAllocator:
             free_now = (
                 f"{num_gpus} GPU(s) only {num_free_gpus:g}, and of its {num_cores} core(s) only {left:g}, are"
             )
-        return f"{worker_id} needs {needs}, but of the cluster's {free_now} free"
+        return f"{needs}, but of the cluster's {free_now} free"

@@ -21,7 +21,7 @@ from ..core.request import FinishReason, Request
 
 
 class Submit(msgspec.Struct, frozen=True):
-    """A client's request. `handle` raises QueueFull, DuplicateRequest or NoWorkerAvailable when it is not
+    """A client's request. `handle` raises Overloaded, DuplicateRequest or NoWorkerAvailable when it is not
     admitted.
 
     When an earlier router served the very same request under this id, it continues; its stream begins with
@@ -222,7 +222,7 @@ class SendCommand(msgspec.Struct, frozen=True):
     command: WorkerCommand
 
 
-class EmitTokens(msgspec.Struct, frozen=True):
+class EmitTokens(msgspec.Struct, frozen=True, gc=False):
     """The next tokens of one choice: indices are contiguous over all the choice's EmitTokens."""
 
     request_id: str

@@ -57,11 +57,10 @@ class TokenCounters:
 class _Lane(Generic[T]):
     """The items that one client has queued, in order."""
 
-    __slots__ = ("is_held", "items", "number")
+    __slots__ = ("items", "number")
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.is_held = False  # out of the order until `reconsider`
         self.items: OrderedDict[int, T] = OrderedDict()  # by id
 
 
@@ -77,6 +76,7 @@ class FairQueue(Generic[T]):
         self._lanes: OrderedDict[str, _Lane[T]] = OrderedDict()
         # (counter when it was entered, number of the lane, client): counters only grow
         self._order: list[tuple[float, int, str]] = []
+        self._held: dict[str, _Lane[T]] = {}  # out of the order until `reconsider`
         self._numbers = count()
 
     def __bool__(self) -> bool:
@@ -111,7 +111,7 @@ class FairQueue(Generic[T]):
             if self._may_go(item):
                 return item
             heappop(self._order)
-            lane.is_held = True
+            self._held[client] = lane
         return None
 
     def _first(self) -> str | None:
@@ -129,9 +129,9 @@ class FairQueue(Generic[T]):
 
     def reconsider(self) -> None:
         """Returns clients to the order that were passed over."""
-        for client, lane in self._lanes.items():
-            if lane.is_held and self._may_go(next(iter(lane.items.values()))):
-                lane.is_held = False
+        for client, lane in list(self._held.items()):
+            if self._may_go(next(iter(lane.items.values()))):
+                del self._held[client]
                 heappush(self._order, (self._counters.of(client), lane.number, client))
 
     def remove(self, client: str, item: T) -> bool:
@@ -141,6 +141,7 @@ class FairQueue(Generic[T]):
             return False
         if not lane.items:
             del self._lanes[client]
+            self._held.pop(client, None)
         return True
 
 

@@ -3,7 +3,6 @@ stop."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 
 from ..core.messages import Role
 from .events import WorkerIdle, WorkerLost, WorkerReady
@@ -15,6 +14,7 @@ from .fleet_events import (
     DrainWorker,
     FleetAction,
     FleetEvent,
+    HostJoined,
     ReplaceWorkers,
     Shutdown,
     StartWorker,
@@ -23,8 +23,7 @@ from .fleet_events import (
     WorkerPlaced,
 )
 from .fleet_member import Member, MemberState, MemberStatus
-
-REMOVAL_ORDER = [MemberState.DRAINED, MemberState.BACKOFF, MemberState.STARTING, MemberState.READY]
+from .roster import REMOVAL_ORDER, Roster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,24 +50,29 @@ class Fleet:
         self.is_shutting_down = False
         self._desired: dict[Role, int] = {}
         self._num_legs: Mapping[str, int] = {}
-        self._members: dict[str, Member] = {}
+        self._roster = Roster()
         self._next_incarnation = first_incarnation
         self._out: list[FleetAction] = []
 
     @property
     def is_stopped(self) -> bool:
         """Whether the fleet is shut down and no process is left."""
-        return self.is_shutting_down and not self._members
+        return self.is_shutting_down and not len(self._roster)
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether a worker is ready, and the fleet is not to shut down."""
+        return not self.is_shutting_down and self._roster.num_in(MemberState.READY) > 0
 
     @property
     def is_settled(self) -> bool:
         """Whether each adopted worker has reported or is given up."""
-        return not any(m.is_awaited and m.state is MemberState.STARTING for m in self._members.values())
+        return not self._roster.num_awaited
 
     @property
     def num_expected(self) -> int:
         """The number of workers that are starting or will be: the router's WorkersExpected."""
-        return sum(m.state in (MemberState.STARTING, MemberState.BACKOFF) for m in self._members.values())
+        return self._roster.num_in(MemberState.STARTING, MemberState.BACKOFF)
 
     def status(self) -> tuple[MemberStatus, ...]:
         return tuple(
@@ -83,13 +87,11 @@ class Fleet:
                 m.last_error,
                 m.due_s,
             )
-            for m in sorted(self._members.values(), key=lambda m: m.worker_id)
+            for m in sorted(self._roster, key=lambda m: m.worker_id)
         )
 
     def next_tick_s(self) -> float | None:
-        settled = self.is_settled  # nothing is started again before
-        due = (m.due_s for m in self._members.values() if settled or m.state is not MemberState.BACKOFF)
-        return min((due_s for due_s in due if due_s is not None), default=None)
+        return self._roster.next_s(restarts=self.is_settled)  # nothing is started again before
 
     def handle(self, event: FleetEvent, now_s: float) -> list[FleetAction]:
         self._out = []
@@ -102,14 +104,20 @@ class Fleet:
                 self._drain_by_hand(event, now_s)
             case ReplaceWorkers(workers):
                 self._replace(workers, now_s)
+            case HostJoined():
+                for member in self._roster:
+                    member.num_failures = 0
+                    if member.state is MemberState.BACKOFF:
+                        member.due_s = now_s
+                        self._roster.note(member)
             case Shutdown():
                 self.is_shutting_down, self._desired = True, {}
-                for member in self._members.values():
-                    member.by_hand = False
+                for member in self._roster:
+                    self._release(member)
             case WorkerReady():
                 ready = self._current(event.info.worker_id, event.info.incarnation)
                 if ready is not None and ready.state is MemberState.STARTING:
-                    ready.enter(MemberState.READY, now_s)
+                    self._enter(ready, MemberState.READY, now_s)
             case WorkerPlaced():
                 placed = self._current(event.worker_id, event.incarnation)
                 if placed is not None and placed.state is MemberState.STARTING:
@@ -121,6 +129,7 @@ class Fleet:
                     if loading.is_awaited or loading.progress != event.progress:
                         self._wait_for_start(loading, now_s)
                     loading.is_awaited, loading.progress = False, event.progress
+                    self._roster.note(loading)
             case WorkerLost():
                 self._ended(event.worker_id, event.incarnation, event.reason, now_s)
             case WorkerIdle():
@@ -135,32 +144,44 @@ class Fleet:
     def _wait_for_start(self, member: Member, now_s: float) -> None:
         num_beats = self.config.num_start_beats
         member.wait(self.config.start_timeout_s / num_beats, num_beats, now_s)
+        self._roster.note(member)
+
+    def _enter(self, member: Member, target: MemberState, now_s: float, due_s: float | None = None) -> None:
+        member.enter(target, now_s, due_s)
+        self._roster.note(member)
+
+    def _release(self, member: Member) -> None:
+        """Leaves a member that an operator drained to the fleet again."""
+        if member.by_hand:
+            member.by_hand = False
+            self._roster.note(member)
 
     def _current(self, worker_id: str, incarnation: int) -> Member | None:
-        member = self._members.get(worker_id)
+        member = self._roster.get(worker_id)
         return member if member is not None and member.incarnation == incarnation else None
 
     def _adopt(self, event: AdoptWorkers, now_s: float) -> None:
         for worker in event.workers:
             member = Member(worker.worker_id, worker.role, worker.incarnation, now_s, is_awaited=True)
             member.wait(self.config.adoption_beat_s, self.config.num_adoption_beats, now_s)
-            self._members[worker.worker_id] = member
+            self._roster.note(member)
 
     def _apply(self, event: Apply, now_s: float) -> None:
         if self.is_shutting_down:
             return
         self._desired = dict(event.pools)
         self._num_legs = event.num_legs
-        for member in list(self._members.values()):
-            member.by_hand = False
+        for member in self._roster:
+            self._release(member)
             if member.state is MemberState.DRAINED:
                 self._remove(member, now_s)
 
     def _drain_by_hand(self, event: Drain, now_s: float) -> None:
-        member = self._members.get(event.worker_id)
+        member = self._roster.get(event.worker_id)
         drainable = (MemberState.STARTING, MemberState.READY, MemberState.BACKOFF)
         if member is not None and member.state in drainable:
             member.by_hand = True
+            self._roster.note(member)
             self._retire(member, now_s)
 
     def _replace(self, workers: Sequence[tuple[str, int]], now_s: float) -> None:
@@ -199,38 +220,32 @@ class Fleet:
         least_s = self.config.backoff_s
         most_s = min(self.config.max_backoff_s, max(least_s, served_s))
         delay_s = min(least_s * 2.0 ** min(num_failures - 1, 32), most_s) if num_failures else 0.0
-        member.enter(MemberState.BACKOFF, now_s, now_s + delay_s)
+        self._enter(member, MemberState.BACKOFF, now_s, now_s + delay_s)
 
     def _remove(self, member: Member, now_s: float) -> None:
         """Takes a member whose process is gone out of the fleet, or out of service until the next Apply."""
-        if member.by_hand:
-            member.enter(MemberState.DRAINED, now_s)
-        else:
-            member.enter(MemberState.GONE, now_s)
-            del self._members[member.worker_id]
+        self._enter(member, MemberState.DRAINED if member.by_hand else MemberState.GONE, now_s)
 
     def _stop(self, member: Member, now_s: float) -> None:
-        member.enter(MemberState.STOPPING, now_s)
+        self._enter(member, MemberState.STOPPING, now_s)
         self._out.append(StopWorker(member.worker_id, member.incarnation))
 
     def _retire(self, member: Member, now_s: float) -> None:
         """Takes a member out of service, gently when it has streams."""
         match member.state:
             case MemberState.READY:
-                member.enter(MemberState.DRAINING, now_s, now_s + self.config.drain_timeout_s)
+                self._enter(member, MemberState.DRAINING, now_s, now_s + self.config.drain_timeout_s)
                 self._out.append(DrainWorker(member.worker_id))
             case MemberState.STARTING:
                 self._stop(member, now_s)
             case MemberState.DRAINED:  # by hand, and nobody waits for its return
-                member.by_hand = False
+                self._release(member)
                 self._remove(member, now_s)
             case _:
                 self._remove(member, now_s)
 
     def _lose_patience(self, now_s: float) -> None:
-        for member in list(self._members.values()):
-            if member.due_s is None or member.due_s > now_s:
-                continue
+        for member in self._roster.pop_due(now_s):
             if member.state is MemberState.DRAINING:
                 self._stop(member, now_s)
             elif member.state is MemberState.STARTING:
@@ -239,6 +254,7 @@ class Fleet:
     def _late(self, member: Member, now_s: float) -> None:
         if member.num_beats_left > 1:
             member.wait(member.beat_s, member.num_beats_left - 1, now_s)
+            self._roster.note(member)
             return
         reason = f"not {'reconnected' if member.is_awaited else 'ready'} after {now_s - member.since_s:.0f} s"
         if not member.is_awaited:
@@ -247,18 +263,14 @@ class Fleet:
         self._back_off(member, reason, member.num_failures + 1, now_s)
 
     def _reconcile(self, now_s: float) -> None:
-        roles = {*self._desired, *(member.role for member in self._members.values())}
+        roles = {*self._desired, *self._roster.roles}
         missing: list[Role] = []
         surplus: list[Member] = []
         for role in sorted(roles, key=lambda role: role.value):
-            present = [
-                m
-                for m in self._members.values()
-                if m.role is role and (m.by_hand or m.state in REMOVAL_ORDER)
-            ]
-            excess = len(present) - self._desired.get(role, 0)
+            excess = self._roster.num_present(role) - self._desired.get(role, 0)
             missing += [role] * -excess
-            surplus += self._first_to_go(present)[: max(0, excess)]
+            if excess > 0:
+                surplus += self._first_to_go(self._roster.present(role))[:excess]
         for role in missing:
             donor = self._donor(role, surplus)
             if donor is None:
@@ -282,7 +294,7 @@ class Fleet:
         """Returns a running worker that would otherwise be removed, which saves loading weights."""
         draining = [
             m
-            for m in self._members.values()
+            for m in (self._roster if self._roster.num_in(MemberState.DRAINING) else ())
             if m.state is MemberState.DRAINING and not m.by_hand and not m.is_replaced
         ]
         candidates = draining + [m for m in surplus if m.state is MemberState.READY and not m.by_hand]
@@ -293,23 +305,21 @@ class Fleet:
         if member.state is MemberState.DRAINING:
             member.enter(MemberState.READY, now_s)
         member.role = role
+        self._roster.note(member)
         self._out.append(AssignRole(member.worker_id, role))
 
     def _start_new(self, role: Role, now_s: float) -> None:
-        names = (f"worker-{index}" for index in count())
-        member = Member(next(name for name in names if name not in self._members), role, 0, now_s)
-        self._members[member.worker_id] = member
-        self._start(member, now_s)
+        self._start(Member(self._roster.free_name(), role, 0, now_s), now_s)
 
     def _restart_due(self, now_s: float) -> None:
-        for member in self._members.values():
-            if member.state is MemberState.BACKOFF and member.due_s is not None and member.due_s <= now_s:
-                member.enter(MemberState.STARTING, now_s)
-                member.num_restarts += 1
-                self._start(member, now_s)
+        for member in self._roster.pop_restarts(now_s):
+            member.enter(MemberState.STARTING, now_s)
+            member.num_restarts += 1
+            self._start(member, now_s)
 
     def _start(self, member: Member, now_s: float) -> None:
         member.incarnation, member.is_awaited, member.due_s = self._next_incarnation, False, None
         member.progress = None
+        self._roster.note(member)
         self._next_incarnation += 1
         self._out.append(StartWorker(member.role, member.worker_id, member.incarnation))

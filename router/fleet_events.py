@@ -64,10 +64,17 @@ class ReplaceWorkers:
     workers: tuple[tuple[str, int], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class HostJoined:
+    """A host may take workers from now on, for the first time since its Ray started. Workers that failed may
+    have failed with it: none waits for its next start any longer, and their failures are not counted."""
+
+
 FleetEvent = (
     AdoptWorkers
     | Apply
     | Drain
+    | HostJoined
     | ReplaceWorkers
     | Shutdown
     | WorkerReady

@@ -17,6 +17,7 @@ from ..core.automaton import Automaton
 from ..core.hosts import ExpectedHosts, HostState, HostStatus
 from .cores import Capacity, Key
 from .events import Tick
+from .fleet_events import HostJoined
 from .places import Places
 
 CHECK_AGAIN_S = 5.0  # after the first consecutive refusal; doubles with each
@@ -104,7 +105,7 @@ class HostChanged:
     message: str
 
 
-HostAction = CheckHost | VacateHost | HostChanged
+HostAction = CheckHost | VacateHost | HostChanged | HostJoined
 
 TRANSITIONS = {
     HostState.CHECKING: {HostState.JOINED, HostState.REFUSED, HostState.LEAVING},
@@ -293,6 +294,8 @@ class Hosts:
         assert host.capacity is not None
         self.places.cores.open(event.node_id, host.capacity)
         self._out.append(HostChanged(host.seen.address, HostState.JOINED, event.warning))
+        if first:
+            self._out.append(HostJoined())
 
     def _refuse(self, host: _Host, refusal: str, now_s: float, pause_s: float) -> None:
         """Logs a refusal once, however often it is repeated."""

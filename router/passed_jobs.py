@@ -1,6 +1,5 @@
 """Large jobs that others have passed, while there is no room for them. Pure."""
 
-from collections import deque
 from collections.abc import Iterator, Mapping
 
 from .live_request import Job
@@ -11,7 +10,7 @@ class PassedJobs:
     not hold up another's."""
 
     def __init__(self) -> None:
-        self._lanes: dict[str, deque[Job]] = {}  # by client, none empty
+        self._lanes: dict[str, dict[Job, None]] = {}  # by client, none empty; ordered sets
         self._current = ""  # the client whose oldest job is the first
 
     def __len__(self) -> int:
@@ -22,7 +21,7 @@ class PassedJobs:
             yield from lane
 
     def append(self, job: Job) -> None:
-        self._lanes.setdefault(job.client, deque()).append(job)
+        self._lanes.setdefault(job.client, {})[job] = None
 
     def first(self, num_running: Mapping[str, int]) -> Job | None:
         """Returns the oldest job of the client that runs least, by `num_running`. It stays the first until it
@@ -32,14 +31,14 @@ class PassedJobs:
         least = min(self._lanes, key=lambda client: num_running.get(client, 0))
         if self._current not in self._lanes or num_running.get(least, 0) < num_running.get(self._current, 0):
             self._current = least
-        return self._lanes[self._current][0]
+        return next(iter(self._lanes[self._current]))
 
-    def remove(self, job: Job) -> bool:
+    def discard(self, job: Job) -> bool:
         """Takes a job out; returns False when it is absent."""
         lane = self._lanes.get(job.client)
         if lane is None or job not in lane:
             return False
-        lane.remove(job)
+        del lane[job]
         if not lane:
             del self._lanes[job.client]
         return True

@@ -1,7 +1,8 @@
 """Items ordered by a key that changes often: reading the best few is free, a change costs two bisections."""
 
 from bisect import bisect_left, insort
-from typing import Generic, TypeVar
+from collections.abc import Iterator
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -10,14 +11,20 @@ class Ranking(Generic[T]):
     """Named items, smallest key first, ties by name."""
 
     def __init__(self) -> None:
-        self._order: list[tuple[float, str]] = []
-        self._keys: dict[str, float] = {}
+        self._order: list[tuple[Any, str]] = []
+        self._keys: dict[str, Any] = {}
         self._items: dict[str, T] = {}
 
     def __len__(self) -> int:
         return len(self._order)
 
-    def put(self, name: str, key: float, item: T) -> None:
+    def __iter__(self) -> Iterator[T]:
+        return (self._items[name] for _, name in self._order)
+
+    def first_name(self) -> str | None:
+        return self._order[0][1] if self._order else None
+
+    def put(self, name: str, key: float | tuple[float, ...], item: T) -> None:
         """Adds an item, or moves it to the position of its new `key`."""
         old = self._keys.get(name)
         if old == key:

@@ -1,15 +1,28 @@
 """The registry of current workers: their unfinished work, and their ranking for the next request."""
 
 import enum
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from heapq import nsmallest
+from itertools import islice
+from math import inf
 
 import msgspec
 
 from ..core.automaton import Automaton
 from ..core.messages import Role, WorkerInfo, WorkerLoad
 from ..core.request import TransferId
+from ..core.worker_speed import WorkerSpeed
 from .ranking import Ranking
+
+# in the order of the rankings a slow worker comes behind faster ones that have somewhat more to do
+PROMPT_S = 0.1  # counted for a prompt, whatever its length
+# a part of the expected growth of a worker's sequences, as others end meanwhile: more where some have been
+# preempted
+GROWTH_SHARE = 0.1
+GROWTH_STEP = 0.1
+LAST = 1e9  # in the order of the rankings: just now it cannot be one of a pair
+IDLE_LOAD = 0.1  # counted beside the load, as a step takes time even for one sequence
+NUM_WITH_ROOM = 32  # workers with the most room, of which the least loaded are considered
 
 
 class RoutingState(enum.Enum):
@@ -46,12 +59,14 @@ class RegisteredWorker(Automaton[RoutingState]):
         "_window_start_s",
         "_window_tokens",
         "capacity_tokens",
+        "growth_share",
         "info",
         "is_away",
         "layout",
         "load",
         "num_cached_tokens",
         "num_context_tokens",
+        "num_expected_tokens",
         "num_grown_tokens",
         "num_held_blocks",
         "num_held_sequences",
@@ -60,11 +75,14 @@ class RegisteredWorker(Automaton[RoutingState]):
         "num_prompt_tokens",
         "num_queued_tokens",
         "num_reserved_blocks",
+        "num_sending",
         "num_sequences",
         "num_short_tokens",
         "open_legs",
         "queued_prefill_s",
+        "reported_s",
         "role",
+        "speed",
         "tokens_per_s",
         "trial_limit",
         "worker_id",
@@ -78,6 +96,8 @@ class RegisteredWorker(Automaton[RoutingState]):
         self.layout = layout  # equal for workers that can exchange KV
         self.capacity_tokens = min(info.max_model_len, info.num_blocks * info.layout.block_size)
         self.load = WorkerLoad(num_free_blocks=info.num_blocks)
+        self.speed = WorkerSpeed()
+        self.reported_s = inf  # when it last did
         self._stepped_s: float | None = None  # when a step last ended, or there was nothing to do
         self.is_away = False  # it goes on with its legs without a connection, and is expected back
         self.open_legs: dict[TransferId, None] = {}  # ordered, so that a loss is handled in order of dispatch
@@ -86,10 +106,13 @@ class RegisteredWorker(Automaton[RoutingState]):
         self.num_short_tokens = 0  # of those: of short prompts
         self.queued_prefill_s = 0.0  # predicted compute of those
         self._progress_s = 0.0  # the part of that which is already computed
+        self.num_sending = 0  # open prefill legs whose KV goes to another worker
         self.num_sequences = 0  # choices of open decode legs that have not ended
         self.num_context_tokens = 0  # of those, prompt and output
         self.num_reserved_blocks = 0  # that those took at dispatch
         self.num_grown_tokens = 0  # that they have produced since
+        self.num_expected_tokens = 0  # that they are still expected to produce
+        self.growth_share = GROWTH_SHARE
         # reserved by legs that have not begun to decode: reports may not include them yet
         self.num_pending_blocks = 0
         self.num_held_blocks = 0  # for a job that waits; not part of the account
@@ -126,9 +149,43 @@ class RegisteredWorker(Automaton[RoutingState]):
         ours = self.num_reserved_blocks + self.num_grown_tokens // self.info.layout.block_size
         return max(self.info.num_blocks - ours, self.load.num_free_blocks - self.num_pending_blocks)
 
+    @property
+    def may_send(self) -> bool:
+        """Whether it may prefill for another worker: it waits for no KV itself. Otherwise, once workers swap
+        roles, each could hold blocks for KV that another has no blocks left to compute."""
+        return not self.num_pending_blocks
+
+    @property
+    def may_receive(self) -> bool:
+        """Whether another worker may prefill for it: it holds no KV for another one. See `may_send`."""
+        return not self.num_sending
+
+    @property
+    def room_tokens(self) -> int:
+        """Returns the tokens that fit here at most, beside what is open; 0 when no sequence fits."""
+        if not self.open_legs:
+            return self.info.num_blocks * self.info.layout.block_size
+        if self.num_sequences >= self.info.max_batch_size or not self.is_within_trial:
+            return 0
+        return self.num_free_blocks * self.info.layout.block_size
+
     def blocks_for(self, num_tokens: int, num_choices: int) -> int:
         """Returns the number of blocks of a prompt whose choices share it and grow by a block each."""
         return -(-num_tokens // self.info.layout.block_size) + num_choices
+
+    def blocks_wanted(self, num_tokens: int, num_choices: int, num_expected_tokens: int) -> int:
+        """Returns the number of blocks that a job takes now, and those that are to be kept for its growth, of
+        `num_expected_tokens` a choice."""
+        num_growth_tokens = int(self.growth_share * num_choices * num_expected_tokens)
+        return self.blocks_for(num_tokens, num_choices) + num_growth_tokens // self.info.layout.block_size
+
+    def widen_growth(self) -> None:
+        """A sequence was preempted: more is kept for growth from now on."""
+        self.growth_share = min(1.0, self.growth_share + GROWTH_STEP)
+
+    def relax_growth(self) -> None:
+        """A sequence has ended: a little less is kept for growth."""
+        self.growth_share = max(GROWTH_SHARE, self.growth_share - GROWTH_STEP / 20)
 
     def is_short(self, num_tokens: int) -> bool:
         """Whether a prompt with so many uncached tokens overtakes longer ones: it fits into the half of a
@@ -147,16 +204,25 @@ class RegisteredWorker(Automaton[RoutingState]):
             num_ahead < limit and self.num_prefilling < max(1, self.info.max_batch_size)
         )
 
-    def has_decode_room(self, num_tokens: int, num_choices: int) -> bool:
-        """Whether the worker has room now. An idle worker has room for anything that it can hold at all."""
+    def has_decode_room(
+        self, num_tokens: int, num_choices: int, num_expected_tokens: int = 0, *, with_held: bool = False
+    ) -> bool:
+        """Whether the worker has room now, also for a part of the tokens that it is expected to produce;
+        `with_held`: or has some that is held for a job. An idle worker has room for anything that it can
+        hold at all."""
         if not self.open_legs:
             return True
+        held_blocks, held_sequences = self.num_held_blocks, self.num_held_sequences
+        if with_held:
+            held_blocks = held_sequences = 0
         if (
-            self.num_sequences + num_choices > self.info.max_batch_size - self.num_held_sequences
+            self.num_sequences + num_choices > self.info.max_batch_size - held_sequences
             or not self.is_within_trial
         ):
             return False
-        return self.blocks_for(num_tokens, num_choices) <= self.num_free_blocks - self.num_held_blocks
+        num_blocks = self.blocks_wanted(num_tokens, num_choices, num_expected_tokens)
+        num_growth_blocks = int(self.growth_share * self.num_expected_tokens) // self.info.layout.block_size
+        return num_blocks <= self.num_free_blocks - held_blocks - num_growth_blocks
 
     @property
     def is_within_trial(self) -> bool:
@@ -201,14 +267,19 @@ class RegisteredWorker(Automaton[RoutingState]):
 
 
 class Registry:
-    """Current incarnations by name, and two rankings per capacity: by queued prefill, and by decode load."""
+    """Current incarnations by name, and their rankings: by queued prefill and by decode load, each for
+    capacities of the same power of two, and by the room to decode; in view of
+    the workers' speeds."""
 
     def __init__(self) -> None:
         self._workers: dict[str, RegisteredWorker] = {}
         self._fenced: dict[str, int] = {}  # the highest incarnation of each id that is known to be lost
         self._layouts: dict[Hashable, int] = {}
-        self._by_prefill: dict[int, Ranking[RegisteredWorker]] = {}
+        self._by_prefill: dict[int, Ranking[RegisteredWorker]] = {}  # by the bit length of the capacity
         self._by_decode: dict[int, Ranking[RegisteredWorker]] = {}
+        self._by_room: Ranking[RegisteredWorker] = Ranking()  # decode workers, the one with most room first
+        self._unranked: dict[RegisteredWorker, None] = {}  # whose room has changed since it was ranked
+        self._roomier: dict[RegisteredWorker, None] = {}  # since `take_roomier`
         self._apart: dict[str, RegisteredWorker] = {}
 
     def __iter__(self) -> Iterator[RegisteredWorker]:
@@ -265,6 +336,10 @@ class Registry:
         self._apart[worker.worker_id] = worker
         self._unrank(worker)
 
+    @property
+    def has_apart(self) -> bool:
+        return bool(self._apart)
+
     def apart(self) -> list[RegisteredWorker]:
         """Returns the workers that are set apart, in the order in which they were."""
         return list(self._apart.values())
@@ -291,25 +366,60 @@ class Registry:
     def limit(self, worker: RegisteredWorker, num_dispatches: int | None) -> None:
         """Bounds the dispatches that may be open at the worker at once; None lifts the bound."""
         worker.trial_limit = num_dispatches
+        self.note_room(worker)
 
     def hold(self, worker: RegisteredWorker, num_blocks: int, num_sequences: int) -> None:
         """Keeps room at the worker from other jobs."""
         worker.num_held_blocks, worker.num_held_sequences = num_blocks, num_sequences
 
     def with_decode_room(
-        self, job_tokens: int, total_tokens: int, num_choices: int, count: int
+        self, job_tokens: int, total_tokens: int, num_choices: int, num_expected_tokens: int, count: int
     ) -> list[RegisteredWorker]:
-        """Returns `count` of the least loaded ready decode workers that have room for `job_tokens`
-        now and can hold `total_tokens`. Looks at all workers."""
-        workers = [
-            worker
-            for worker in self
-            if worker.takes_work
-            and worker.role.decodes
-            and worker.capacity_tokens >= total_tokens
-            and worker.has_decode_room(job_tokens, num_choices)
-        ]
-        return nsmallest(count, workers, key=lambda worker: (decode_load(worker), worker.worker_id))
+        """Returns `count` of the ready decode workers that have room for `job_tokens` now and can hold
+        `total_tokens`: the least loaded of those with the most room."""
+        found = islice(
+            self._with_decode_room(job_tokens, total_tokens, num_choices, num_expected_tokens), NUM_WITH_ROOM
+        )
+        return nsmallest(
+            count, found, key=lambda worker: (worker.num_sending > 0, decode_load(worker), worker.worker_id)
+        )
+
+    def has_decode_room(
+        self, job_tokens: int, total_tokens: int, num_choices: int, num_expected_tokens: int = 0
+    ) -> bool:
+        """Whether one of those `able_to_decode` has room for `job_tokens` now."""
+        if self.best_decode(total_tokens, 1):
+            return any(self._with_decode_room(job_tokens, total_tokens, num_choices, num_expected_tokens))
+        return any(
+            worker.has_decode_room(job_tokens, num_choices, num_expected_tokens)
+            for worker in self.able_to_decode(total_tokens)
+        )
+
+    def _with_decode_room(
+        self, job_tokens: int, total_tokens: int, num_choices: int, num_expected_tokens: int
+    ) -> Iterator[RegisteredWorker]:
+        for worker in self._unranked:
+            if worker.takes_work and worker.role.decodes:
+                self._by_room.put(worker.worker_id, -worker.room_tokens, worker)
+        self._unranked.clear()
+        for worker in self._by_room:
+            if worker.room_tokens < job_tokens:
+                return
+            if worker.capacity_tokens >= total_tokens and worker.has_decode_room(
+                job_tokens, num_choices, num_expected_tokens
+            ):
+                yield worker
+
+    def note_room(self, worker: RegisteredWorker, *, is_more: bool = True) -> None:
+        """Records that the room at a worker has changed; `is_more`: there may be more of it."""
+        self._unranked[worker] = None
+        if is_more:
+            self._roomier[worker] = None
+
+    def take_roomier(self) -> Iterable[RegisteredWorker]:
+        """Returns the workers that may have more room than when this was last called."""
+        roomier, self._roomier = self._roomier, {}
+        return roomier
 
     def assign(self, worker: RegisteredWorker, role: Role) -> None:
         """Makes the worker ready, as `role`."""
@@ -323,26 +433,34 @@ class Registry:
         """Updates the worker's rank from its present account."""
         if not worker.takes_work:
             return
+        self.note_room(worker)
+        size = worker.capacity_tokens.bit_length()
         if worker.role.prefills:
-            ranking = self._by_prefill.setdefault(worker.capacity_tokens, Ranking())
-            ranking.put(worker.worker_id, worker.queued_prefill_s, worker)
+            ranking = self._by_prefill.setdefault(size, Ranking())
+            key = worker.queued_prefill_s + PROMPT_S * worker.speed.prefill_factor
+            key += 0.0 if worker.may_send else LAST
+            ranking.put(worker.worker_id, key, worker)
         if worker.role.decodes:
-            ranking = self._by_decode.setdefault(worker.capacity_tokens, Ranking())
-            ranking.put(worker.worker_id, decode_load(worker), worker)
+            ranking = self._by_decode.setdefault(size, Ranking())
+            key = (decode_load(worker) + IDLE_LOAD) * worker.speed.decode_factor
+            key += 0.0 if worker.may_receive else LAST
+            ranking.put(worker.worker_id, key, worker)
 
     def _unrank(self, worker: RegisteredWorker) -> None:
+        self._by_room.discard(worker.worker_id)
+        self._unranked.pop(worker, None)
         for rankings in (self._by_prefill, self._by_decode):
-            if ranking := rankings.get(worker.capacity_tokens):
+            if ranking := rankings.get(worker.capacity_tokens.bit_length()):
                 ranking.discard(worker.worker_id)
 
     def best_prefill(self, num_tokens: int, count: int) -> list[RegisteredWorker]:
         """Returns the ready prefill workers with the shortest queues that can hold `num_tokens`: `count` of
-        each capacity."""
+        each power of two."""
         return _best(self._by_prefill, num_tokens, count)
 
     def best_decode(self, num_tokens: int, count: int) -> list[RegisteredWorker]:
         """Returns the least loaded ready decode workers that can hold `num_tokens`: `count` of each
-        capacity."""
+        power of two."""
         return _best(self._by_decode, num_tokens, count)
 
     def able_to_decode(self, num_tokens: int) -> list[RegisteredWorker]:
@@ -350,6 +468,14 @@ class Registry:
         workers serve both phases, as in `Placer.place`."""
         able = [worker for worker in self if worker.takes_work and worker.capacity_tokens >= num_tokens]
         return [worker for worker in able if worker.role.decodes] or able
+
+    def is_able_to_decode(self, worker: RegisteredWorker, num_tokens: int) -> bool:
+        """Whether the worker is one of those `able_to_decode`."""
+        return (
+            worker.takes_work
+            and worker.capacity_tokens >= num_tokens
+            and (worker.role.decodes or not self.best_decode(num_tokens, 1))
+        )
 
     def can_hold(self, num_tokens: int) -> bool:
         """Whether any ready worker, or one that is set apart for a while, could ever serve that many
@@ -368,12 +494,13 @@ class Registry:
 def _best(
     rankings: dict[int, Ranking[RegisteredWorker]], num_tokens: int, count: int
 ) -> list[RegisteredWorker]:
-    return [
-        worker
-        for capacity, ranking in rankings.items()
-        if capacity >= num_tokens
-        for worker in ranking.best(count)
-    ]
+    best: list[RegisteredWorker] = []
+    for size, ranking in rankings.items():
+        if size > num_tokens.bit_length():
+            best += ranking.best(count)
+        elif size == num_tokens.bit_length():
+            best += islice((worker for worker in ranking if worker.capacity_tokens >= num_tokens), count)
+    return best
 
 
 def decode_load(worker: RegisteredWorker) -> float:

@@ -38,7 +38,7 @@ class Reunion:
                 continue
             # reports arrive in order: a decode leg's first tokens are those that are counted already
             num_known = dispatch.num_grown_tokens if worker is dispatch.decode else 0
-            commands += self._reports.on_tokens(worker, leg.outputs[num_known:], now_s)
+            commands += self._reports.on_tokens(worker, leg.outputs()[num_known:], now_s)
             if leg.ended is not None:
                 commands += self._reports.on_leg_ended(leg.ended, now_s)
         for transfer, leg in legs.items():

@@ -30,9 +30,8 @@ class RoomMaker:
     def waits_for_decode(self, job: Job) -> bool:
         """Whether no worker has a place for the job's sequences; otherwise it waits for others' prompts,
         which end soon."""
-        return job.needs_decode and not any(
-            worker.has_decode_room(job.num_tokens, len(job.choices))
-            for worker in self._registry.able_to_decode(job.num_total_tokens)
+        return job.needs_decode and not self._registry.has_decode_room(
+            job.num_tokens, job.num_total_tokens, len(job.choices), job.num_expected_tokens
         )
 
     def may_take(self, job: Job) -> bool:

@@ -35,6 +35,17 @@ class ChoiceStream:
 
     def accept_run(self, outputs: Sequence[TokenOutput]) -> tuple[TokenOutput, ...]:
         """Does the same for many tokens, in the order of their indices."""
+        num_tokens = len(self.token_ids)
+        if (
+            outputs
+            and not self._held
+            and self.finish_reason is None
+            and all(output.index == index for index, output in enumerate(outputs, num_tokens))
+            and not any(output.finish_reason for output in outputs[:-1])
+        ):
+            self.token_ids += [output.token_id for output in outputs]
+            self.finish_reason = outputs[-1].finish_reason
+            return tuple(outputs)
         due: list[TokenOutput] = []
         for output in outputs:
             due += self.accept(output)

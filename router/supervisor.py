@@ -34,6 +34,7 @@ from .fleet_events import (
     WorkerPlaced,
 )
 from .places import Places
+from .timetable import Timetable
 
 GENERATION_STRIDE = 10**9  # of incarnations and of attempts: those of the next head are above all of this one
 STOP_TIMEOUT_S = 5.0  # a process that does not end by itself is killed after this
@@ -126,7 +127,7 @@ class ConnectionLost:
 @dataclass(frozen=True, slots=True)
 class ProcessEnded:
     """Nothing is left of a process. `is_explained`: the worker itself reported why. `has_died`: it did not
-    end in order."""
+    end in order, and its host is up."""
 
     worker_id: str
     incarnation: int
@@ -187,6 +188,7 @@ class Supervisor(Generic[S]):
         self.fleet = fleet
         self.places = places
         self.processes: dict[Key, SupervisedProcess[S]] = {}  # oldest first
+        self._due: Timetable[Key] = Timetable()  # as the processes' `due_s`
         self.is_adopted = False  # each process of an earlier head has reported, or is given up
         self._make_spec = make_spec
         self._out: list[SupervisorCommand[S]] = []
@@ -202,9 +204,16 @@ class Supervisor(Generic[S]):
         return process is not None and process.is_serving
 
     def next_tick_s(self) -> float | None:
-        due = [process.due_s for process in self.processes.values() if process.due_s is not None]
-        fleet_s = self.fleet.next_tick_s()
-        return min(due if fleet_s is None else [*due, fleet_s], default=None)
+        due = (self._due.next_s(), self.fleet.next_tick_s())
+        return min((at_s for at_s in due if at_s is not None), default=None)
+
+    def phase(self, key: Key) -> str:
+        """Returns what a process is doing until it serves; empty for one that does, or is unknown."""
+        process = self.processes.get(key)
+        if process is None:
+            return ""
+        why = self.places.why_waiting(key) if process.state is ProcessState.WAITING else ""
+        return f"waiting: {why}" if why else process.phase
 
     def handle(self, event: SupervisorEvent[S], now_s: float) -> list[SupervisorCommand[S]]:
         """Returns the commands that `event` leads to, in order of execution; `settle` gives places after
@@ -218,8 +227,9 @@ class Supervisor(Generic[S]):
             case WorkerReady(info):
                 process = self.processes.get((info.worker_id, info.incarnation))
                 if process is not None and process.is_expected:
-                    process.state, process.info, process.due_s = ProcessState.SERVING, info, None
+                    process.state, process.info = ProcessState.SERVING, info
                     process.phase, process.fraction = "", 1.0
+                    self._be_patient((info.worker_id, info.incarnation), None)
                     self._manage(event, now_s)
             case ConnectionLost():
                 self._connection_lost(event, now_s)
@@ -250,8 +260,6 @@ class Supervisor(Generic[S]):
             self._act(self.fleet.handle(WorkerPlaced(*key), now_s), now_s)
             return self._out
         self._is_unsettled = False
-        for key in self.places.waiting:
-            self.processes[key].phase = f"waiting: {self.places.why_waiting(key)}"
         if self.fleet.is_settled and not self.is_adopted and not self._is_one_away:
             self.is_adopted = True
             self._out.append(Adopted())
@@ -315,7 +323,7 @@ class Supervisor(Generic[S]):
         if event.comes_back:
             process = self.processes[key]
             process.state, process.num_beats_left = ProcessState.AWAY, NUM_AWAY_BEATS
-            process.due_s = now_s + HEARTBEAT_S
+            self._be_patient(key, now_s + HEARTBEAT_S)
             return
         self._lost(key, event.reason, now_s, may_ask=not event.is_silent)
 
@@ -353,28 +361,35 @@ class Supervisor(Generic[S]):
             self._forget(key, reason)
             return self.fleet.handle(WorkerLost(*key, reason), now_s)
         if may_ask:
-            process.state, process.due_s = ProcessState.ENDING, now_s + STOP_TIMEOUT_S
+            process.state = ProcessState.ENDING
+            self._be_patient(key, now_s + STOP_TIMEOUT_S)
             self._out.append(EndProcess(key))
         else:
-            process.state, process.due_s = ProcessState.KILLED, None
+            process.state = ProcessState.KILLED
+            self._be_patient(key, None)
             self._out.append(KillProcess(key))
         return []
 
     def _forget(self, key: Key, reason: str, cause: LossCause = LossCause.GONE) -> None:
         """Forgets a process of which nothing is left: its cores go to waiting ones."""
+        self._be_patient(key, None)
         del self.processes[key]
         self.places.give_back(key)
         self._out.append(WorkerLost(*key, reason, cause))
 
+    def _be_patient(self, key: Key, until_s: float | None) -> None:
+        self.processes[key].due_s = until_s
+        self._due.put(key, until_s)
+
     def _lose_patience(self, now_s: float) -> None:
-        for key, process in list(self.processes.items()):
-            if process.due_s is None or process.due_s > now_s:
-                continue
+        for key in self._due.pop_due(now_s):
+            process = self.processes[key]
             if process.state is ProcessState.ENDING:
                 process.state, process.due_s = ProcessState.KILLED, None
                 self._out.append(KillProcess(key))
             elif process.num_beats_left > 1:
-                process.num_beats_left, process.due_s = process.num_beats_left - 1, now_s + HEARTBEAT_S
+                process.num_beats_left -= 1
+                self._be_patient(key, now_s + HEARTBEAT_S)
             else:
                 reason = f"not back after {NUM_AWAY_BEATS * HEARTBEAT_S:.0f} s"
                 self._out.append(WorkerLost(*key, reason))

@@ -97,8 +97,9 @@ class TakeOver:
         worker = dispatch.worker_of(leg)
         assert worker is not None
         step = self._requests.config.take_over_tokens
-        for first in range(0, len(reported.outputs), step):
-            outputs = reported.outputs[first : first + step]
+        all_outputs = reported.outputs()
+        for first in range(0, len(all_outputs), step):
+            outputs = all_outputs[first : first + step]
             self._commands += self._reports.replay(dispatch, worker, outputs, self._now_s)
             yield len(outputs)
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from ..router.fleet_member import MemberState
+from ..router.prefix_index import block_keys
 from .simulated_head import SimulatedHead
 from .simulated_worker import SimulatedWorker
 
@@ -28,7 +29,7 @@ def leftovers(head: SimulatedHead, alive: Sequence[SimulatedWorker], now_s: floa
         f"the router knows {len(head.router.known_blocks(worker.spec.worker_id))} blocks that {worker.spec}"
         f" caches, it has {worker.pool.num_cached_blocks}"
         for worker in alive
-        if head.router.known_blocks(worker.spec.worker_id) != worker.pool.cached_hashes
+        if head.router.known_blocks(worker.spec.worker_id) != set(block_keys(worker.pool.cached_hashes))
     ]
     return left
 

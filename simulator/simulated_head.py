@@ -41,7 +41,7 @@ from ..router.events import (
     WorkerRole,
 )
 from ..router.fleet import Fleet, FleetConfig
-from ..router.fleet_events import Apply, ReplaceWorkers, StartWorker
+from ..router.fleet_events import Apply, HostJoined, ReplaceWorkers, StartWorker
 from ..router.hosts import (
     WATCH_INTERVAL_S,
     CheckHost,
@@ -186,6 +186,8 @@ class SimulatedHead:
                     self.process.call_later(after_s, lambda answer=answer: self.host_event(answer))  # type: ignore[misc]
                 case VacateHost(workers):
                     self.manage(ReplaceWorkers(workers))
+                case HostJoined():
+                    self.manage(HostJoined())
                 case HostChanged(name, _, message):
                     if self._world.keeps_timeline:
                         self._world.note(f"host {name}: {message or 'joined'}")
@@ -412,12 +414,11 @@ class SimulatedHead:
                     worker.placement.node_id, f"{command.worker_id} becomes {command.role.value}"
                 )
 
-    def waits_for_a_place(self, role: Role) -> bool:
-        """Whether an instance of a pool waits for a place."""
+    def waits_for_its_first_place(self, role: Role) -> bool:
+        """Whether instances of a pool wait for a place and none has one, as far as the head has heard."""
         processes = self._supervisor.processes.values()
-        return any(
-            process.state is ProcessState.WAITING and process.spec.role is role for process in processes
-        )
+        states = {process.state for process in processes if process.spec.role is role}
+        return states == {ProcessState.WAITING}
 
     def _watch(self, key: Key, worker: SimulatedWorker) -> None:
         self._started[key] = worker
@@ -425,7 +426,8 @@ class SimulatedHead:
 
     def _ended(self, key: Key) -> None:
         worker = self._started.pop(key)
-        self.manage(ProcessEnded(*key, "the process ended", has_died=not worker.has_ended_in_order))
+        has_died = not worker.has_ended_in_order and self._world.hosts.is_up(worker.placement.node_id)
+        self.manage(ProcessEnded(*key, "the process ended", has_died=has_died))
 
 
 def describe(command: WorkerCommand) -> str:

@@ -95,6 +95,10 @@ class SimulatedHosts:
         self._time.call_later(notice_s, lambda: setattr(host, "is_seen", False))
         self._time.call_later(max(seconds, notice_s) + 0.1, lambda: self._join(host))
 
+    def is_up(self, node_id: str) -> bool:
+        host = self._of(node_id)
+        return host is not None and host.is_up
+
     def on(self, host: SimulatedHost) -> list[SimulatedWorker]:
         return [
             worker for worker, at in self._workers if at.node_id == host.node_id and worker.process.is_alive
@@ -103,8 +107,8 @@ class SimulatedHosts:
     def started(
         self, worker: SimulatedWorker, placement: Placement, is_waiting: Callable[[Role], bool]
     ) -> None:
-        """Records that a head has started a worker there. `is_waiting`: an instance of a pool waits for a
-        place."""
+        """Records that a head has started a worker there. `is_waiting`: the first instance of a pool waits
+        for a place."""
         self.serves(placement.node_id, f"{worker.process.name} is started")
         if placement.node_id not in self._reported:
             self._violation(

@@ -45,7 +45,7 @@ class WantedLegs:
             of_request = self._wanted.setdefault(held.spec.transfer.request_id, {})
             wanted = of_request.setdefault(held.spec.transfer, _Wanted(set(held.spec.choices)))
             wanted.choices.difference_update(
-                output.choice for output in held.outputs if output.finish_reason is not None
+                output.choice for output in held.outputs() if output.finish_reason is not None
             )
             if held.ended is None:
                 wanted.workers.add(worker)

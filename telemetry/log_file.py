@@ -24,7 +24,7 @@ class LogFile:
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         """Raises PdserveError when the runtime folder is not private, or nothing can be written there."""
         admin_socket.prepare()
-        _prune()
+        remove_ended(num_kept=NUM_KEPT - 1)  # the new one is kept as well
         self._max_bytes = max_bytes
         self._path = admin_socket.runtime_folder() / f"up-{os.getpid()}.log"
         try:
@@ -104,9 +104,10 @@ def _opened(path: Path) -> BinaryIO:
     return file
 
 
-def _prune() -> None:
+def remove_ended(num_kept: int = 0) -> None:
+    """Removes the logs of runs that have ended, all but the newest `num_kept`."""
     ended = [path for path in _logs() if not is_written(path)]
-    for path in sorted(ended, key=_age)[NUM_KEPT - 1 :]:  # the new one is kept as well
+    for path in sorted(ended, key=_age)[num_kept:]:
         _remove(path)
 
 

@@ -63,13 +63,7 @@ class HeldLegs:
         """Returns all legs, for a newly connected router."""
         self._forget()
         return tuple(
-            HeldLeg(
-                spec=leg.spec,
-                leg=leg.leg,
-                has_partner=leg.has_partner,
-                outputs=tuple(leg.outputs),
-                ended=leg.ended,
-            )
+            HeldLeg.of(leg.spec, leg.leg, leg.outputs, has_partner=leg.has_partner, ended=leg.ended)
             for leg in (*self._ended, *self._open.values())
         )
 
@@ -89,7 +83,8 @@ def in_frames(legs: Sequence[HeldLeg], max_tokens: int = MAX_FRAME_TOKENS) -> It
     frame: list[HeldLeg] = []
     num_tokens = 0
     for leg in legs:
-        num_leg_tokens = _weight(leg.spec) + len(leg.outputs) + sum(map(_num_prompt_logprobs, leg.outputs))
+        num_logprobs = sum(map(_num_prompt_logprobs, leg.later_outputs))
+        num_leg_tokens = _weight(leg.spec) + leg.num_outputs + num_logprobs
         if frame and num_tokens + num_leg_tokens > max_tokens:
             yield tuple(frame)
             frame, num_tokens = [], 0

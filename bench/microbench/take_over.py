@@ -34,7 +34,7 @@ def legs(number_of_worker: int, rng: Random) -> tuple[HeldLeg, ...]:
         outputs = tuple(
             TokenOutput(transfer, 0, index, rng.randrange(128_000)) for index in range(NUM_OUTPUT_TOKENS)
         )
-        held.append(HeldLeg(spec=spec, leg=Leg.DECODE, has_partner=False, outputs=outputs, ended=None))
+        held.append(HeldLeg.of(spec, Leg.DECODE, outputs, has_partner=False))
     return tuple(held)
 
 

@@ -38,6 +38,7 @@ class ClusterService(pdserve_pb2_grpc.ClusterServicer):
         self._shared = shared
         self._applying = asyncio.Lock()
         self._drains: set[asyncio.Task[None]] = set()
+        self._last: tuple[ClusterStatus, pb.ClusterStatus] | None = None  # one message for all watchers
 
     async def close(self) -> None:
         """Abandons drains that are still in progress."""
@@ -53,7 +54,9 @@ class ClusterService(pdserve_pb2_grpc.ClusterServicer):
     async def WatchStatus(self, request: pb.WatchStatusRequest, context: Context) -> None:  # type: ignore[override]
         async with translated(context), aclosing(self._frontend.watch()) as states:
             async for status in states:
-                await write(context, self._message(status))
+                if self._last is None or self._last[0] is not status:
+                    self._last = status, self._message(status)
+                await write(context, self._last[1])
             await self._shared.answered()
 
     async def Apply(self, request: pb.ApplyRequest, context: Context) -> pb.ApplyResponse:

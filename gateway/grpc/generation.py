@@ -11,8 +11,9 @@ from ...core.errors import InvalidRequest
 from ...proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from ..answer import Collector, kept_bytes
 from ..serving import Serving
-from ..translate import translated, write
+from ..translate import translated
 from .auth_interceptor import ANSWER, CALLER
+from .patient_writer import PatientWriter
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -26,9 +27,13 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
     # grpc.aio accepts coroutines that write as well as generators; writing shows when a client does not read
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         with self._serving.shared.answer():
-            async with translated(context), aclosing(self._events(request, context)) as events:
+            async with (
+                translated(context),
+                PatientWriter(context, self._serving.shared.config.limits.max_unread_s) as writer,
+                aclosing(self._events(request, context)) as events,
+            ):
                 async for event in events:
-                    await write(context, event, self._serving.shared.config.limits.max_unread_s)
+                    await writer.write(event)
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         with self._serving.shared.answer():

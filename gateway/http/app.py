@@ -1,8 +1,8 @@
 """The routes of the HTTP server, and their description at /openapi.json."""
 
+import difflib
 import time
 from collections.abc import Awaitable, Callable
-from functools import cache
 from typing import Any
 
 from fastapi import FastAPI
@@ -33,13 +33,21 @@ Handler = Callable[[Request], Awaitable[Response]]
 BODIES = (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
 PATH = "#/components/schemas/{model}"
 READ = ["GET", "HEAD"]
+MAX_NEAR_CHARS = 64  # of a path that is compared with those that are served
 REFUSALS = (400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504)
 
 
 def http_app(serving: Serving, hosts: AllowedHosts | None = None) -> AuthMiddleware:
     """Returns the whole server as an ASGI application, which refuses requests for names not in `hosts`."""
     # no redirects: behind a proxy with TLS they would lead to a URL without it, and take the key there
-    app = FastAPI(title="pdserve", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="pdserve",
+        version=__version__,
+        openapi_url=None,  # `Pages` serves it
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.add_exception_handler(PdserveError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_error)
@@ -72,10 +80,10 @@ def http_app(serving: Serving, hosts: AllowedHosts | None = None) -> AuthMiddlew
     _get(app, "/livez", probes.live, answers.Health)
     _get(app, "/readyz", probes.ready, answers.Health, {503: {"model": answers.Health}})
     _get(app, "/startupz", probes.startup, answers.Startup, {503: {"model": answers.Startup}})
-    app.openapi = _described(app.openapi)  # type: ignore[method-assign]
-    pages = Pages(serving.model.name, app.openapi)
+    pages = Pages(serving.model.name, lambda: _description(app))
     app.add_api_route("/", pages.index, methods=READ, include_in_schema=False)
     app.add_api_route("/docs", pages.docs, methods=READ, include_in_schema=False)
+    app.add_api_route("/openapi.json", pages.openapi, methods=READ, include_in_schema=False)
     return AuthMiddleware(app, posts, serving.shared, hosts)
 
 
@@ -138,7 +146,14 @@ async def _on_http_error(http: Request, error: Exception) -> Response:
         )
         response.headers.update(error.headers or {})
         return response
-    return error_response(HttpRefusal(error.status_code, "not_found", f"there is no {http.url.path}"))
+    return error_response(HttpRefusal(error.status_code, "not_found", f"there is no {_near(http.url.path)}"))
+
+
+def _near(path: str) -> str:
+    """Returns a path that is not served, with the one that may be meant: base URLs often lack /v1."""
+    paths = [f"/v1/{name}" for name in ("chat/completions", "completions", "models")]
+    similar = difflib.get_close_matches(path[:MAX_NEAR_CHARS], paths, n=1, cutoff=0.8)
+    return f"{path}; did you mean {similar[0]}?" if similar else path
 
 
 def _json(value: Any) -> Response:
@@ -190,14 +205,9 @@ def _name(path: str) -> str:
     return path.partition("{")[0].strip("/").replace("/", "_")
 
 
-def _described(generate: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+def _description(app: FastAPI) -> dict[str, Any]:
     """Returns FastAPI's description, extended by the bodies that our handlers read by themselves."""
-
-    @cache
-    def openapi() -> dict[str, Any]:
-        description = generate()
-        _, bodies = models_json_schema([(body, "validation") for body in BODIES], ref_template=PATH)
-        description.setdefault("components", {}).setdefault("schemas", {}).update(bodies["$defs"])
-        return description
-
-    return openapi
+    description = app.openapi()
+    _, bodies = models_json_schema([(body, "validation") for body in BODIES], ref_template=PATH)
+    description.setdefault("components", {}).setdefault("schemas", {}).update(bodies["$defs"])
+    return description

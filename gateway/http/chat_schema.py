@@ -7,7 +7,14 @@ from pydantic import FailFast, Field, PlainValidator, ValidationError, WithJsonS
 
 from .schema import NO_ITEMS, Body, GenerationBody, OptionalText, TokenIds, expected
 
-Nothing = Annotated[list[Any], Field(max_length=0), FailFast()]
+
+def _nothing(value: object) -> list[Any]:
+    if value == []:
+        return []
+    raise expected("an empty list")
+
+
+Nothing = Annotated[list[Any], PlainValidator(_nothing), WithJsonSchema({"type": "array", "maxItems": 0})]
 
 
 class CalledFunction(Body):
@@ -124,7 +131,7 @@ class ChatCompletionRequest(GenerationBody):
     logprobs: bool = False
     """Report the log probability of each token."""
     top_logprobs: int | None = None
-    """Report this many most probable alternatives too. Only with `logprobs`."""
+    """Report this many most probable alternatives too. Above 0 only with `logprobs`."""
     add_generation_prompt: bool | None = None
     """Whether the template opens the assistant's turn after the last message; by default unless
     `continue_final_message`."""

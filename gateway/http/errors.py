@@ -118,6 +118,7 @@ def malformed(fault: ErrorDetails) -> InvalidRequest:
         expected = "only fields that this server knows (limits.unknown_fields: ignore accepts others)"
         return InvalidRequest(field, fault["input"], expected)
     expected = fault["msg"].removeprefix("Input should be ").removeprefix("expected ")
+    expected = {"True": "true", "False": "false"}.get(expected, expected)  # as JSON writes it
     return InvalidRequest(field or "body", fault["input"], expected)
 
 

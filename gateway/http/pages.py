@@ -3,11 +3,13 @@
 The documentation is one document without scripts, styles or fonts from elsewhere, so that it shows without a
 network, and nothing in it can act."""
 
+import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from html import escape
 from typing import Any
 
+from msgspec.json import encode
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
@@ -27,7 +29,8 @@ Schema = Mapping[str, Any]
 
 
 class Pages:
-    """The handlers of / and /docs."""
+    """The handlers of /, /docs and /openapi.json. The last two are made once, at the first request and
+    on a thread: that takes some 60 ms, and streams would wait for it."""
 
     def __init__(self, model: str, description: Callable[[], dict[str, Any]]) -> None:
         self._model = model
@@ -41,11 +44,21 @@ class Pages:
 
     async def docs(self, http: Request) -> Response:
         """Returns the documentation of all paths."""
-        return Response(self._docs, media_type="text/html; charset=utf-8", headers=HEADERS)
+        _, page = await asyncio.shield(self._documents)
+        return Response(page, media_type="text/html; charset=utf-8", headers=HEADERS)
+
+    async def openapi(self, http: Request) -> Response:
+        """Returns the description of all paths for programs."""
+        description, _ = await asyncio.shield(self._documents)
+        return Response(description, media_type="application/json")
 
     @cached_property
-    def _docs(self) -> str:
-        return "".join(document(self._description()))
+    def _documents(self) -> asyncio.Future[tuple[bytes, str]]:
+        return asyncio.get_running_loop().run_in_executor(None, self._make)
+
+    def _make(self) -> tuple[bytes, str]:
+        description = self._description()
+        return encode(description), "".join(document(description))
 
 
 def document(description: Schema) -> Iterator[str]:

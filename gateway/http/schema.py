@@ -255,11 +255,12 @@ class GenerationBody(Body):
     """The request's id, unless there is a header X-Request-Id."""
     metadata: Metadata | None = None
     """Without effect, as are `store`, `service_tier`, `safety_identifier`, `prompt_cache_key`,
-    `prompt_cache_retention` and `guided_decoding_backend`."""
+    `prompt_cache_options`, `prompt_cache_retention` and `guided_decoding_backend`."""
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: str | None = None
     guided_decoding_backend: str | None = None
     skip_special_tokens: Literal[True] = True

@@ -52,7 +52,7 @@ def chat_message(
     body: ChatCompletionRequest, request_id: str, limits: LimitsSection, found: list[InvalidRequest]
 ) -> pb.GenerateRequest:
     """Adds what is wrong to `found`, and leaves it out."""
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         found.append(InvalidRequest("top_logprobs", body.top_logprobs, "nothing without logprobs"))
     sampling = _sampling(body, limits, body.top_logprobs or 0 if body.logprobs else None, found)
     prompt = chat_prompt(body, found)

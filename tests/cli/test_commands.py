@@ -370,6 +370,11 @@ def test_explain_says_when_a_request_is_not_known(run: Run) -> None:
             {"load": 0.5},
             "for the least predicted cost: 10 ms, against 30 ms at prefill-1 -> decode-0",
         ),
+        (
+            {"cost_s": 0.01},
+            {"decode_worker": "prefill-1"},
+            "for the least predicted cost: 10 ms, against 30 ms at prefill-1 for both phases",
+        ),
         ({"load": 0.25}, {"load": 0.5}, "for the lower load: 25%, against 50% at prefill-1 -> decode-0"),
         ({}, {}, "by name: prefill-1 -> decode-0 was as good"),
     ],

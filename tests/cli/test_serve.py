@@ -15,6 +15,7 @@ from pdserve.cluster import launch
 from pdserve.core.config import ClusterConfig
 from pdserve.embedded import MODEL_DIR
 from pdserve.engine.gpu import Node
+from pdserve.proto import pdserve_pb2 as pb
 
 
 @pytest.fixture
@@ -59,6 +60,7 @@ def test_values_that_are_set_win_over_a_file(configs: list[ClusterConfig], tmp_p
     ("arguments", "message"),
     [
         (["serve", "--set", "pools.x=1"], "--set pools.x=1: metadata.pdserve.pools.x: unknown key"),
+        (["serve", "--decode", "0", "--prefill", "0"], "--decode 0: metadata.pdserve.pools"),
         (["up", "--set", "slo"], "--set slo: expected KEY=VALUE"),
         (
             ["plan", "--set", "model.path=/nothing"],
@@ -112,6 +114,7 @@ def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> models.Packaged
         sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
         file="tiny_model/model.gguf",
         num_megabytes=1,
+        recommended=pb.SamplingParams(temperature=0.5, top_p=0.25),
     )
     monkeypatch.setitem(models.MODELS, "tiny", model)
     return model
@@ -142,6 +145,19 @@ def test_a_chat_with_a_model_that_is_not_there_starts_nothing(monkeypatch: pytes
     result = CliRunner().invoke(app, ["chat", "--model", "org/model"])
     assert result.exit_code == 1
     assert "hf download org/model" in result.stderr
+
+
+def test_a_chat_with_a_named_model_samples_as_its_card_recommends(packaged: models.PackagedModel) -> None:
+    silent, given, other = pb.SamplingParams(), pb.SamplingParams(temperature=0), pb.SamplingParams()
+    for name, sampling in (("tiny", silent), ("tiny", given), ("/models/x.gguf", other)):
+        models.recommend(name, sampling)
+    assert silent == pb.SamplingParams(temperature=0.5, top_p=0.25)
+    assert given == pb.SamplingParams(temperature=0, top_p=0.25)
+    assert other == pb.SamplingParams()
+
+
+def test_a_mistake_in_the_model_is_not_blamed_on_an_option() -> None:
+    assert call("serve", "/nothing").stderr.startswith("pdserve: MODEL: model.path: /nothing: no such file")
 
 
 def test_other_names_are_paths() -> None:

@@ -41,6 +41,14 @@ def test_a_table_fits_80_columns_also_with_restarts() -> None:
         assert ("RESTARTS" in text.plain) == bool(one.workers[1].num_restarts)
 
 
+def test_a_long_model_name_does_not_hide_what_is_running() -> None:
+    one = status()
+    one.model, one.num_running_requests = "a-model-" * 8, 7
+    lines = as_text(one, False, 100).plain.splitlines()
+    assert lines[1] == "7 running, 0 queued"
+    assert "AGE" in lines[3] and "RESTARTS" in lines[3], "the table is as wide as it may be"
+
+
 def test_a_wide_terminal_has_the_table_of_a_pipe() -> None:
     assert as_text(status(), False, 200).plain == as_table(status())
 

@@ -49,12 +49,14 @@ UNTIL_TERMINATED = (
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, runtime_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The supervisor's folder, with the stubs on its PATH."""
     for name, lines in STANDINS.items():
         executable(tmp_path / "bin" / name, lines)
     (tmp_path / "cluster.yaml").write_text("provider: {type: local, worker_ips: [10.0.0.3]}")
     (tmp_path / "crontab").write_text("5 4 * * * backup\n")
+    runtime_folder.mkdir()
+    (runtime_folder / "up-1.log").touch()  # of a run that has ended
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -136,6 +138,7 @@ def test_ray_stop_ends_it_for_good(serving: "subprocess.Popen[bytes]") -> None:
     ended.wait()
     assert calls()[-1] == "terminated"
     assert Path("crontab").read_text() == "5 4 * * * backup\n"
+    assert not list(Path("runtime").iterdir())
 
 
 def test_ray_stop_on_the_head_ends_ray_on_the_other_hosts(serving: "subprocess.Popen[bytes]") -> None:
@@ -153,6 +156,7 @@ def test_a_host_restarts_the_supervisor_at_boot(serving: "subprocess.Popen[bytes
     assert serving.wait() == 0
     assert calls()[-1] == "terminated"
     assert "@reboot" in Path("crontab").read_text()
+    assert Path("runtime/up-1.log").exists()
     assert (
         "supervise --at-reboot" in Path("at_reboot").read_text()
         and Path("at_reboot").stat().st_mode & 0o777 == 0o700

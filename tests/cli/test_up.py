@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pdserve.cli import progress
+from pdserve.cli import progress, up as up_command
 from pdserve.cli.client import CommandFailed, connect_to_administer
 from pdserve.cli.progress import StartBars, StatusLines, is_ready, ready_line
 from pdserve.cli.up import Shown, follow, sigterm_as_interrupt, up
@@ -244,3 +244,21 @@ def test_where_no_terminal_is_every_line_is_a_json_object(
     assert {line["process"] for line in lines} == {"up"}
     assert (seen[0].format, seen[0].level) == ("json", "info")
     assert not Path(seen[0].relay or "").exists(), "the socket is gone with the process that listened there"
+
+
+@pytest.mark.parametrize(
+    ("ended", "error", "refusal"),
+    [
+        (True, None, None),
+        (True, "the head died", "the head died"),
+        (False, None, "the head is gone, and no other has served within 60 s"),
+    ],
+)
+def test_a_head_that_is_gone_counts_as_stopped_only_where_it_was_ended(
+    ended: bool, error: str | None, refusal: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A supervisor would not start it again otherwise."""
+    monkeypatch.setattr(up_command, "END_TIMEOUT_S", 0.0)
+    cluster: Any = SimpleNamespace(ended=ended, poll=lambda: error)
+    with nullcontext() if refusal is None else pytest.raises(CommandFailed, match=refusal):
+        up_command._check_end(cluster)

@@ -160,8 +160,7 @@ async def test_held_legs_arrive_in_several_frames_and_are_adopted_together() -> 
     _, writer = await open_control(await routing.start("127.0.0.1"), "token")
     encoder = FrameEncoder()
     first, second, third = (
-        HeldLeg(spec=spec(name, range(4)), leg=Leg.DECODE, has_partner=False, outputs=(), ended=None)
-        for name in "abc"
+        HeldLeg(spec=spec(name, range(4)), leg=Leg.DECODE, has_partner=False) for name in "abc"
     )
     ready = Ready(info=worker_info("decode-0", Role.DECODE), held=(third,))
     for message in (HELLO, Holds(held=(first,)), Holds(held=(second,)), ready):

@@ -74,6 +74,30 @@ def free_ports(number: int) -> list[str]:
         return [str(one.getsockname()[1]) for one in sockets]
 
 
+FAILING = """#!/bin/sh
+case $1 in
+validate | plan | status) [ $# = 1 ] && [ $1 != status ] ;;
+up) echo '"ready: ' >&2; echo $$ > "$PID_FILE"; exec sleep 600 ;;
+*) exit 1 ;;
+esac
+"""
+
+
+def test_a_first_hour_that_fails_leaves_no_cluster(tmp_path: Path) -> None:
+    program = tmp_path / "pdserve"
+    program.write_text(FAILING)
+    program.chmod(0o700)
+    pid_file = tmp_path / "pid"
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    variables = {"PATH": path, "PID_FILE": str(pid_file), "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [EXAMPLES / "first_hour.sh"], env=os.environ | variables, capture_output=True, timeout=60
+    )
+    assert done.returncode == 1, done.stdout
+    assert not Path(f"/proc/{int(pid_file.read_text())}").exists()
+    assert not list(tmp_path.glob("tmp.*")), "its folder is gone"
+
+
 def test_the_first_hour_prints_what_it_says(tmp_path: Path) -> None:
     """With a model that talks, where its package is installed."""
     script = EXAMPLES / "first_hour.sh"

@@ -41,6 +41,7 @@ def test_ray_assigns_gpus_by_the_rule_that_we_assume() -> None:
         for number, share in enumerate((0.5, 0.7, 0.5, 0.3)):
             worker = spec("cuda", share)
             placement = allocator.take((f"decode-{number}", 1), worker.need)
+            assert placement is not None
             actors.append(ray.remote(VisibleDevice).options(**options_of(worker, placement)).remote())
             assert ray.get(actors[-1].gpu.remote()) == str(placement.gpu)
             assert variables_of(worker)["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID", "the order by which it counts"
@@ -51,9 +52,10 @@ def test_ray_assigns_gpus_by_the_rule_that_we_assume() -> None:
 
 def test_a_worker_on_a_cpu_takes_no_gpu() -> None:
     worker = spec("cpu", 0.5)
-    options = options_of(
-        worker, CoreAllocator({ray.nodes()[0]["NodeID"]: Capacity(8)}).take(worker.key, worker.need)
-    )
+    allocator = CoreAllocator({ray.nodes()[0]["NodeID"]: Capacity(8)})
+    placement = allocator.take(worker.key, worker.need)
+    assert placement is not None
+    options = options_of(worker, placement)
     assert options["num_gpus"] is None
     assert "runtime_env" not in options, "it would keep the worker from a process that is there already"
     assert set(variables_of(worker)) == {"OMP_NUM_THREADS"}

@@ -9,7 +9,7 @@ from unittest.mock import AsyncMock
 
 import pytest
 import ray
-from ray.exceptions import ActorUnavailableError, RayError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 
 from pdserve.cluster import actors, keeper as keeper_module
 from pdserve.cluster.actors import KeeperActor
@@ -23,6 +23,7 @@ from pdserve.router.cores import Placement
 from pdserve.worker.spec import WorkerSpec
 
 PLACEMENT = Placement("node", (0,))
+UNAVAILABLE = ActorUnavailableError("the socket was closed", None)
 NO_NODES: Any = SimpleNamespace()  # not used
 
 
@@ -31,6 +32,7 @@ class FakeWorkers:
 
     def __init__(self) -> None:
         self.ends: dict[str, asyncio.Future[None]] = {}
+        self.is_host_up = True
 
     def options(self, **_: Any) -> "FakeWorkers":
         return self
@@ -74,6 +76,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> FakeWorkers:
     monkeypatch.setattr(actors, "WorkerActor", workers)
     monkeypatch.setattr(actors, "options_of", lambda spec, placement: {})
     monkeypatch.setattr(ray, "kill", lambda actor: None)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": PLACEMENT.node_id, "Alive": workers.is_host_up}])
     monkeypatch.setattr(actors, "POLL_S", 0.001)
     return workers
 
@@ -119,6 +122,22 @@ async def test_a_workers_end_reaches_the_head_that_started_it(workers: FakeWorke
     workers.ends["decode-0"].set_exception(RayError("lost"))
     assert await ends[0] == Outcome("lost", has_died=True)
     assert not ends[2].done()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_host_up", "has_died"),
+    [(ActorDiedError(), True, True), (ActorDiedError(), False, False), (UNAVAILABLE, True, False)],
+)
+async def test_a_process_that_may_have_ended_with_its_host_has_not_died_by_itself(
+    error: RayError, is_host_up: bool, has_died: bool, workers: FakeWorkers
+) -> None:
+    keeper = RayKeeper(Handle(keeper_actor()))
+    keeper.start(spec_of(0), PLACEMENT)
+    end = asyncio.create_task(keeper.ended(spec_of(0).key))
+    await until(lambda: bool(workers.ends))
+    workers.is_host_up = is_host_up
+    workers.ends["decode-0"].set_exception(error)
+    assert (await end).has_died is has_died
 
 
 async def test_an_end_is_not_lost_on_a_head_that_asks_late(workers: FakeWorkers) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import json
 import re
+import threading
 import tracemalloc
 import zlib
 from collections.abc import AsyncIterator, Callable
@@ -12,11 +13,13 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
 
 from pdserve.core.config import ClusterConfig
 from pdserve.gateway.app import serve
 from pdserve.gateway.auth.keys import make_key, new_key
 from pdserve.gateway.http.codings import SLICE_BYTES, Decoder, accepts_gzip
+from pdserve.gateway.http.pages import Pages
 from tests.gateway.conftest import CONFIG
 from tests.gateway.support import ScriptedCluster, model_info
 
@@ -315,6 +318,40 @@ async def test_the_documentation_needs_no_network_and_runs_nothing(http: httpx.A
     for field in description["components"]["schemas"]["ChatCompletionRequest"]["properties"]:
         assert f"<code>{field}</code>" in docs.text
     assert "&lt;" in docs.text or "<tool_call>" not in docs.text
+
+
+async def test_the_documentation_is_made_once_and_beside_the_loop() -> None:
+    makers = []
+
+    def describe() -> dict[str, Any]:
+        makers.append(threading.current_thread())
+        return {"info": {"title": "a", "version": "1"}, "paths": {}, "components": {"schemas": {}}}
+
+    pages = Pages("tiny", describe)
+    request = Request({"type": "http"})
+    gone = asyncio.ensure_future(pages.docs(request))
+    await asyncio.sleep(0)
+    gone.cancel()  # a client that does not wait takes nothing from the others
+    await asyncio.gather(pages.docs(request), pages.openapi(request))
+    assert len(makers) == 1 and makers[0] is not threading.main_thread()
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completion", "/v1/chat/completions"),
+        ("/models", "/v1/models"),
+        ("/v1/embeddings", None),
+        ("/v1/" + "x" * 4000, None),
+    ],
+)
+async def test_a_path_without_its_version_is_recognised(
+    http: httpx.AsyncClient, path: str, meant: str | None
+) -> None:
+    error = (await http.post(path, content=BODY, headers=JSON)).json()["error"]
+    hint = f"; did you mean {meant}?" if meant else ""
+    assert (error["code"], error["message"]) == ("not_found", f"there is no {path}{hint}")
 
 
 async def test_where_there_are_keys_pages_need_one(connect: Connect, tmp_path: Path) -> None:

@@ -4,18 +4,23 @@ the rest is refused."""
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_type_hints
 
 import grpc
 import httpx
 import openai
 import pytest
+from openai.types import completion_create_params as text_params
+from openai.types.chat import completion_create_params as chat_params
+from pydantic import BaseModel
 from tokenizers import Tokenizer as Backend, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from pdserve.core.config import ClusterConfig
 from pdserve.core.request import DefaultSampling
 from pdserve.gateway.app import GatewayServer, serve
+from pdserve.gateway.http.chat_schema import ChatCompletionRequest
+from pdserve.gateway.http.schema import CompletionRequest
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from tests.gateway.conftest import CONFIG
 from tests.gateway.support import Built, ScriptedCluster, byte_level, model_info
@@ -54,6 +59,7 @@ NEUTRAL: dict[str, Any] = {
     "length_penalty": 1.0,
     "prompt_cache_retention": "24h",
     "prompt_cache_key": "a",
+    "prompt_cache_options": {"mode": "explicit"},
     "safety_identifier": "a",
     "service_tier": "auto",
     "store": False,
@@ -67,11 +73,12 @@ NEUTRAL: dict[str, Any] = {
     "verbosity": "medium",
     "function_call": "none",
     "functions": [],
+    "top_logprobs": 0,
     "audio": None,
 }
 ONLY_TEXT, ONLY_CHAT = (
     {"best_of"},
-    {"modalities", "verbosity", "function_call", "functions", "add_special_tokens"},
+    {"modalities", "verbosity", "function_call", "functions", "add_special_tokens", "top_logprobs"},
 )
 
 
@@ -129,6 +136,20 @@ async def test_the_official_client_may_send_them(server: GatewayServer) -> None:
     assert answer.usage is not None and answer.usage.completion_tokens == 3
 
 
+# values that the official client has a type for, and that are not served here: see docs/protocol.md
+OFFICIAL = {
+    ChatCompletionRequest: (chat_params, {"audio", "moderation", "prediction", "web_search_options"}),
+    CompletionRequest: (text_params, set[str]()),
+}
+
+
+@pytest.mark.parametrize("body", OFFICIAL)
+def test_the_fields_of_the_official_client_are_known(body: type[BaseModel]) -> None:
+    params, not_served = OFFICIAL[body]
+    official = set(get_type_hints(params.CompletionCreateParamsBase)) | {"stream"}
+    assert official - set(body.model_fields) == not_served
+
+
 # unknown fields
 
 
@@ -163,6 +184,27 @@ async def test_unknown_fields_are_ignored_where_the_operator_says_so(cluster: Sc
 
 
 # refusals
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("functions", [{"name": "f"}], "an empty list"),
+        ("use_beam_search", True, "false"),
+        ("include_reasoning", False, "true"),
+    ],
+)
+async def test_an_expected_value_is_written_as_json(
+    http: httpx.AsyncClient, field: str, value: object, expected: str
+) -> None:
+    message = (await refusal(http, CHAT | {field: value}))["message"]
+    assert message.endswith(f"is not valid, expected {expected}")
+
+
+async def test_more_tokens_than_the_operator_allows_are_no_overflow(http: httpx.AsyncClient) -> None:
+    error = await refusal(http, TEXT | {"max_tokens": 1_000_000})  # nor would the model have room for them
+    assert (error["code"], error["param"]) == ("invalid_value", "max_tokens")
+
 
 WRONG = {
     "temperature": 3,

@@ -30,7 +30,7 @@ async def test_a_replacement_waits_for_the_cores_of_the_frozen_worker_before_it(
     world.disconnect("worker-0", "reset")
     assert world.state("worker-0") is MemberState.STARTING
     assert world.actor("worker-0") is frozen
-    assert "waiting" in world.controller.processes["worker-0", 3].phase
+    assert "waiting" in world.controller.phase(("worker-0", 3))
     await frozen_is_killed(frozen)
     await world.settle()
     assert world.actor("worker-0").spec.incarnation == 3
@@ -242,7 +242,7 @@ async def test_a_worker_waits_indefinitely_for_a_host_to_join(
     (waiting,) = (
         key for key, process in world.controller.processes.items() if process.state is ProcessState.WAITING
     )
-    assert world.controller.processes[waiting].phase.startswith(f"waiting: {waiting[0]} needs 1 core(s)")
+    assert world.controller.phase(waiting).startswith(f"waiting: {waiting[0]} needs 1 core(s)")
     world.places.cores.open("another", Capacity(1))
     world.controller.handle(Tick())
     assert [actor.spec.key for actor in world.actors][-1] == waiting

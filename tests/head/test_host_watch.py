@@ -126,6 +126,18 @@ async def test_a_full_host_is_named_in_the_log_and_the_status(caplog: pytest.Log
     await watch.close()
 
 
+async def test_a_host_that_has_answered_has_joined() -> None:
+    nodes = FakeNodes(B)
+    watch = watch_of(nodes)
+    joined: list[None] = []
+    watch.on_join = lambda: joined.append(None)
+    await watch.start(WITH_B)
+    assert not joined
+    await nodes.answer("n2")
+    assert len(joined) == 1
+    await watch.close()
+
+
 async def test_workers_of_a_removed_host_are_named() -> None:
     nodes = FakeNodes(B)
     watch = watch_of(nodes)

@@ -4,10 +4,8 @@ hosts.
 In the file only `provider` and `auth` are changed, and the number of decode instances: the head's host alone
 has no room for them. `make journey` shows how long each step took."""
 
-import json
 import os
 import select
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +15,7 @@ import pytest
 
 from bench.microbench import kv_between_hosts
 
+from .clients import clients, first_answer
 from .network import Hosts
 from .status import await_status, is_whole, states
 
@@ -28,34 +27,6 @@ UP = "ray up -y cluster.yaml"
 LINK = "1gbit"
 STEP_S = 400.0  # on a busy machine
 NOTICE_S = 45.0  # by itself, an agent of a Ray whose head has gone would try for a minute to report it
-ASK = """
-import json, select, sys, time, urllib.request
-
-URL, TYPE = "http://127.0.0.1:8000/v1/completions", {"content-type": "application/json"}
-BODY = json.dumps({"prompt": "The with statement", "max_tokens": 400, "temperature": 0, "stream": True}).encode()
-
-def ask():
-    with urllib.request.urlopen(urllib.request.Request(URL, BODY, TYPE), timeout=60) as answer:
-        events = [line[6:] for line in answer if line.startswith(b"data: ")]
-    assert events.pop().strip() == b"[DONE]", "the stream was cut off"
-    return "".join(json.loads(event)["choices"][0]["text"] for event in events)
-
-def ask_until_answered():
-    while True:
-        try:
-            return ask()
-        except OSError:
-            time.sleep(0.1)
-
-def ask_until_stopped():
-    texts = [ask()]
-    print("began", flush=True)
-    while not select.select([sys.stdin], [], [], 0)[0]:
-        texts.append(ask())
-    return texts
-
-print(json.dumps(eval(sys.argv[1])()))
-"""
 
 
 @contextmanager
@@ -79,7 +50,6 @@ def configure(hosts: Hosts) -> None:
         assert text.count(ours) == 1, ours
         text = text.replace(ours, theirs)
     (hosts.home("operator") / "cluster.yaml").write_text(text)
-    (hosts.home("head") / "ask.py").write_text(ASK)
     hosts.run("operator", "(umask 077; ray get-auth-token --generate)")
 
 
@@ -92,25 +62,6 @@ def edit(hosts: Hosts, ours: str, theirs: str) -> None:
 
 def ray_up(hosts: Hosts) -> str:
     return hosts.run("operator", UP, timeout_s=STEP_S)
-
-
-def first_answer(hosts: Hosts) -> str:
-    text: str = json.loads(hosts.run("head", "python ask.py ask_until_answered", timeout_s=STEP_S))
-    return text
-
-
-@contextmanager
-def clients(hosts: Hosts) -> Iterator[list[str]]:
-    """One asks after the other while the block runs; at its end the list has all answers."""
-    answers: list[str] = []
-    command = hosts.command("head", "python ask.py ask_until_stopped")
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as asking:
-        assert asking.stdin is not None and asking.stdout is not None
-        assert asking.stdout.readline() == "began\n"
-        yield answers
-        asking.stdin.write("stop\n")
-        asking.stdin.flush()
-        answers += json.loads(asking.stdout.readline())
 
 
 def processes(hosts: Hosts, host: str) -> dict[int, str]:
@@ -159,7 +110,7 @@ def test_from_ray_up_to_ray_down(hosts: Hosts) -> None:
 
     with timed("all hosts and instances are there"):
         await_status(hosts, is_whole)
-    with clients(hosts) as answers:
+    with clients(hosts, reference):
         with timed("`ray up` again"):
             assert "nothing to change" in ray_up(hosts)
         with timed("another ratio"):
@@ -182,7 +133,6 @@ def test_from_ray_up_to_ray_down(hosts: Hosts) -> None:
             edit(hosts, f"[{kept}]", f"[{kept}, {removed}]")
             ray_up(hosts)
             await_status(hosts, is_whole)
-    assert set(answers) == {reference}
 
     hosts.run("head", "pkill -9 ray::HeadActor")
     with timed("the head's process killed, to first token"):

@@ -22,6 +22,7 @@ from pdserve.core.request import FinishReason, Request, SequenceSpec, TransferId
 from pdserve.router.config import RouterConfig
 from pdserve.router.core import Router
 from pdserve.router.events import Adopted, EmitTokens, Submit, Tick, WorkerLost, WorkerReady
+from pdserve.router.prefix_index import block_keys
 
 from .cluster import Cluster, make_request, worker_info
 
@@ -66,7 +67,7 @@ def held(
         if error == ""
         else LegEnded(worker_id=WHO[leg], incarnation=1, transfer=spec.transfer, leg=leg, error=error)
     )
-    return HeldLeg(spec=spec, leg=leg, has_partner=partner, outputs=outputs, ended=ended)
+    return HeldLeg.of(spec, leg, outputs, has_partner=partner, ended=ended)
 
 
 WHO = {Leg.PREFILL: "prefill-0", Leg.DECODE: "decode-0"}
@@ -342,4 +343,4 @@ def test_an_adopting_router_waits_for_reports_of_what_is_cached() -> None:
         router.handle(StepReport(worker_id="decode-0", incarnation=1, load=load, blocks_added=hashes), 0.0)
     assert not router.known_blocks("decode-0")
     router.handle(Adopted(), 0.0)
-    assert router.known_blocks("decode-0") == {b"one", b"two", b"three"}
+    assert router.known_blocks("decode-0") == set(block_keys([b"one", b"two", b"three"]))

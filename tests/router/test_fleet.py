@@ -12,6 +12,7 @@ from pdserve.router.fleet_events import (
     Drain,
     DrainWorker,
     FleetAction,
+    HostJoined,
     ReplaceWorkers,
     Shutdown,
     StartWorker,
@@ -56,6 +57,19 @@ def test_repeated_start_failures_back_off_exponentially_and_keep_their_message()
         (action,) = fleet.handle(Tick(), after_s=due_s - fleet.now_s)
         assert isinstance(action, StartWorker)
     assert delays == [1.0, 2.0, 4.0, 4.0]
+
+
+def test_a_worker_that_failed_starts_at_once_when_a_host_joins() -> None:
+    fleet = FleetAt(config=FleetConfig(backoff_s=1.0))
+    fleet.apply({D: 1})
+    for _ in range(4):
+        fleet.lost("worker-0")
+        fleet.handle(Tick(), after_s=60.0)
+    fleet.lost("worker-0")
+    (start,) = fleet.handle(HostJoined(), after_s=1.0)
+    assert isinstance(start, StartWorker)
+    fleet.lost("worker-0")
+    assert fleet.fleet.next_tick_s() == fleet.now_s + 1.0
 
 
 def test_only_a_worker_that_dies_soon_after_each_start_backs_off() -> None:

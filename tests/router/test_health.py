@@ -283,3 +283,14 @@ def test_a_prefill_worker_that_fails_fast_does_not_attract_the_traffic() -> None
     cluster.run()
     assert [end.finish_reason for ends in cluster.ends.values() for end in ends] == [None] * 1000
     assert cluster.num_dispatches["prefill-0"] <= 10
+
+
+@pytest.mark.parametrize("kind", [FailureKind.LOST, None])
+def test_both_ends_answer_for_what_a_decode_worker_reports_before_it_decodes(
+    kind: FailureKind | None,
+) -> None:
+    """It may only be the first to report that the prefill worker has failed."""
+    cluster = Cluster("prefill-0", "decode-0", config=RouterConfig(prefill_on_decode_factor=None))
+    cluster.submit(make_request("r"))
+    cluster.leg_ended("decode-0", Leg.DECODE, "gathering failed", kind=kind)
+    assert cluster.router._health._records.keys() == {"prefill-0", "decode-0"}

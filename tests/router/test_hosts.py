@@ -1,6 +1,7 @@
 """The hosts that serve, given the configuration, Ray's view and the hosts' answers."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ from pdserve.core.messages import Role
 from pdserve.core.needs import Need
 from pdserve.router.cores import Capacity
 from pdserve.router.events import Tick
+from pdserve.router.fleet_events import HostJoined
 from pdserve.router.hosts import (
     CHECK_AGAIN_S,
     TRANSITIONS,
@@ -123,6 +125,19 @@ def test_a_lost_host_that_nobody_asked_for_is_forgotten() -> None:
     cluster.see(HEAD)
     assert cluster.states == {"10.0.0.1": "joined"}
     assert cluster.hosts.problems() is None
+
+
+def test_a_host_joins_once_however_often_it_is_checked() -> None:
+    """What fails on a host that answers is not the host's doing."""
+    cluster = Cluster(ExpectedHosts(("10.0.0.2",)))
+    answer = HostChecked("n2", CAPACITY)
+    cluster.see(B)
+    assert HostJoined() in cluster.handle(answer)
+    cluster.handle(HostSuspected("n2"))
+    assert HostJoined() not in cluster.handle(answer)
+    cluster.see()
+    cluster.see(replace(B, node_id="n4"))
+    assert HostJoined() in cluster.handle(replace(answer, node_id="n4"))
 
 
 def test_a_refused_host_is_rechecked_with_backoff_and_reported_once() -> None:

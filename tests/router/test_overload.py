@@ -17,6 +17,7 @@ from pdserve.router.events import (
     WorkersExpected,
 )
 from pdserve.router.live_request import DispatchState
+from pdserve.router.waiting import REVIEW_S
 
 from .cluster import Cluster, make_request, worker_info
 
@@ -443,6 +444,7 @@ def test_those_on_their_way_to_a_full_worker_take_no_more_than_they_leave() -> N
         cluster.submit(request_of(name, name))
     assert reserved(cluster, "a") and not reserved(cluster, "b")
     start(cluster, "a", 1)
+    cluster.tick(REVIEW_S)
     assert reserved(cluster, "b")
 
 

@@ -58,7 +58,6 @@ def test_an_instance_that_fits_nowhere_delays_no_others_and_reports_its_need() -
     ask(made, P, 1, Need(2, 1.0))
     ask(made, D, 1)
     assert placed(made) == ["decode-0"]
-    assert made.waiting == (("prefill-0", 1),)
     assert made.why_waiting(("prefill-0", 1)).startswith(
         "prefill-0 needs 2 core(s) with 1 of each free, but of the cluster's 1"
     )

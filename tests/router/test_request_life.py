@@ -292,9 +292,7 @@ class AnyEvents(RuleBasedStateMachine):
                 for index in range(len(spec.output_token_ids), num_tokens)
             )
             ended = None if error == "" else self.ended(worker, leg, spec, error, False)
-            legs[worker][spec.transfer, leg] = HeldLeg(
-                spec=spec, leg=leg, has_partner=True, outputs=outputs, ended=ended
-            )
+            legs[worker][spec.transfer, leg] = HeldLeg.of(spec, leg, outputs, has_partner=True, ended=ended)
         self.num_routers += 1
         config = RouterConfig(max_queued_requests=3, claim_timeout_s=5.0, retry_delay_s=5.0, max_attempts=4)
         self.router = Router(config, first_attempt=1000 * self.num_routers, adopts=True)

@@ -30,9 +30,7 @@ def held(cluster: Cluster, num_tokens: int, finish: FinishReason | None = None) 
         for index in range(num_tokens)
     )
     ended = LegEnded(worker_id="decode-0", incarnation=1, transfer=spec.transfer, leg=Leg.DECODE)
-    return HeldLeg(
-        spec=spec, leg=Leg.DECODE, has_partner=False, outputs=outputs, ended=ended if finish else None
-    )
+    return HeldLeg.of(spec, Leg.DECODE, outputs, has_partner=False, ended=ended if finish else None)
 
 
 def test_a_stream_continues_where_it_is_with_what_was_computed_meanwhile() -> None:

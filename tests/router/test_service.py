@@ -246,7 +246,7 @@ def adopt(service: RouterService, machine: TokenMachine) -> None:
     )
     outputs = tuple(TokenOutput(spec.transfer, 0, index, index) for index in range(50))
     machine.goes_on(spec.transfer, len(outputs))
-    held = HeldLeg(spec=spec, leg=Leg.DECODE, has_partner=False, outputs=outputs, ended=None)
+    held = HeldLeg.of(spec, Leg.DECODE, outputs, has_partner=False)
     service.handle(WorkerReady(worker_info("both-0"), (held,)))
     service.handle(Adopted())
 

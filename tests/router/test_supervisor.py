@@ -88,7 +88,7 @@ def test_a_process_waits_for_a_place_until_another_is_gone() -> None:
     world = World(num_cores=1)
     world.handle(Apply({P: 1, D: 1}))
     assert world.state("worker-1", 2) is ProcessState.WAITING
-    assert world.supervisor.processes["worker-1", 2].phase.startswith("waiting: worker-1 needs 1 core(s)")
+    assert world.supervisor.phase(("worker-1", 2)).startswith("waiting: worker-1 needs 1 core(s)")
     world.handle(ProcessEnded("worker-0", 1, "it failed", is_explained=True))
     assert world.state("worker-1", 2) is ProcessState.STARTING
 

@@ -16,6 +16,7 @@ from pdserve.core.hosts import HostState
 from pdserve.core.latency import LatencyModel
 from pdserve.core.messages import HeldLeg, WorkerInfo
 from pdserve.core.request import TransferId
+from pdserve.core.worker_speed import Correction
 from pdserve.decode_worker.scheduler import DecodeScheduler, Emission
 from pdserve.decode_worker.worker import DecodeWorker
 from pdserve.engine import sequence
@@ -312,9 +313,9 @@ def forget_that_a_lost_host_is_asked_for() -> Planted:
 
 def forget_running_instances_when_a_host_is_opened() -> Planted:
     def open_host(self: CoreAllocator, node_id: str, capacity: Capacity) -> None:
-        taken, self._taken = self._taken, {}
+        instances, self._on = self._on, {}
         original(self, node_id, capacity)
-        self._taken = taken
+        self._on = instances
 
     original = CoreAllocator.open
     return patch.object(CoreAllocator, "open", open_host)
@@ -329,7 +330,7 @@ def recall_a_worker_that_must_leave_its_host() -> Planted:
 
     def replace(self: Fleet, workers, now_s: float) -> None:  # type: ignore[no-untyped-def]
         original(self, workers, now_s)
-        for member in self._members.values():
+        for member in self._roster:
             member.is_replaced = False
 
     return patch.object(Fleet, "_replace", replace)
@@ -345,6 +346,7 @@ def time_out_a_worker_that_waits_for_a_host() -> Planted:
     def start(self: Fleet, member: Member, now_s: float) -> None:
         original(self, member, now_s)
         member.due_s = now_s + 1.0
+        self._roster.note(member)
 
     return patch.object(Fleet, "_start", start)
 
@@ -484,6 +486,19 @@ def give_a_gray_worker_as_much_as_others() -> Planted:
     return patch.object(Health, "failed", lambda self, worker, error, now_s: None)
 
 
+def expect_of_a_slow_worker_what_others_do() -> Planted:
+    return patch.object(Correction, "observe", lambda self, ratio: None)
+
+
+def let_workers_hold_blocks_for_each_other() -> Planted:
+    return patch.multiple(RegisteredWorker, may_send=True, may_receive=True)
+
+
+def end_a_load_that_takes_long() -> Planted:
+    original = RouterSession.progress
+    return patch.object(RouterSession, "progress", lambda self, phase, fraction: original(self, phase, 0.0))
+
+
 def let_nobody_pass_a_large_request() -> Planted:
     return patch.object(Reservation, "may_be_passed", lambda self, job: False)
 
@@ -541,7 +556,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     time_out_a_worker_that_waits_for_a_host: 1,
     never_check_a_refused_host_again: 122,
     free_on_abort_before_the_transfer_has_drained: 55,
-    forget_the_epoch_check: 936,
+    forget_the_epoch_check: 419,
     repeat_a_token_after_a_resume: 1,
     leak_on_cancel: 0,
     free_twice_on_preemption: 1,
@@ -553,12 +568,12 @@ FIRST_FOUND: dict[Mutation, int] = {
     announce_layers_before_they_are_computed: 0,
     share_kv_between_salts: 1,
     leave_workers_working_for_an_ended_request: 0,
-    decode_an_aborted_sequence: 6,
+    decode_an_aborted_sequence: 8,
     miss_a_deadline: 0,
-    stop_a_worker_without_draining_it: 7,
-    commit_a_chunk_that_never_left: 42,
+    stop_a_worker_without_draining_it: 19,
+    commit_a_chunk_that_never_left: 83,
     forget_tokens_computed_before_the_router_died: 78,
-    forget_to_abort_the_broken_dispatches_that_a_new_router_finds: 680,
+    forget_to_abort_the_broken_dispatches_that_a_new_router_finds: 114,
     count_attempts_from_0_in_a_new_router: 365,
     compute_only_part_of_a_prompt_with_requested_logprobs: 1,
     release_an_ended_sequence_while_a_step_has_a_row_of_it: 0,
@@ -567,6 +582,9 @@ FIRST_FOUND: dict[Mutation, int] = {
     leave_all_places_to_the_client_that_has_them: 54,
     give_a_gray_worker_as_much_as_others: 83,
     let_nobody_pass_a_large_request: 147,
+    expect_of_a_slow_worker_what_others_do: 68,
+    end_a_load_that_takes_long: 48,
+    let_workers_hold_blocks_for_each_other: 61,
     compute_an_aborted_choice: 9,
     run_suspects_beside_others: 26,
     charge_prompts_alone: 3,
@@ -576,7 +594,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     forget_which_requests_have_killed: 26,
     take_each_lost_connection_for_a_death: 13,
     reassign_the_cores_of_a_process_before_it_is_gone: 6,
-    forget_a_process_that_ends_by_itself: 75,
+    forget_a_process_that_ends_by_itself: 25,
     hide_a_broken_connection_from_the_supervisor: 10,
     keep_only_the_last_frame_of_held_legs: 589,
     greet_only_the_first_router: 82,
@@ -586,7 +604,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     end_workers_with_the_router: 82,
     lose_the_workers_that_hang_up_while_the_router_stands_still: 78,
     forget_what_workers_computed_while_they_were_away: 78,
-    believe_that_aborts_reach_workers_that_are_away: 449,
+    believe_that_aborts_reach_workers_that_are_away: 788,
     count_our_own_delay_towards_a_workers_start: 78,
 }
 

@@ -1,7 +1,10 @@
 """The legs that a worker remembers for a router that does not know them."""
 
-from pdserve.core.messages import Leg, LegEnded, TokenLogprobs, TokenOutput
-from pdserve.core.request import TransferId
+import msgspec
+from hypothesis import given, strategies as st
+
+from pdserve.core.messages import HeldLeg, Leg, LegEnded, TokenLogprobs, TokenOutput
+from pdserve.core.request import FinishReason, SamplingParams, SequenceSpec, TransferId
 from pdserve.worker.held_legs import KEPT_S, MAX_FRAME_TOKENS, MAX_KEPT_TOKENS, HeldLegs, in_frames
 
 from .chain_model import spec
@@ -30,7 +33,7 @@ def test_an_ended_leg_is_reported_with_all_tokens_for_a_while() -> None:
     legs.record([token("a", 0)], [])
     legs.record([token("a", 1)], [ended("a")])
     (leg,) = legs.all()
-    assert [output.index for output in leg.outputs] == [0, 1]
+    assert [output.index for output in leg.outputs()] == [0, 1]
     assert leg.ended == ended("a")
     clock.now_s = KEPT_S + 1.0
     assert legs.all() == ()
@@ -44,7 +47,7 @@ def test_log_probabilities_of_prompts_count_towards_the_limit() -> None:
         legs.record([TokenOutput(TransferId(name, 0), 0, 0, 7, prompt_logprobs=prompt)], [ended(name)])
     (leg,) = legs.all()
     assert leg.spec.transfer.request_id == "c"
-    assert leg.outputs[0].prompt_logprobs == prompt
+    assert leg.outputs()[0].prompt_logprobs == prompt
 
 
 def test_remembered_ended_legs_are_bounded() -> None:
@@ -64,3 +67,33 @@ def test_all_held_legs_are_reported_in_order_across_frames() -> None:
     assert [len(frame) for frame in frames] == [3, 3, 1, 1]
     assert [leg for frame in frames for leg in frame] == list(legs.all())
     assert list(in_frames(())) == [()]
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 9), st.booleans(), st.booleans()), max_size=12))
+def test_a_held_leg_has_its_outputs_in_their_order_on_the_wire_too(
+    drawn: list[tuple[int, int, bool, bool]],
+) -> None:
+    transfer = TransferId("r", 1)
+    spec = SequenceSpec(transfer=transfer, prompt_token_ids=(1,), sampling=SamplingParams())
+    outputs = tuple(
+        TokenOutput(
+            transfer,
+            choice,
+            index if is_odd else place,
+            100 + index,
+            logprob=-1.0 if is_scored else None,
+            finish_reason=FinishReason.STOP if index == 9 else None,
+        )
+        for place, (choice, index, is_odd, is_scored) in enumerate(drawn)
+    )
+    leg = HeldLeg.of(spec, Leg.DECODE, outputs, has_partner=False)
+    received = msgspec.msgpack.decode(msgspec.msgpack.encode(leg), type=HeldLeg)
+    assert tuple(received.outputs()) == outputs and received.num_outputs == len(outputs)
+
+
+def test_plain_tokens_travel_as_numbers_alone() -> None:
+    transfer = TransferId("r", 1)
+    spec = SequenceSpec(transfer=transfer, prompt_token_ids=(1,), sampling=SamplingParams())
+    outputs = [TokenOutput(transfer, 0, index, index) for index in range(5, 9)]
+    leg = HeldLeg.of(spec, Leg.DECODE, outputs, has_partner=False)
+    assert (leg.first_index, leg.token_ids, leg.later_outputs) == (5, (5, 6, 7, 8), ())

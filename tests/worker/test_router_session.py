@@ -21,7 +21,7 @@ def session(max_frame_tokens: int = 1000) -> RouterSession:
 
 
 def held(name: str) -> HeldLeg:
-    return HeldLeg(spec=spec(name, range(4)), leg=Leg.DECODE, has_partner=False, outputs=(), ended=None)
+    return HeldLeg.of(spec(name, range(4)), Leg.DECODE, has_partner=False)
 
 
 def test_a_worker_dials_until_no_router_answered_for_too_long() -> None:

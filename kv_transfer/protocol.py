@@ -17,7 +17,7 @@ from ..core.messages import KVLayout
 from ..core.request import TransferId
 from .span import Span
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 
 
 class Connect(msgspec.Struct, frozen=True, tag=True, array_like=True, kw_only=True):

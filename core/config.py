@@ -127,6 +127,9 @@ class SloSection(ConfigSection):
     """Time to the first token."""
     itl_ms: PositiveFloat = 50.0
     """Time between tokens."""
+    enforce: bool = False
+    """Refuse a request, with a retry delay, for which every worker is predicted to exceed `itl_ms`. By
+    default it is served nevertheless, where the excess is least."""
 
 
 class KvSection(ConfigSection):
@@ -167,6 +170,9 @@ class LimitsSection(ConfigSection):
     max_running_per_client: Positive | None = None
     """Choices of one client that workers hold at a time; its other requests wait, and those of others pass.
     By default as many as there is room for."""
+    max_wait_for_worker_s: PositiveFloat = 300.0
+    """How long a request waits while workers start or are replaced and none of the others could ever serve
+    it; then it ends with UNAVAILABLE."""
     max_unread_tokens: Positive = 1024
     """Tokens that a client may leave unread beside what its connection holds; then its stream pauses and
     leaves the workers until the client has read half of them."""

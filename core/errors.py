@@ -139,13 +139,29 @@ class CapacityError(PdserveError):
     """The machine or cluster has too few devices or too little memory for the configuration."""
 
 
-class QueueFull(PdserveError):
-    """A bounded queue is full; retry after `retry_after_s`."""
+class Overloaded(PdserveError):
+    """A request would be served too late; retry after `retry_after_s`."""
+
+    def __init__(self, text: str, retry_after_s: float) -> None:
+        super().__init__(f"{text}, retry in {retry_after_s:.1f} s")
+        self.retry_after_s = retry_after_s
+
+
+class QueueFull(Overloaded):
+    """A bounded queue is full."""
 
     def __init__(self, limit: int, retry_after_s: float) -> None:
-        super().__init__(f"{limit} requests are queued already, retry in {retry_after_s:.1f} s")
+        super().__init__(f"{limit} requests are queued already", retry_after_s)
         self.limit = limit
-        self.retry_after_s = retry_after_s
+
+
+class TokensTooSlow(Overloaded):
+    """With one more request, every worker would need longer for a token than the objective says."""
+
+    def __init__(self, slo_s: float, retry_after_s: float) -> None:
+        super().__init__(
+            f"every worker would need more than slo.itl_ms ({1e3 * slo_s:g}) for a token", retry_after_s
+        )
 
 
 class DuplicateRequest(PdserveError):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from .histogram import RATIOS, Histogram
 from .messages import StepTiming, TransferStats
+from .worker_speed import Correction, WorkerSpeed
 
 NOISE = 0.02  # variance of a measurement relative to its size
 MAX_SPREAD = 4.0  # forgetting stops where the weights' variance (in units of the priors) is above this
@@ -93,11 +94,18 @@ class RecursiveLeastSquares:
         """Whether it has enough measurements since the start, or since the last change in speed."""
         return self._num_seen >= WARM_UP
 
-    def observe(self, features: Sequence[float], seconds: float) -> bool:
-        """Refine by one measurement; False when it was dropped as an outlier."""
+    def observe(
+        self, features: Sequence[float], seconds: float, correction: Correction | None = None
+    ) -> bool:
+        """Refine by one measurement; False when it was dropped as an outlier. `correction` is the one of the
+        worker that was measured, and learns as well, once predictions rest on measurements."""
         scaled = [x * prior for x, prior in zip(features, self._priors, strict=True)]
         predicted = max(sum(x * w for x, w in zip(scaled, self._weights, strict=True)), FLOOR_S)
         ratio = seconds / predicted
+        if correction is not None:
+            ratio /= correction.factor
+            if self.is_warm:
+                correction.observe(ratio)
         self.ratios.add(ratio)
         if self._is_outlier(ratio):
             return False
@@ -205,6 +213,17 @@ class LatencyModel:
         a, b, c = self._small if num_sequences < self._large_batch else self._large
         return a + b * num_context_tokens + c * num_sequences + FLOOR_S
 
+    def decode_delay_s(
+        self, num_sequences: int, num_context_tokens: int, num_added: int, num_added_tokens: int
+    ) -> float:
+        """Seconds that `num_added` sequences of `num_added_tokens` take for each token at a worker that
+        decodes `num_sequences` already: the step that they share, and by how much it becomes longer for each
+        of the others."""
+        num_then = num_sequences + num_added
+        _, b, c = self._small if num_then < self._large_batch else self._large
+        added_s = b * num_added_tokens + c * num_added
+        return self.decode_s(num_then, num_context_tokens + num_added_tokens) + num_sequences * added_s
+
     def transfer_s(self, num_bytes: float) -> float:
         """Seconds to move `num_bytes` once they are computed."""
         return self._alpha + self._byte_s * num_bytes + FLOOR_S
@@ -214,24 +233,25 @@ class LatencyModel:
         while later ones are being computed, so only what does not fit beside the compute is left."""
         return self._alpha + max(0.0, self._byte_s * num_bytes - compute_s) + FLOOR_S
 
-    def observe_step(self, timing: StepTiming) -> None:
-        """Learns from a step. From a mixed one it learns the prefill's share: the time that the decode rows
-        do not explain."""
-        seconds = timing.duration_s
+    def observe_step(self, timing: StepTiming, speed: WorkerSpeed | None = None) -> None:
+        """Learns from a step of a worker of that `speed`, which learns too. From a mixed one it learns the
+        prefill's share: the time that the decode rows do not explain."""
+        seconds, speed = timing.duration_s, speed or WorkerSpeed()
         context, sequences = timing.num_context_tokens, timing.num_decode_sequences
         if timing.num_prefill_tokens:
             if sequences:
                 _, b, c = self._small if sequences < self._large_batch else self._large
-                seconds -= b * context + c * sequences
+                seconds -= speed.decode_factor * (b * context + c * sequences)
             if seconds > 0:
-                self._prefill.observe((1.0, timing.num_prefill_tokens, timing.sum_prefill_squares), seconds)
+                features = (1.0, timing.num_prefill_tokens, timing.sum_prefill_squares)
+                self._prefill.observe(features, seconds, speed.prefill)
                 self._a, self._b, self._c = self._prefill.coefficients
         elif sequences and seconds > 0:
             if sequences < self._large_batch:
-                self._decode_small.observe((1.0, context, sequences), seconds)
+                self._decode_small.observe((1.0, context, sequences), seconds, speed.decode)
                 self._small = self._decode_small.coefficients
             else:
-                self._decode_large.observe((1.0, context, sequences), seconds)
+                self._decode_large.observe((1.0, context, sequences), seconds, speed.decode)
                 self._large = self._decode_large.coefficients
 
     def observe_transfer(self, stats: TransferStats) -> None:

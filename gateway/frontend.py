@@ -23,7 +23,7 @@ class Frontend(Protocol):
     def generate(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
         """Streams the request's events, ended by one EmitEnd. Closing the iterator cancels the request.
 
-        Raises QueueFull, DuplicateRequest or NoWorkerAvailable before the first event.
+        Raises Overloaded, DuplicateRequest or NoWorkerAvailable before the first event.
         """
         ...
 

@@ -13,7 +13,7 @@ from msgspec import structs
 
 from .. import __version__
 from ..core.config import ClusterConfig
-from ..core.errors import DuplicateRequest, NoWorkerAvailable, QueueFull
+from ..core.errors import DuplicateRequest, NoWorkerAvailable, Overloaded
 from ..core.held_bytes import HeldBytes
 from ..core.request import Request
 from ..core.validation import check_token_ids
@@ -119,8 +119,8 @@ class Serving:
     async def events(
         self, request: Request, charge: Charge, resume_from: Sequence[int] = ()
     ) -> AsyncGenerator[pb.GenerateEvent, None]:
-        """Yields the messages of the response. Raises QueueFull, DuplicateRequest or NoWorkerAvailable before
-        the first."""
+        """Yields the messages of the response. Raises Overloaded, DuplicateRequest or NoWorkerAvailable
+        before the first."""
         answer = ResponseEvents(
             request,
             self.tokenizer,
@@ -164,7 +164,7 @@ class Serving:
         has_begun = True
         try:
             yield
-        except (QueueFull, DuplicateRequest, NoWorkerAvailable) as error:
+        except (Overloaded, DuplicateRequest, NoWorkerAvailable) as error:
             has_begun = False
             is_scoped = isinstance(error, DuplicateRequest) and self.shared.access is not None
             raise DuplicateRequest(shown_id(request)) if is_scoped else error

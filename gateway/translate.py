@@ -23,8 +23,9 @@ from ..core.errors import (
     NoWorkerAvailable,
     PdserveError,
     QueueFull,
+    TokensTooSlow,
 )
-from ..core.held_bytes import TooManyBytes
+from ..core.held_bytes import TooLarge, TooManyBytes
 from ..core.peer_log import failure_log
 from ..core.request import FinishReason
 from .auth.access import NotPermitted, RateLimited, Unauthenticated
@@ -113,6 +114,9 @@ def to_status(error: PdserveError) -> tuple[grpc.StatusCode, list[Message]]:
         case QueueFull():
             details = [_retry(error.retry_after_s), _info("QUEUE_FULL", max_queued_requests=str(error.limit))]
             return grpc.StatusCode.RESOURCE_EXHAUSTED, details
+        case TokensTooSlow():
+            details = [_retry(error.retry_after_s), _info("TOKENS_TOO_SLOW")]
+            return grpc.StatusCode.RESOURCE_EXHAUSTED, details
         case RateLimited():
             return grpc.StatusCode.RESOURCE_EXHAUSTED, [
                 _retry(error.retry_after_s),
@@ -139,6 +143,8 @@ def to_status(error: PdserveError) -> tuple[grpc.StatusCode, list[Message]]:
             return grpc.StatusCode.RESOURCE_EXHAUSTED, [_retry(error.retry_after_s), _info("TOO_MANY_CALLS")]
         case TooManyBytes():
             return grpc.StatusCode.RESOURCE_EXHAUSTED, [_retry(error.retry_after_s), _info("TOO_MANY_BYTES")]
+        case TooLarge():
+            return grpc.StatusCode.FAILED_PRECONDITION, [_info("TOO_LARGE")]
         case TooSlow():
             return grpc.StatusCode.ABORTED, [_info("MESSAGE_TOO_SLOW")]
         case RequestFailed():

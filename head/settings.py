@@ -42,6 +42,8 @@ def router_config(config: ClusterConfig) -> RouterConfig:
         max_unread_tokens=config.limits.max_unread_tokens,
         max_unread_bytes=config.limits.max_held_bytes // 2,
         itl_slo_s=config.slo.itl_ms / 1e3,
+        enforces_itl=config.slo.enforce,
+        max_wait_for_worker_s=config.limits.max_wait_for_worker_s,
         prefill_on_decode_factor=None
         if config.routing.prefill_on_decode == "never"
         else defaults.prefill_on_decode_factor,

@@ -1,6 +1,7 @@
 """Admission: a bounded queue of jobs, retries first, then clients in turns; and the deadlines of all live
 requests."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from heapq import heapify, heappop, heappush
 from itertools import count
@@ -36,6 +37,8 @@ class JobQueue:
         self._stranded: dict[Job, None] = {}
         self._suspects: dict[Job, None] = {}  # run alone, apart from all others
         self._backing_off: Timetable[Job] = Timetable()
+        # stranded jobs, and suspects: the one that waits longest is first
+        self._awaiting: deque[Job] = deque()
         self._last_dispatch_s: float | None = None
         self._interval_s: float | None = None  # mean time between dispatches while jobs wait
 
@@ -63,8 +66,7 @@ class JobQueue:
 
     def retry_after_s(self, now_s: float, job_s: float) -> float:
         """Returns the seconds until the present backlog has drained at the recent pace."""
-        expected_s = len(self) * self._pace_s(now_s, job_s)
-        return min(max(expected_s, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S)
+        return retry_delay_s(len(self) * self._pace_s(now_s, job_s))
 
     def _pace_s(self, now_s: float, job_s: float) -> float:
         """Returns the seconds between dispatches; a longer wait since the last one counts as if a dispatch
@@ -191,11 +193,31 @@ class JobQueue:
         for place in (self._stranded, self._returning, self._suspects):
             place.pop(job, None)
 
-    def strand_head(self) -> None:
+    def strand_head(self, now_s: float) -> None:
         job = self.head()
         assert job is not None
         self.remove(job)
         self._stranded[job] = None
+        self.await_worker(job, now_s)
+
+    def await_worker(self, job: Job, now_s: float) -> None:
+        """Counts from now, unless it does already, how long no ready worker could ever serve the job."""
+        if job.awaits_worker_since_s is None:
+            job.awaits_worker_since_s = now_s
+            self._awaiting.append(job)
+
+    def awaiting_since(self, begin_s: float) -> Iterator[Job]:
+        """Takes out the jobs that have waited for a worker since `begin_s` or longer."""
+        while (since_s := self.longest_awaiting_s()) is not None and since_s <= begin_s:
+            job = self._awaiting.popleft()
+            job.awaits_worker_since_s = None
+            yield job
+
+    def longest_awaiting_s(self) -> float | None:
+        """Returns since when the job that waits longest for a worker does so."""
+        while self._awaiting and self._awaiting[0] not in self._awaiting[0].live.jobs:
+            self._awaiting.popleft()  # placed, or its request has ended
+        return self._awaiting[0].awaits_worker_since_s if self._awaiting else None
 
     def unstrand(self) -> None:
         """Re-examines stranded jobs, in their order, after workers have changed."""
@@ -220,6 +242,11 @@ class JobQueue:
 
     def next_wake_s(self) -> float | None:
         return self._backing_off.next_s()
+
+
+def retry_delay_s(expected_s: float) -> float:
+    """Returns the retry delay for a client that could be served in `expected_s`."""
+    return min(max(expected_s, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S)
 
 
 class Deadlines:

@@ -15,6 +15,8 @@ class RouterConfig:
     max_unread_tokens: int = 1024
     max_unread_bytes: int = 256 << 20  # of all streams together
     itl_slo_s: float = 0.05  # placement avoids workers whose predicted time per token is longer
+    enforces_itl: bool = False  # a request for which every worker would exceed it is refused
+    max_wait_for_worker_s: float = 300.0  # while no ready worker can serve a request at all
     max_attempts: int = 5  # dispatches of a choice before its request ends with an error
     max_prefill_backlog_tokens: int | None = None  # per worker; None: twice its max_batch_tokens
     # weight of prefill seconds on a decode worker; None: never prefill there

@@ -8,12 +8,12 @@ decided here.
 No clock, no I/O: the shell carries commands out in order and feeds events in.
 """
 
-from ..core.errors import NoWorkerAvailable, QueueFull
+from ..core.errors import NoWorkerAvailable, Overloaded, TokensTooSlow
 from ..core.histogram import TokenGaps
 from ..core.latency import LatencyModel
 from ..core.messages import LegEnded, Probe, Probed, StepReport
 from ..core.request import FinishReason, Request
-from .admission import JobQueue
+from .admission import JobQueue, retry_delay_s
 from .adoption import Adoption
 from .candidates import RoutingDecision
 from .config import RouterConfig
@@ -130,7 +130,7 @@ class Router:
         return self._requests.counters
 
     def handle(self, event: RouterEvent, now_s: float) -> list[RouterCommand]:
-        """Returns the commands that `event` leads to. For a Submit it raises QueueFull, DuplicateRequest,
+        """Returns the commands that `event` leads to. For a Submit it raises Overloaded, DuplicateRequest,
         NoWorkerAvailable or KillsWorkers; nothing has changed then."""
         if self._adoption is None:
             commands = self._react(event, now_s)
@@ -139,6 +139,7 @@ class Router:
             if self._adoption is not None:
                 return commands
         commands += self._requests.pass_time(now_s)
+        commands += self._end_hopeless_waits(now_s)
         self._health.review(now_s)
         if not (
             isinstance(event, StepReport | LegEnded)
@@ -185,11 +186,13 @@ class Router:
         """Returns when the next deadline or retry is due; None when only events can change anything."""
         if self._take_over is not None:
             return 0.0  # at once, but after what else is due
+        waits_since_s = self._queue.longest_awaiting_s()
         due = (
             self._requests.deadlines.next_s(),
             self._queue.next_wake_s(),
             self._requests.claims_end_s,
             self._health.next_s(),
+            None if waits_since_s is None else waits_since_s + self.config.max_wait_for_worker_s,
         )
         return min((at_s for at_s in due if at_s is not None), default=None)
 
@@ -249,7 +252,9 @@ class Router:
             self._queue.check_room(
                 request.client, self.config.max_queued_requests, now_s, self._job_s(request)
             )
-        except QueueFull:
+            if self.config.enforces_itl and (wait_s := self._placer.itl_wait_s(request)):
+                raise TokensTooSlow(self.config.itl_slo_s, retry_delay_s(wait_s))
+        except Overloaded:
             self.counters.rejected += 1
             raise
         return self._requests.admit(request, adopted, now_s)
@@ -273,14 +278,19 @@ class Router:
         makes_room = False
         while (job := self._queue.head()) is not None:
             self._reservation.bind(job)
-            placement = self._placer.place(job)
+            placement = self._place(job)
             if placement is not None and self._comes_too_late(job, placement, now_s):
                 commands += self._give_up(job, now_s)
             elif placement is not None:
                 commands += self._start(self._queue.pop(now_s), placement, now_s)
             elif self._registry.can_hold(job.num_total_tokens):
                 if not self._room.waits_for_decode(job):
-                    break
+                    level = self._room.level(job, self._queue.candidates())
+                    other = next((other for other in level if self._has_place(other)), None)
+                    if other is None:
+                        break
+                    self._queue.favour(other)
+                    continue
                 if self._room.may_take(job):
                     commands += self._make_room(job, now_s)
                     if makes_room or not self._pass(job, now_s):
@@ -293,14 +303,37 @@ class Router:
                 elif not self._pass(job, now_s):
                     break
             elif self._is_worker_expected:
-                self._queue.strand_head()
+                self._queue.strand_head(now_s)
             else:
                 commands += self._end_unservable(job, now_s)
         return commands
 
+    def _place(self, job: Job) -> RoutingDecision | None:
+        """Returns the place for a job; None when it has to wait."""
+        placement = self._placer.place(job)
+        if placement is None and self._room.waits_for_decode(job):
+            host = self._room.host(job)
+            if host is not None:
+                placement = self._placer.place(job, host)
+        return placement
+
+    def _has_place(self, job: Job) -> bool:
+        self._reservation.bind(job)
+        return self._placer.place(job) is not None
+
     def _end_unservable(self, job: Job, now_s: float) -> list[RouterCommand]:
         error = CLOSING if self._is_closing else "no worker is left that can serve the request"
         return self._requests.handle(job.live, End(FinishReason.ERROR, error), now_s)
+
+    def _end_hopeless_waits(self, now_s: float) -> list[RouterCommand]:
+        """Ends requests for which workers have been expected for too long."""
+        commands: list[RouterCommand] = []
+        limit_s = self.config.max_wait_for_worker_s
+        for job in self._queue.awaiting_since(now_s - limit_s):
+            if job.live.state.is_served and not self._registry.can_hold(job.num_total_tokens):
+                error = f"no worker that can serve the request has become ready in {limit_s:g} s"
+                commands += self._requests.handle(job.live, End(FinishReason.ERROR, error), now_s)
+        return commands
 
     def _dispatch_alone(self, now_s: float) -> list[RouterCommand]:
         """Places jobs under which a worker died, each at a worker that has no other; one of a request at a
@@ -313,7 +346,10 @@ class Router:
             if job not in self._queue.suspects or any(one.is_alone for one in job.live.running()):
                 continue
             if not self._registry.can_hold(job.num_total_tokens):
-                commands += [] if self._is_worker_expected else self._end_unservable(job, now_s)
+                if self._is_worker_expected:
+                    self._queue.await_worker(job, now_s)
+                else:
+                    commands += self._end_unservable(job, now_s)
                 continue
             worker = self._isolation.worker_for(job, self._num_expected, now_s)
             if worker is not None:
@@ -332,7 +368,7 @@ class Router:
                 self._queue.defer_passed(job)
                 continue
             self._reservation.lift()
-            placement = self._placer.place(job)
+            placement = self._place(job)
             if placement is None:
                 if self._room.waits_for_decode(job) and self._room.may_take(job):
                     commands += self._make_room(job, now_s)

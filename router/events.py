@@ -21,7 +21,7 @@ from ..core.request import FinishReason, Request
 
 
 class Submit(msgspec.Struct, frozen=True):
-    """A client's request. `handle` raises QueueFull, DuplicateRequest or NoWorkerAvailable when it is not
+    """A client's request. `handle` raises Overloaded, DuplicateRequest or NoWorkerAvailable when it is not
     admitted.
 
     When an earlier router served the very same request under this id, it continues; its stream begins with

@@ -51,6 +51,8 @@ class Ledger:
         dispatch.live.num_open_legs += len(dispatch.open_legs)
         dispatch.prefill.start_prefill(dispatch.num_new_tokens, dispatch.prefill_s)
         dispatch.prefill.open_legs[dispatch.transfer] = None
+        if dispatch.is_pair:
+            dispatch.prefill.num_sending += 1
         if dispatch.decode is not None:
             self._open_decode(dispatch, dispatch.decode)
         self._registry.rank(dispatch.prefill)
@@ -63,15 +65,23 @@ class Ledger:
         worker.num_sequences += len(spec.choices)
         worker.num_context_tokens += len(spec.choices) * spec.num_tokens
         worker.num_reserved_blocks += dispatch.num_reserved_blocks
+        dispatch.num_expected_tokens = len(spec.choices) * dispatch.job.num_expected_tokens
+        worker.num_expected_tokens += dispatch.num_expected_tokens
         worker.num_pending_blocks += dispatch.num_reserved_blocks
         self._registry.rank(worker)
 
     def note_report(self, worker: RegisteredWorker, report: StepReport, now_s: float) -> None:
         """Records a worker's load and the progress of its step."""
         is_more = report.load.num_free_blocks > worker.load.num_free_blocks
+        if report.load.num_preemptions > worker.load.num_preemptions:
+            worker.widen_growth()
         worker.load = report.load
         self._registry.note_room(worker, is_more=is_more)
         worker.note_step(report.timing is not None, now_s)
+        if report.timing is None and not report.load.num_running:
+            worker.speed.forget(max(0.0, now_s - worker.reported_s))
+            self._registry.rank(worker)
+        worker.reported_s = now_s
         if report.timing is not None and report.timing.num_prefill_tokens:
             worker.progress(report.timing.duration_s)
         worker.count_tokens(len(report.outputs), now_s)
@@ -99,10 +109,21 @@ class Ledger:
             if not dispatch.decode_started:
                 dispatch.decode_started = True
                 worker.num_pending_blocks -= dispatch.num_reserved_blocks
-                self._registry.note_room(worker)
+                if worker.role.prefills:
+                    self._registry.rank(worker)
+                else:
+                    self._registry.note_room(worker)
             dispatch.num_grown_tokens += num_tokens
             worker.num_grown_tokens += num_tokens
             worker.num_context_tokens += num_tokens
+            if dispatch.num_expected_tokens:
+                self._expect(dispatch, max(0, dispatch.num_expected_tokens - num_tokens))
+
+    def _expect(self, dispatch: Dispatch, num_tokens: int) -> None:
+        """The dispatch is expected to bring `num_tokens` from now on."""
+        assert dispatch.decode is not None
+        dispatch.decode.num_expected_tokens += num_tokens - dispatch.num_expected_tokens
+        dispatch.num_expected_tokens = num_tokens
 
     def _end_prefill(self, dispatch: Dispatch) -> None:
         dispatch.is_prefilling = False
@@ -117,6 +138,8 @@ class Ledger:
         self._close_running(dispatch, 1)
         if dispatch.decode is not None and Leg.DECODE in dispatch.open_legs:
             dispatch.decode.num_sequences -= 1
+            num_left = dispatch.num_expected_tokens * dispatch.num_booked // (dispatch.num_booked + 1)
+            self._expect(dispatch, num_left)
             self._registry.rank(dispatch.decode)
 
     def close(self, dispatch: Dispatch, leg: Leg) -> RegisteredWorker:
@@ -130,6 +153,9 @@ class Ledger:
             self._end_prefill(dispatch)
         if leg is Leg.DECODE:
             self._close_decode(dispatch, worker)
+        elif dispatch.is_pair:
+            worker.num_sending -= 1
+            self._registry.rank(worker)
         if not dispatch.open_legs:
             del self._dispatches[dispatch.transfer]
             self._close_running(dispatch, dispatch.num_booked)
@@ -155,6 +181,8 @@ class Ledger:
         worker.num_context_tokens -= len(spec.choices) * spec.num_tokens + dispatch.num_grown_tokens
         worker.num_reserved_blocks -= dispatch.num_reserved_blocks
         worker.num_grown_tokens -= dispatch.num_grown_tokens
+        self._expect(dispatch, 0)
+        worker.relax_growth()
         self._registry.rank(worker)
 
     def check_integrity(self) -> None:
@@ -171,15 +199,21 @@ class Ledger:
         for worker in self._registry:
             decoding = [d for d in self.at(worker) if d.decode is worker and Leg.DECODE in d.open_legs]
             prefilling = [d for d in self._dispatches.values() if d.prefill is worker and d.is_prefilling]
+            sending = [d for d in self.at(worker) if d.prefill is worker and Leg.PREFILL in d.open_legs]
             expected = {
+                "num_sending": sum(d.is_pair for d in sending),
                 "num_prefilling": len(prefilling),
                 "num_queued_tokens": sum(d.num_new_tokens for d in prefilling),
+                "num_short_tokens": sum(
+                    d.num_new_tokens for d in prefilling if worker.is_short(d.num_new_tokens)
+                ),
                 "num_sequences": sum(d.num_booked for d in decoding),
                 "num_context_tokens": sum(
                     len(d.spec.choices) * d.spec.num_tokens + d.num_grown_tokens for d in decoding
                 ),
                 "num_reserved_blocks": sum(d.num_reserved_blocks for d in decoding),
                 "num_grown_tokens": sum(d.num_grown_tokens for d in decoding),
+                "num_expected_tokens": sum(d.num_expected_tokens for d in decoding),
                 "num_pending_blocks": sum(d.num_reserved_blocks for d in decoding if not d.decode_started),
             }
             actual = {name: getattr(worker, name) for name in expected}

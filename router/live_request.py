@@ -47,6 +47,7 @@ class LiveRequest(Automaton[RequestState]):
         "dispatches",
         "ended_s",
         "error",
+        "expected_length",
         "first_token_s",
         "is_adopted",
         "jobs",
@@ -70,6 +71,7 @@ class LiveRequest(Automaton[RequestState]):
         self.request = request
         self.streams = [ChoiceStream(choice) for choice in range(request.sampling.n)]
         self.num_open_choices = request.sampling.n
+        self.expected_length = request.sampling.max_tokens  # of each choice, in tokens
         self.submitted_s = now_s
         self.first_token_s: float | None = None
         self.ended_s: float | None = None
@@ -94,6 +96,11 @@ class LiveRequest(Automaton[RequestState]):
         has to survive for longer each time, as it may be over each time before the next death."""
         self.suspects = set(range(self.request.sampling.n))
         self.num_survival_tokens = SURVIVAL_TOKENS * SURVIVAL_GROWTH ** min(num_deaths, 8)
+
+    @property
+    def is_likely_deadly(self) -> bool:
+        """Whether it was a suspect from the start."""
+        return self.num_survival_tokens > SURVIVAL_TOKENS
 
     @property
     def request_id(self) -> str:
@@ -200,6 +207,7 @@ class Job:
     __slots__ = (
         "_chains",
         "awaited",
+        "awaits_worker_since_s",
         "choices",
         "failed_pairs",
         "failed_workers",
@@ -219,6 +227,7 @@ class Job:
         self.output_token_ids = output
         self.queued_s = now_s
         self.ready_s = now_s
+        self.awaits_worker_since_s: float | None = None  # None: a ready worker can serve it
         self.num_failures = 0
         self.was_unread = False  # its client did not read: what is computed again is charged
         # these incarnations
@@ -267,6 +276,11 @@ class Job:
         """The number of tokens that a worker's KV cache must be able to hold to finish one choice."""
         return len(self.live.request.prompt_token_ids) + self.live.request.sampling.max_tokens
 
+    @property
+    def num_expected_tokens(self) -> int:
+        """The number of tokens that each choice is still expected to bring: 0 when it is longer already."""
+        return max(0, self.live.expected_length - len(self.output_token_ids))
+
     def chain(self, block_size: int) -> PrefixChain:
         if block_size not in self._chains:
             tokens = self.live.request.prompt_token_ids + self.output_token_ids
@@ -301,6 +315,7 @@ class Dispatch(Automaton[DispatchState]):
         "job",
         "live",
         "num_booked",
+        "num_expected_tokens",
         "num_grown_tokens",
         "num_new_tokens",
         "num_reserved_blocks",
@@ -342,6 +357,7 @@ class Dispatch(Automaton[DispatchState]):
         self.is_alone = job.is_suspect
         self.num_booked = len(spec.choices)  # choices on its workers' accounts
         self.num_grown_tokens = 0
+        self.num_expected_tokens = 0  # that it is still expected to bring, all choices
         self.num_reserved_blocks = 0
         self.num_new_tokens = 0
         self.prefill_s = 0.0
@@ -369,6 +385,11 @@ class Dispatch(Automaton[DispatchState]):
     def is_served_by_one(self) -> bool:
         """Whether one worker does both phases, as one leg (DECODE)."""
         return self.prefill is self.decode
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether KV goes from one worker to another."""
+        return self.decode is not None and self.decode is not self.prefill
 
     @property
     def pair(self) -> tuple[RegisteredWorker, RegisteredWorker | None]:

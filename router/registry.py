@@ -4,14 +4,24 @@ import enum
 from collections.abc import Hashable, Iterable, Iterator
 from heapq import nsmallest
 from itertools import islice
+from math import inf
 
 import msgspec
 
 from ..core.automaton import Automaton
 from ..core.messages import Role, WorkerInfo, WorkerLoad
 from ..core.request import TransferId
+from ..core.worker_speed import WorkerSpeed
 from .ranking import Ranking
 
+# in the order of the rankings a slow worker comes behind faster ones that have somewhat more to do
+PROMPT_S = 0.1  # counted for a prompt, whatever its length
+# a part of the expected growth of a worker's sequences, as others end meanwhile: more where some have been
+# preempted
+GROWTH_SHARE = 0.1
+GROWTH_STEP = 0.1
+LAST = 1e9  # in the order of the rankings: just now it cannot be one of a pair
+IDLE_LOAD = 0.1  # counted beside the load, as a step takes time even for one sequence
 NUM_WITH_ROOM = 32  # workers with the most room, of which the least loaded are considered
 
 
@@ -49,12 +59,14 @@ class RegisteredWorker(Automaton[RoutingState]):
         "_window_start_s",
         "_window_tokens",
         "capacity_tokens",
+        "growth_share",
         "info",
         "is_away",
         "layout",
         "load",
         "num_cached_tokens",
         "num_context_tokens",
+        "num_expected_tokens",
         "num_grown_tokens",
         "num_held_blocks",
         "num_held_sequences",
@@ -63,10 +75,14 @@ class RegisteredWorker(Automaton[RoutingState]):
         "num_prompt_tokens",
         "num_queued_tokens",
         "num_reserved_blocks",
+        "num_sending",
         "num_sequences",
+        "num_short_tokens",
         "open_legs",
         "queued_prefill_s",
+        "reported_s",
         "role",
+        "speed",
         "tokens_per_s",
         "trial_limit",
         "worker_id",
@@ -80,17 +96,23 @@ class RegisteredWorker(Automaton[RoutingState]):
         self.layout = layout  # equal for workers that can exchange KV
         self.capacity_tokens = min(info.max_model_len, info.num_blocks * info.layout.block_size)
         self.load = WorkerLoad(num_free_blocks=info.num_blocks)
+        self.speed = WorkerSpeed()
+        self.reported_s = inf  # when it last did
         self._stepped_s: float | None = None  # when a step last ended, or there was nothing to do
         self.is_away = False  # it goes on with its legs without a connection, and is expected back
         self.open_legs: dict[TransferId, None] = {}  # ordered, so that a loss is handled in order of dispatch
         self.num_prefilling = 0  # dispatches that have not brought their first token
         self.num_queued_tokens = 0  # uncached prompt tokens of those
+        self.num_short_tokens = 0  # of those: of short prompts
         self.queued_prefill_s = 0.0  # predicted compute of those
         self._progress_s = 0.0  # the part of that which is already computed
+        self.num_sending = 0  # open prefill legs whose KV goes to another worker
         self.num_sequences = 0  # choices of open decode legs that have not ended
         self.num_context_tokens = 0  # of those, prompt and output
         self.num_reserved_blocks = 0  # that those took at dispatch
         self.num_grown_tokens = 0  # that they have produced since
+        self.num_expected_tokens = 0  # that they are still expected to produce
+        self.growth_share = GROWTH_SHARE
         # reserved by legs that have not begun to decode: reports may not include them yet
         self.num_pending_blocks = 0
         self.num_held_blocks = 0  # for a job that waits; not part of the account
@@ -128,11 +150,22 @@ class RegisteredWorker(Automaton[RoutingState]):
         return max(self.info.num_blocks - ours, self.load.num_free_blocks - self.num_pending_blocks)
 
     @property
+    def may_send(self) -> bool:
+        """Whether it may prefill for another worker: it waits for no KV itself. Otherwise, once workers swap
+        roles, each could hold blocks for KV that another has no blocks left to compute."""
+        return not self.num_pending_blocks
+
+    @property
+    def may_receive(self) -> bool:
+        """Whether another worker may prefill for it: it holds no KV for another one. See `may_send`."""
+        return not self.num_sending
+
+    @property
     def room_tokens(self) -> int:
         """Returns the tokens that fit here at most, beside what is open; 0 when no sequence fits."""
         if not self.open_legs:
             return self.info.num_blocks * self.info.layout.block_size
-        if self.num_sequences >= self.info.max_batch_size or not self._is_within_trial:
+        if self.num_sequences >= self.info.max_batch_size or not self.is_within_trial:
             return 0
         return self.num_free_blocks * self.info.layout.block_size
 
@@ -140,17 +173,43 @@ class RegisteredWorker(Automaton[RoutingState]):
         """Returns the number of blocks of a prompt whose choices share it and grow by a block each."""
         return -(-num_tokens // self.info.layout.block_size) + num_choices
 
-    def has_prefill_room(self, limit_tokens: int | None) -> bool:
-        if not self._is_within_trial:
+    def blocks_wanted(self, num_tokens: int, num_choices: int, num_expected_tokens: int) -> int:
+        """Returns the number of blocks that a job takes now, and those that are to be kept for its growth, of
+        `num_expected_tokens` a choice."""
+        num_growth_tokens = int(self.growth_share * num_choices * num_expected_tokens)
+        return self.blocks_for(num_tokens, num_choices) + num_growth_tokens // self.info.layout.block_size
+
+    def widen_growth(self) -> None:
+        """A sequence was preempted: more is kept for growth from now on."""
+        self.growth_share = min(1.0, self.growth_share + GROWTH_STEP)
+
+    def relax_growth(self) -> None:
+        """A sequence has ended: a little less is kept for growth."""
+        self.growth_share = max(GROWTH_SHARE, self.growth_share - GROWTH_STEP / 20)
+
+    def is_short(self, num_tokens: int) -> bool:
+        """Whether a prompt with so many uncached tokens overtakes longer ones: it fits into the half of a
+        step that the oldest one leaves."""
+        return 2 * num_tokens <= self.info.max_batch_tokens
+
+    def has_prefill_room(self, num_tokens: int, limit_tokens: int | None) -> bool:
+        """Whether a prompt with so many uncached tokens may be added. Only those count against the limit that
+        a short one would not overtake."""
+        if not self.is_within_trial:
             return False
         limit = 2 * self.info.max_batch_tokens if limit_tokens is None else limit_tokens
+        is_short, num_short = self.is_short(num_tokens), self.num_short_tokens
+        num_ahead = num_short if is_short else self.num_queued_tokens - num_short
         return not self.num_prefilling or (
-            self.num_queued_tokens < limit and self.num_prefilling < max(1, self.info.max_batch_size)
+            num_ahead < limit and self.num_prefilling < max(1, self.info.max_batch_size)
         )
 
-    def has_decode_room(self, num_tokens: int, num_choices: int, *, with_held: bool = False) -> bool:
-        """Whether the worker has room now; `with_held`: or has some that is held for a job. An idle worker
-        has room for anything that it can hold at all."""
+    def has_decode_room(
+        self, num_tokens: int, num_choices: int, num_expected_tokens: int = 0, *, with_held: bool = False
+    ) -> bool:
+        """Whether the worker has room now, also for a part of the tokens that it is expected to produce;
+        `with_held`: or has some that is held for a job. An idle worker has room for anything that it can
+        hold at all."""
         if not self.open_legs:
             return True
         held_blocks, held_sequences = self.num_held_blocks, self.num_held_sequences
@@ -158,23 +217,27 @@ class RegisteredWorker(Automaton[RoutingState]):
             held_blocks = held_sequences = 0
         if (
             self.num_sequences + num_choices > self.info.max_batch_size - held_sequences
-            or not self._is_within_trial
+            or not self.is_within_trial
         ):
             return False
-        return self.blocks_for(num_tokens, num_choices) <= self.num_free_blocks - held_blocks
+        num_blocks = self.blocks_wanted(num_tokens, num_choices, num_expected_tokens)
+        num_growth_blocks = int(self.growth_share * self.num_expected_tokens) // self.info.layout.block_size
+        return num_blocks <= self.num_free_blocks - held_blocks - num_growth_blocks
 
     @property
-    def _is_within_trial(self) -> bool:
+    def is_within_trial(self) -> bool:
         return self.trial_limit is None or len(self.open_legs) < self.trial_limit
 
     def start_prefill(self, num_tokens: int, seconds: float) -> None:
         self.num_prefilling += 1
         self.num_queued_tokens += num_tokens
+        self.num_short_tokens += num_tokens if self.is_short(num_tokens) else 0
         self.queued_prefill_s += seconds
 
     def end_prefill(self, num_tokens: int, seconds: float) -> None:
         self.num_prefilling -= 1
         self.num_queued_tokens -= num_tokens
+        self.num_short_tokens -= num_tokens if self.is_short(num_tokens) else 0
         self.queued_prefill_s -= seconds
         self._progress_s = max(0.0, self._progress_s - seconds)
         if not self.num_prefilling:
@@ -205,7 +268,8 @@ class RegisteredWorker(Automaton[RoutingState]):
 
 class Registry:
     """Current incarnations by name, and their rankings: by queued prefill and by decode load, each for
-    capacities of the same power of two, and by the room to decode."""
+    capacities of the same power of two, and by the room to decode; in view of
+    the workers' speeds."""
 
     def __init__(self) -> None:
         self._workers: dict[str, RegisteredWorker] = {}
@@ -309,23 +373,30 @@ class Registry:
         worker.num_held_blocks, worker.num_held_sequences = num_blocks, num_sequences
 
     def with_decode_room(
-        self, job_tokens: int, total_tokens: int, num_choices: int, count: int
+        self, job_tokens: int, total_tokens: int, num_choices: int, num_expected_tokens: int, count: int
     ) -> list[RegisteredWorker]:
         """Returns `count` of the ready decode workers that have room for `job_tokens` now and can hold
         `total_tokens`: the least loaded of those with the most room."""
-        found = islice(self._with_decode_room(job_tokens, total_tokens, num_choices), NUM_WITH_ROOM)
-        return nsmallest(count, found, key=lambda worker: (decode_load(worker), worker.worker_id))
+        found = islice(
+            self._with_decode_room(job_tokens, total_tokens, num_choices, num_expected_tokens), NUM_WITH_ROOM
+        )
+        return nsmallest(
+            count, found, key=lambda worker: (worker.num_sending > 0, decode_load(worker), worker.worker_id)
+        )
 
-    def has_decode_room(self, job_tokens: int, total_tokens: int, num_choices: int) -> bool:
+    def has_decode_room(
+        self, job_tokens: int, total_tokens: int, num_choices: int, num_expected_tokens: int = 0
+    ) -> bool:
         """Whether one of those `able_to_decode` has room for `job_tokens` now."""
         if self.best_decode(total_tokens, 1):
-            return any(self._with_decode_room(job_tokens, total_tokens, num_choices))
+            return any(self._with_decode_room(job_tokens, total_tokens, num_choices, num_expected_tokens))
         return any(
-            worker.has_decode_room(job_tokens, num_choices) for worker in self.able_to_decode(total_tokens)
+            worker.has_decode_room(job_tokens, num_choices, num_expected_tokens)
+            for worker in self.able_to_decode(total_tokens)
         )
 
     def _with_decode_room(
-        self, job_tokens: int, total_tokens: int, num_choices: int
+        self, job_tokens: int, total_tokens: int, num_choices: int, num_expected_tokens: int
     ) -> Iterator[RegisteredWorker]:
         for worker in self._unranked:
             if worker.takes_work and worker.role.decodes:
@@ -334,7 +405,9 @@ class Registry:
         for worker in self._by_room:
             if worker.room_tokens < job_tokens:
                 return
-            if worker.capacity_tokens >= total_tokens and worker.has_decode_room(job_tokens, num_choices):
+            if worker.capacity_tokens >= total_tokens and worker.has_decode_room(
+                job_tokens, num_choices, num_expected_tokens
+            ):
                 yield worker
 
     def note_room(self, worker: RegisteredWorker, *, is_more: bool = True) -> None:
@@ -364,10 +437,14 @@ class Registry:
         size = worker.capacity_tokens.bit_length()
         if worker.role.prefills:
             ranking = self._by_prefill.setdefault(size, Ranking())
-            ranking.put(worker.worker_id, worker.queued_prefill_s, worker)
+            key = worker.queued_prefill_s + PROMPT_S * worker.speed.prefill_factor
+            key += 0.0 if worker.may_send else LAST
+            ranking.put(worker.worker_id, key, worker)
         if worker.role.decodes:
             ranking = self._by_decode.setdefault(size, Ranking())
-            ranking.put(worker.worker_id, decode_load(worker), worker)
+            key = (decode_load(worker) + IDLE_LOAD) * worker.speed.decode_weight
+            key += 0.0 if worker.may_receive else LAST
+            ranking.put(worker.worker_id, key, worker)
 
     def _unrank(self, worker: RegisteredWorker) -> None:
         self._by_room.discard(worker.worker_id)

@@ -52,7 +52,7 @@ class WorkerReports:
             return []
         self._ledger.note_report(worker, report, now_s)
         if report.timing is not None:
-            self._model.observe_step(report.timing)
+            self._model.observe_step(report.timing, worker.speed)
         commands = self.on_tokens(worker, report.outputs, now_s)
         self._requests.counters.tokens += self.gaps.close(now_s)
         if report.blocks_added or report.blocks_evicted:
@@ -171,6 +171,8 @@ class WorkerReports:
         elif dispatch.needs(event.leg) and event.kind not in (FailureKind.INVALID, FailureKind.CANCELLED):
             is_transfer = event.kind in (FailureKind.LOST, FailureKind.CORRUPT)
             prefill, decode = dispatch.prefill, dispatch.decode
+            # until it decodes, it may be the first to report that the other end has failed
+            is_transfer = is_transfer or (event.leg is Leg.DECODE and not dispatch.decode_started)
             if is_transfer and decode is not None and not dispatch.is_served_by_one:
                 self._health.failed(prefill, event.error, dispatch.dispatched_s, now_s, decode)
                 self._health.failed(decode, event.error, dispatch.dispatched_s, now_s, prefill)

@@ -28,6 +28,7 @@ from .events import (
 )
 from .ledger import Ledger
 from .live_request import Dispatch, DispatchState, Job, LiveRequest
+from .output_lengths import OutputLengths
 from .registry import RegisteredWorker, RoutingState
 from .request_events import (
     Abandoned,
@@ -96,6 +97,7 @@ class RequestLife:
         self._queue = queue
         self._ledger = ledger
         self._deaths = deaths
+        self._lengths = OutputLengths()
 
     def handle(self, live: LiveRequest, event: RequestEvent, now_s: float) -> Commands:
         """Raises UnexpectedEvent, with the request's story, for an event that cannot happen in its state."""
@@ -111,6 +113,7 @@ class RequestLife:
         """Begins a request that is admitted (QUEUED) or taken over (UNCLAIMED)."""
         self.num_live += 1
         self.counters.submitted += 1
+        live.expected_length = self._lengths.expected(live.request)
         if live.state is RequestState.QUEUED:
             job = Job(live, tuple(range(live.request.sampling.n)), (), now_s)
             live.jobs.append(job)
@@ -326,6 +329,7 @@ class RequestLife:
     ) -> Commands:
         assert stream.finish_reason is not None
         commands: Commands = [EmitChoiceEnd(live.request_id, stream.choice, stream.finish_reason)]
+        self._lengths.note(live.request, len(stream.token_ids))
         live.num_open_choices -= 1
         live.suspects.discard(stream.choice)
         if dispatch is not None:

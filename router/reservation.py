@@ -26,7 +26,7 @@ class Reservation:
     def may_be_passed(self, job: Job) -> bool:
         """Whether the job is large and some worker has room, though not for this job."""
         return self._registry.has_decode_room(1, job.num_total_tokens, 1) and all(
-            _num_blocks(job, worker) * LARGE > worker.info.num_blocks
+            _blocks_wanted(job, worker) * LARGE > worker.info.num_blocks
             for worker in self._registry.able_to_decode(job.num_total_tokens)
         )
 
@@ -44,7 +44,7 @@ class Reservation:
             self._worker = max(workers, key=lambda worker: (worker.num_free_blocks, worker.worker_id))
         share = min(1.0, (now_s - self._since_s) / AGING_S)
         self._num_sequences = len(job.choices) if share == 1.0 else 0
-        self._num_blocks = int(share * _num_blocks(job, self._worker))
+        self._num_blocks = int(share * _blocks_wanted(job, self._worker))
         self._registry.hold(self._worker, self._num_blocks, self._num_sequences)
         return True
 
@@ -54,7 +54,7 @@ class Reservation:
         if self._job is None or self._worker is None:
             return
         num_blocks = self._ledger.num_blocks
-        num_then = num_blocks[job.client] + _num_blocks(job, self._worker)
+        num_then = num_blocks[job.client] + self._worker.blocks_for(job.num_tokens, len(job.choices))
         if num_then <= num_blocks[self._job.client]:
             self.lift()
         else:
@@ -71,5 +71,5 @@ class Reservation:
         self._job = self._worker = None
 
 
-def _num_blocks(job: Job, worker: RegisteredWorker) -> int:
-    return worker.blocks_for(job.num_tokens, len(job.choices))
+def _blocks_wanted(job: Job, worker: RegisteredWorker) -> int:
+    return worker.blocks_wanted(job.num_tokens, len(job.choices), job.num_expected_tokens)

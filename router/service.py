@@ -96,7 +96,7 @@ class RouterService:
         """Yields the request's stream: tokens, the end of each choice, then one EmitEnd. Closing the iterator
         cancels.
 
-        Raises QueueFull, DuplicateRequest or NoWorkerAvailable before the first event; TooManyBytes when too
+        Raises Overloaded, DuplicateRequest or NoWorkerAvailable before the first event; TooManyBytes when too
         much is unread.
         """
         if request.request_id in self._streams:

@@ -1,7 +1,8 @@
 """The scenario of one seed: a cluster, its clients, and its faults. All of it is drawn here, before anything
 runs."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import msgspec
@@ -18,6 +19,7 @@ MAX_MODEL_LEN = 128
 CALM_S = 6.0  # faults end here
 SOON_S = 1.0  # deadline for the first token of a request that others must not delay
 ONE_EACH = {Role.PREFILL: 1, Role.DECODE: 1}
+SWAP = 1.0, 0.0  # draws of `Accident.SCALE`: all to prefill, then one each
 MAX_GRAY_FAILURES = 12  # dispatches that a gray worker may cost before it is left alone
 
 
@@ -33,6 +35,7 @@ class PlannedRequest:
     unread_after_tokens: int | None = None  # of choice 0: the client does not read for a while then
     unread_s: float = 0.0
     first_token_within_s: float | None = None  # promised to this client
+    ends_within_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,17 @@ class Deadly:
 
     request_id: str
     index: int
+
+
+@dataclass(frozen=True)
+class Inequality:
+    """How a worker differs from its pool's shape."""
+
+    slowness: float = 1.0  # its steps take so many times as long
+    num_blocks: float = 1.0  # it has so many times as many
+
+
+EQUAL = Inequality()
 
 
 @dataclass(frozen=True)
@@ -70,10 +84,25 @@ class Scenario:
     rates: FaultRates
     requests: tuple[PlannedRequest, ...]
     accidents: tuple[PlannedAccident, ...]
-    gray_worker: str | None = None  # fails to read or write any block, at once
+    gray_worker: str | None = None  # fails to read or write a block, at once
+    gray_rate: float = 1.0  # how often
+    unequal: Mapping[str, Inequality] = field(
+        default_factory=dict
+    )  # by worker; others are as their pool's shape
     deadly: Deadly | None = None
     contest: tuple[str, ...] = ()  # clients that always have something queued, and get shares by weight
     max_running_per_client: int | None = None
+    enforces_itl: bool = False
+
+    def shape_of(self, role: Role, worker_id: str) -> WorkerShape:
+        """Returns the limits of one worker; a slow one takes longer for each step."""
+        shape, unequal = self.shapes[role], self.unequal.get(worker_id, EQUAL)
+        return replace(
+            shape,
+            num_blocks=int(shape.num_blocks * unequal.num_blocks),
+            step_s=shape.step_s * unequal.slowness,
+            token_s=shape.token_s * unequal.slowness,
+        )
 
     @property
     def end_of_faults_s(self) -> float:
@@ -162,7 +191,20 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
         drawn = special.choice((_with_deadly_request, _with_contest, _with_priorities))
         if with_faults or drawn is not _with_deadly_request:
             return drawn(special, scenario)
-    return replace(scenario, max_running_per_client=special.choice((None, None, 1, 3)))
+    gray = Random(f"gray of {seed}")
+    if with_faults and num_requests is None and gray.random() < 0.03:
+        return gray.choice((_with_slow_worker, _with_slow_worker, _with_swap))(gray, scenario)
+    if num_requests is None and gray.random() < 0.03:
+        pools = {Role.PREFILL: gray.randint(1, 8), Role.DECODE: gray.randint(1, 8)}
+        scenario = replace(scenario, pools=pools, hosts=(PlannedHost(64, 0.0),))
+    if num_requests is None and gray.random() < 0.01:
+        return _with_long_start(gray, scenario)
+    return replace(
+        scenario,
+        unequal=_draw_unequal(Random(f"unequal workers of {seed}"), sum(pools.values())),
+        max_running_per_client=special.choice((None, None, 1, 3)),
+        enforces_itl=Random(f"objective of {seed}").random() < 0.1,
+    )
 
 
 def _with_greedy_client(rng: Random, scenario: Scenario) -> Scenario:
@@ -207,6 +249,80 @@ def _with_gray_worker(rng: Random, scenario: Scenario) -> Scenario:
             for number in range(60)
         ),
         gray_worker=f"worker-{rng.randrange(6)}",
+        gray_rate=rng.choice((1.0, 1.0, 0.3)),
+    )
+
+
+def _with_long_start(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without faults in which workers load for longer than they may without progress."""
+    return replace(
+        _staged(scenario),
+        pools=ONE_EACH,
+        start_s=rng.uniform(7.0, 12.0),
+        requests=tuple(
+            _plain_request(rng, f"r{number}", f"c{number % 4}", rng.uniform(0.0, CALM_S), 5, 1)
+            for number in range(8)
+        ),
+    )
+
+
+def _with_slow_worker(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without other faults in which one of three workers of a pool takes ten or twenty
+    times as long for each step. Once that is known, no request has to wait for it."""
+    start_s, known_s = 2.0, 4.0
+    plans = [
+        _plain_request(
+            rng,
+            f"r{number}",
+            f"c{number % 4}",
+            start_s + rng.uniform(0.0, 4.0),
+            20,
+            1,
+            num_tokens=rng.choice((9, 60)),
+        )
+        for number in range(50)
+    ]
+    return replace(
+        _staged(scenario),
+        pools={Role.PREFILL: 3, Role.DECODE: 3},
+        prefill_on_decode=False,
+        requests=tuple(replace(plan, ends_within_s=3.0 if plan.at_s >= known_s else None) for plan in plans),
+        unequal={f"worker-{rng.randrange(6)}": Inequality(slowness=rng.choice((10.0, 20.0)))},
+    )
+
+
+def _with_swap(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without other faults in which the decode worker, `worker-0`, and the prefill worker
+    swap roles amid prompts that each hardly holds beside another."""
+    at_s = 3.0
+    staged = _staged(scenario, num_blocks=32)
+    return replace(
+        staged,
+        pools=ONE_EACH,
+        shapes={
+            role: replace(shape, max_batch_tokens=12, runs_ahead=False)
+            for role, shape in staged.shapes.items()
+        },
+        accidents=(
+            PlannedAccident(at_s + 0.01, Accident.SCALE, SWAP[0], 0.0),
+            PlannedAccident(at_s + rng.uniform(0.012, 0.03), Accident.SCALE, SWAP[1], 0.0),
+        ),
+        lease_s=30.0,
+        prefill_on_decode=False,
+        requests=tuple(
+            _plain_request(
+                rng, f"r{number}", f"c{number}", at_s + after_s, max_tokens, 1, num_tokens=num_tokens
+            )
+            for number, (after_s, num_tokens, max_tokens) in enumerate(
+                (
+                    (0.0, 20, 3),
+                    (0.001, 100, 2),
+                    (0.035 + rng.uniform(0.0, 0.01), 36, 2),
+                    (0.05, rng.choice((24, 36)), 2),
+                )
+            )
+        ),
+        unequal={"worker-1": Inequality(num_blocks=28 / 32)},
     )
 
 
@@ -393,6 +509,16 @@ def _draw_hosts(rng: Random, num_workers: int) -> tuple[PlannedHost, ...]:
     while sum(host.num_cores for host in hosts) < num_workers or len(hosts) < 2:
         hosts.append(PlannedHost(rng.choice((1, 2, 3)), rng.choice((0.0, rng.uniform(0.0, 4.0)))))
     return tuple(hosts)
+
+
+def _draw_unequal(rng: Random, num_workers: int) -> Mapping[str, Inequality]:
+    """Draws how each worker differs from the others of its pool: mostly not at all."""
+    if rng.random() < 0.6:
+        return {}
+    return {
+        f"worker-{number}": Inequality(rng.choice((1.0, 1.0, 2.0, 5.0)), rng.choice((1.0, 1.0, 2.0)))
+        for number in range(num_workers)
+    }
 
 
 def _draw_shapes(rng: Random, is_crowded: bool) -> dict[Role, WorkerShape]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from ..core.errors import KillsWorkers, QueueFull
+from ..core.errors import KillsWorkers, Overloaded, QueueFull
 from ..core.request import FinishReason
 from ..router.events import EmitChoiceEnd, EmitEnd, EmitTokens, StreamRead, StreamUnread
 from ..router.fair_queue import OUTPUT_TOKEN
@@ -61,6 +61,11 @@ class SimulatedClient:
         self._later(plan.at_s, self._submit)
         if plan.first_token_within_s is not None:
             self._time.call_later(plan.at_s + plan.first_token_within_s, self._must_have_begun)
+        if plan.ends_within_s is not None:
+            self._time.call_later(
+                plan.at_s + plan.ends_within_s,
+                lambda: self._must_have_ended("a fast worker would have ended it"),
+            )
 
     @property
     def _head(self) -> SimulatedHead:
@@ -124,8 +129,8 @@ class SimulatedClient:
                 self._later(self._plan.cancel_after_s, self._cancel)
             if deadline_s is not None:
                 head.process.call_at(deadline_s + 0.001, lambda: self._must_have_ended("its deadline"))
-        elif isinstance(error, QueueFull):
-            self._count("queue full")
+        elif isinstance(error, Overloaded):
+            self._count("queue full" if isinstance(error, QueueFull) else "tokens too slow")
             self._later(min(error.retry_after_s, IMPATIENT_S), self._submit)
         elif isinstance(error, KillsWorkers):
             self._count("deadly request refused")

@@ -224,9 +224,14 @@ class SimulatedWorker:
 
     def start(self, load_s: float) -> None:
         """Starts the process, whose weights are loaded after `load_s`."""
+        self._loads_s = self._time.now_s, load_s
         self.process.every(HEARTBEAT_S, self._beat)
         self._dial()
         self.process.call_later(load_s, self._serve)
+
+    def _loaded_part(self) -> float:
+        begin_s, load_s = self._loads_s
+        return min((self._time.now_s - begin_s) / load_s, 1.0)
 
     def end(self) -> None:
         """Ends the process in order."""
@@ -275,6 +280,8 @@ class SimulatedWorker:
             self._on_lost()
         elif self._router is not None:
             self._router.send(self.worker.report())
+        elif not self._session.is_loaded:
+            self._connection.send(self._session.progress("loading weights", self._loaded_part()))
 
     def _greet_soon(self, connection: ConnectionEnd) -> None:
         """Greets the router from the engine's thread."""

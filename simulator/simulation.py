@@ -30,6 +30,7 @@ from .virtual_time import VirtualProcess, VirtualTime
 PATIENCE_S = 60.0  # from the last fault to the last ending, and until everything is free
 MAX_ADVANTAGE = 1200  # of one client over another, in tokens; what one worker holds at once counts for less
 MAX_EVENTS = 5_000_000
+SIZES = ((1, 1), (2, 1), (1, 2), (3, 2), (0, 1), (1, 0), (0, 2), (2, 0))  # the last is not drawn
 TAKE_OVER_TOKENS = 64  # so few that a take-over takes many turns
 
 
@@ -160,7 +161,8 @@ class Simulation:
                 if num_started > 1:
                     self.violation(f"{worker_id} was started again, though only the router failed")
         counters = self.head.router.counters
-        if self._scenario.gray_worker and (counters.failed or counters.retried > MAX_GRAY_FAILURES):
+        max_retried = MAX_GRAY_FAILURES if self._scenario.gray_rate == 1.0 else len(self.clients)
+        if self._scenario.gray_worker and (counters.failed or counters.retried > max_retried):
             self.violation(f"a gray worker cost {counters.retried} dispatches and {counters.failed} streams")
         num_convicted = self._client_counts[CONVICTED]
         # each takes a death of its own, after another one
@@ -187,6 +189,7 @@ class Simulation:
                 prefill_on_decode_factor=2.0 if scenario.prefill_on_decode else None,
                 max_attempts=scenario.max_attempts,
                 max_running_per_client=scenario.max_running_per_client,
+                enforces_itl=scenario.enforces_itl,
                 claim_timeout_s=10.0,  # longer than the router freezes
                 take_over_tokens=TAKE_OVER_TOKENS,
             ),
@@ -249,7 +252,12 @@ class Simulation:
             max_links=scenario.max_links,
         )
         worker = SimulatedWorker(
-            self, spec, placement, scenario.shapes[spec.role], scenario.transport, config
+            self,
+            spec,
+            placement,
+            scenario.shape_of(spec.role, spec.worker_id),
+            scenario.transport,
+            config,
         )
         self.workers[spec.key] = worker
         self._num_started[spec.worker_id] += 1
@@ -263,7 +271,7 @@ class Simulation:
         self._num_died += not worker.has_ended_in_order
 
     def fails_store(self, worker_id: str) -> bool:
-        if worker_id == self._scenario.gray_worker:
+        if worker_id == self._scenario.gray_worker and self.rng.random() < self._scenario.gray_rate:
             self.faults.count("gray worker failed")
             return True
         return self.faults.fails_store()
@@ -321,7 +329,7 @@ class Simulation:
         workers = self._alive()
         if not workers:
             return
-        worker = workers[int(accident.draw * len(workers))]
+        worker = workers[int(accident.draw * len(workers)) % len(workers)]
         name, seconds = worker.process.name, accident.duration_s
         self.faults.count(accident.kind.value)
         self.note(f"ACCIDENT {accident.kind.value}: {name}, {seconds} s")
@@ -357,7 +365,7 @@ class Simulation:
             case Accident.HOST_DOWN | Accident.HOST_CUT | Accident.HOSTS_PARTED | Accident.HOST_REMOVED:
                 self._strike_host(accident)
             case Accident.SCALE:
-                sizes = ((1, 1), (2, 1), (1, 2), (3, 2), (0, 1), (1, 0), (0, 2))[int(accident.draw * 7)]
+                sizes = SIZES[int(accident.draw * 7)]
                 self._apply(dict(zip(self._scenario.pools, sizes, strict=True)))
 
     def _strike_host(self, accident: PlannedAccident) -> None:

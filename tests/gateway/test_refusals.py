@@ -7,7 +7,14 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 
-from pdserve.core.errors import CapacityError, DuplicateRequest, NoWorkerAvailable, PdserveError, QueueFull
+from pdserve.core.errors import (
+    CapacityError,
+    DuplicateRequest,
+    NoWorkerAvailable,
+    PdserveError,
+    QueueFull,
+    TokensTooSlow,
+)
 from pdserve.core.peer_log import BURST_LINES, LineBudget, RateLimit, failure_log
 from pdserve.gateway import vetting
 from pdserve.gateway.app import GatewayServer, serve
@@ -176,6 +183,7 @@ async def test_another_model_is_not_found(generation: Stub, details: Details) ->
     ("refused", "code", "reason", "retry_s"),
     [
         (QueueFull(1024, 1.5), grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", 1.5),
+        (TokensTooSlow(0.05, 1.5), grpc.StatusCode.RESOURCE_EXHAUSTED, "TOKENS_TOO_SLOW", 1.5),
         (DuplicateRequest("mine"), grpc.StatusCode.ALREADY_EXISTS, "DUPLICATE_REQUEST", None),
         (NoWorkerAvailable("no worker is ready"), grpc.StatusCode.UNAVAILABLE, "NO_WORKER_AVAILABLE", 1.0),
     ],

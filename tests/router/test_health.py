@@ -76,9 +76,9 @@ def test_an_ejected_worker_returns_on_trial_and_carries_more_with_each_success()
     while worker.trial_limit is not None:
         limits.append(worker.trial_limit)
         worker.open_legs = {TransferId("r", index): None for index in range(worker.trial_limit)}
-        assert not worker.has_prefill_room(None) and not worker.has_decode_room(1, 1)
+        assert not worker.has_prefill_room(1, None) and not worker.has_decode_room(1, 1)
         worker.open_legs.popitem()
-        assert worker.has_prefill_room(None) and worker.has_decode_room(1, 1)
+        assert worker.has_prefill_room(1, None) and worker.has_decode_room(1, 1)
         fleet.work("prefill-0")
     assert limits == [1, 2, 4, 8, FULL_TRIAL]
 
@@ -283,3 +283,14 @@ def test_a_prefill_worker_that_fails_fast_does_not_attract_the_traffic() -> None
     cluster.run()
     assert [end.finish_reason for ends in cluster.ends.values() for end in ends] == [None] * 1000
     assert cluster.num_dispatches["prefill-0"] <= 10
+
+
+@pytest.mark.parametrize("kind", [FailureKind.LOST, None])
+def test_both_ends_answer_for_what_a_decode_worker_reports_before_it_decodes(
+    kind: FailureKind | None,
+) -> None:
+    """It may only be the first to report that the prefill worker has failed."""
+    cluster = Cluster("prefill-0", "decode-0", config=RouterConfig(prefill_on_decode_factor=None))
+    cluster.submit(make_request("r"))
+    cluster.leg_ended("decode-0", Leg.DECODE, "gathering failed", kind=kind)
+    assert cluster.router._health._records.keys() == {"prefill-0", "decode-0"}

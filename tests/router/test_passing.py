@@ -174,16 +174,17 @@ def test_any_worker_that_has_room_is_found() -> None:
     """The least loaded ones may have few sequences and no blocks."""
     cluster = Cluster(
         worker_info("prefill-0", num_blocks=10_000, max_batch_tokens=1 << 20, max_batch_size=1000),
-        *(worker_info(f"decode-{index}", num_blocks=NUM_BLOCKS) for index in range(4)),
         worker_info("decode-4", num_blocks=NUM_BLOCKS, max_batch_size=4),
         config=RouterConfig(prefill_on_decode_factor=None),
     )
-    for index in range(4):
-        submit(cluster, f"wide{index}", 89, "many")
-        prefilled(cluster, f"wide{index}")
     for index in range(3):
         submit(cluster, f"thin{index}", 8, "many")
         prefilled(cluster, f"thin{index}")
+    for index in range(4):
+        cluster.add(worker_info(f"decode-{index}", num_blocks=NUM_BLOCKS))
+    for index in range(4):
+        submit(cluster, f"wide{index}", 89, "many")
+        prefilled(cluster, f"wide{index}")
     load = {worker.worker_id: worker.num_legs for worker in cluster.router.status(0.0).workers}
     assert load["decode-4"] == 3, load
     submit(cluster, "job", 20, "many")

@@ -1,14 +1,18 @@
 """Placement by queues, loads, cached prefixes, and predictions for a place."""
 
+import random
+from collections import Counter
 from typing import cast
 
 import msgspec
 import pytest
 
 from pdserve.core.latency import LatencyModel, LatencyPriors
-from pdserve.core.messages import Prefill, Reserve, Serve, StepReport, WorkerLoad
+from pdserve.core.messages import Leg, Prefill, Reserve, Role, Serve, StepReport, StepTiming, WorkerLoad
+from pdserve.core.request import Request, TransferId
 from pdserve.router.config import RouterConfig
 from pdserve.router.core import Router
+from pdserve.router.events import WorkerRole
 
 from .cluster import Cluster, make_request, prefix_hashes, worker_info
 
@@ -119,6 +123,152 @@ def test_workers_that_keep_the_itl_inside_the_slo_come_first() -> None:
     assert [c.spec.transfer.request_id for c in cast(list[Reserve], cluster.sent["decode-1"])] == ["b", "c"]
 
 
+def _has(cluster: Cluster, worker_id: str, request: Request) -> bool:
+    sent = cluster.sent[worker_id]
+    return bool(sent) and cluster.spec(worker_id).transfer.request_id == request.request_id
+
+
+@pytest.mark.parametrize("num_shared", [200, 2000, 4000])
+def test_streams_with_one_system_prompt_spread_over_the_decode_workers(num_shared: int) -> None:
+    """Though the KV that one worker holds already need not be sent there, and a transfer is not hidden."""
+    model = LatencyModel(
+        LatencyPriors(prefill_token_s=2e-5, decode_step_s=8e-3, decode_sequence_s=6e-5, transfer_byte_s=1e-7)
+    )
+    cluster = Cluster()
+    cluster.router = Router(PAIRS_ONLY, model)
+    for name in ("prefill-0", *(f"decode-{index}" for index in range(4))):
+        cluster.add(
+            worker_info(
+                name, num_blocks=200_000, max_batch_tokens=8192, max_batch_size=256, max_model_len=16_000
+            )
+        )
+    streams: Counter[str] = Counter()
+    for index in range(100):
+        request = make_request(f"r{index}", num_shared + 1 + index % 50, max_tokens=2000)
+        cluster.submit(request)
+        (decode,) = (f"decode-{i}" for i in range(4) if _has(cluster, f"decode-{i}", request))
+        streams[decode] += 1
+        cluster.token("prefill-0", 0)
+        cluster.leg_ended("prefill-0", Leg.PREFILL)
+        cluster.token(decode, 1)
+        for name in ("prefill-0", decode):
+            cluster.hold_prefix(name, request)
+    assert len(streams) == 4
+    assert max(streams.values()) <= 1.2 * min(streams.values()), streams
+
+
+def _train(cluster: Cluster, worker_id: str, *, slowness: float, prefills: bool, num_steps: int = 40) -> None:
+    """Reports steps that take `slowness` times as long as the default priors say."""
+    model, rng = LatencyModel(), random.Random(worker_id)
+    for _ in range(num_steps):
+        num = rng.randint(1, 30)
+        tokens = num * 20
+        seconds = model.prefill_s(tokens, tokens**2) if prefills else model.decode_s(num, 50 * num)
+        timing = StepTiming(
+            num_prefill_tokens=tokens if prefills else 0,
+            sum_prefill_squares=tokens**2 if prefills else 0,
+            num_decode_sequences=0 if prefills else num,
+            num_context_tokens=0 if prefills else 50 * num,
+            duration_s=seconds * slowness,
+        )
+        cluster.handle(
+            StepReport(
+                worker_id=worker_id, incarnation=1, load=WorkerLoad(num_free_blocks=256), timing=timing
+            )
+        )
+    cluster.report(worker_id)
+
+
+def test_a_slow_prefill_worker_gets_the_prompts_that_it_can_compute_sooner() -> None:
+    cluster = Cluster("prefill-0", "prefill-1", worker_info("decode-0", num_blocks=10_000), config=PAIRS_ONLY)
+    _train(cluster, "prefill-1", slowness=1.0, prefills=True)
+    _train(cluster, "prefill-0", slowness=4.0, prefills=True)
+    for index in range(5):
+        cluster.submit(make_request(f"r{index}", num_tokens=400, first_token=1000 * index))
+    assert [len(cluster.sent[f"prefill-{index}"]) for index in range(2)] == [1, 4]
+
+
+def test_a_slow_decode_worker_gets_fewer_streams() -> None:
+    cluster = Cluster(
+        worker_info("prefill-0", max_batch_tokens=1 << 16, max_batch_size=100),
+        *(worker_info(f"decode-{index}", num_blocks=10_000) for index in range(2)),
+        config=RouterConfig(prefill_on_decode_factor=None, max_prefill_backlog_tokens=1 << 20),
+    )
+    _train(cluster, "decode-1", slowness=1.0, prefills=False)
+    _train(cluster, "decode-0", slowness=3.0, prefills=False)
+    for index in range(60):
+        cluster.submit(make_request(f"r{index}", num_tokens=40, first_token=1000 * index))
+    slow, fast = (len(cluster.sent[f"decode-{index}"]) for index in range(2))
+    assert slow + fast == 60
+    assert 0 < 2 * slow < fast, (slow, fast)
+
+
+def _slow_and_fast() -> Cluster:
+    cluster = Cluster("prefill-0", "prefill-1", worker_info("decode-0", num_blocks=10_000), config=PAIRS_ONLY)
+    _train(cluster, "prefill-1", slowness=1.0, prefills=True)
+    _train(cluster, "prefill-0", slowness=4.0, prefills=True)
+    return cluster
+
+
+def test_reports_without_a_step_do_not_let_a_slow_worker_be_forgotten() -> None:
+    cluster = _slow_and_fast()
+    for _ in range(1000):
+        cluster.report("prefill-0")
+    for index in range(5):
+        cluster.submit(make_request(f"r{index}", num_tokens=400, first_token=1000 * index))
+    assert [len(cluster.sent[f"prefill-{index}"]) for index in range(2)] == [1, 4]
+
+
+def test_a_slow_worker_that_was_idle_for_long_is_tried_again() -> None:
+    cluster = _slow_and_fast()
+    cluster.now_s += 600.0
+    cluster.report("prefill-0")
+    for index in range(4):
+        cluster.submit(make_request(f"r{index}", num_tokens=400, first_token=1000 * index))
+    assert [len(cluster.sent[f"prefill-{index}"]) for index in range(2)] == [2, 2]
+
+
+def test_a_fast_worker_is_seen_beside_many_slow_ones_that_are_idle() -> None:
+    cluster = Cluster(
+        *(f"prefill-{index}" for index in range(5)),
+        worker_info("decode-0", num_blocks=10_000),
+        config=PAIRS_ONLY,
+    )
+    for index in range(5):
+        _train(cluster, f"prefill-{index}", slowness=10.0 if index < 4 else 1.0, prefills=True)
+    cluster.submit(make_request("first", num_tokens=10))
+    cluster.submit(make_request("second", num_tokens=400, first_token=5000))
+    assert cluster.spec("prefill-4").transfer.request_id == "second"
+
+
+def test_workers_that_swap_roles_hold_no_blocks_for_each_other() -> None:
+    """Each would compute prompts for the other, with no blocks left beside those that it keeps for KV of the
+    other."""
+    cluster = Cluster("prefill-0", "decode-0", config=PAIRS_ONLY)
+    cluster.submit(make_request("first", num_tokens=100))
+    cluster.handle(WorkerRole("decode-0", Role.PREFILL))
+    cluster.handle(WorkerRole("prefill-0", Role.DECODE))
+    cluster.submit(make_request("second", num_tokens=100, first_token=5000))
+    assert cluster.num_legs() == {"prefill-0": 1, "decode-0": 1}
+    transfer = TransferId("first", 0)
+    cluster.output("prefill-0", transfer, 0)
+    cluster.leg_ended("prefill-0", Leg.PREFILL, transfer=transfer)
+    assert cluster.num_legs() == {"prefill-0": 0, "decode-0": 1}
+    cluster.output("decode-0", transfer, 1)
+    assert isinstance(cluster.last("decode-0"), Prefill)
+    assert cluster.spec("prefill-0").transfer.request_id == "second"
+
+
+def test_a_worker_that_still_sends_is_passed_over_for_one_that_does_not() -> None:
+    cluster = Cluster("prefill-0", "prefill-1", "decode-0", "decode-1", config=PAIRS_ONLY)
+    cluster.submit(make_request("first", num_tokens=100))
+    cluster.submit(make_request("other", num_tokens=100, first_token=3000))
+    cluster.handle(WorkerRole("prefill-0", Role.DECODE))
+    cluster.submit(make_request("second", num_tokens=100, first_token=5000))
+    assert not any(isinstance(command, Reserve) for command in cluster.sent["prefill-0"])
+    assert cluster.spec("prefill-1").transfer.request_id == "second"
+
+
 def test_workers_of_another_model_are_never_paired() -> None:
     cluster = Cluster(worker_info("prefill-0", fingerprint="x"), worker_info("decode-0", fingerprint="y"))
     cluster.submit(make_request())
@@ -151,5 +301,6 @@ def test_a_timeline_has_the_best_places_and_their_predictions_chosen_first() -> 
     assert scores == sorted(scores)
     assert {place.prefill_worker for place in dispatch.considered} == {"prefill-0", "prefill-1"}
     assert (dispatch.expected_queue_s, dispatch.expected_ttft_s) == (0.0, chosen.ttft_s)
-    assert chosen.cost_s == pytest.approx(dispatch.expected_ttft_s + dispatch.expected_transfer_s)
+    itl_s = LatencyModel().decode_s(1, 2000)
+    assert chosen.cost_s == pytest.approx(dispatch.expected_ttft_s + dispatch.expected_transfer_s + 2 * itl_s)
     assert dispatch.expected_itl_s > 0

@@ -52,7 +52,7 @@ def test_a_job_is_found_wherever_it_waits() -> None:
         if number % 11 == 0:
             queue.pass_head()
         if number % 13 == 0 and queue.head() is not None:
-            queue.strand_head()
+            queue.strand_head(0.0)
     rng.shuffle(jobs)
     for left, one in zip(range(len(jobs) - 1, -1, -1), jobs, strict=True):
         queue.remove(one)

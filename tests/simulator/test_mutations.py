@@ -16,6 +16,7 @@ from pdserve.core.hosts import HostState
 from pdserve.core.latency import LatencyModel
 from pdserve.core.messages import HeldLeg, WorkerInfo
 from pdserve.core.request import TransferId
+from pdserve.core.worker_speed import Correction
 from pdserve.decode_worker.scheduler import DecodeScheduler, Emission
 from pdserve.decode_worker.worker import DecodeWorker
 from pdserve.engine import sequence
@@ -513,6 +514,19 @@ def give_a_gray_worker_as_much_as_others() -> Planted:
     return patch.object(Health, "failed", lambda self, worker, error, now_s: None)
 
 
+def expect_of_a_slow_worker_what_others_do() -> Planted:
+    return patch.object(Correction, "observe", lambda self, ratio: None)
+
+
+def let_workers_hold_blocks_for_each_other() -> Planted:
+    return patch.multiple(RegisteredWorker, may_send=True, may_receive=True)
+
+
+def end_a_load_that_takes_long() -> Planted:
+    original = RouterSession.progress
+    return patch.object(RouterSession, "progress", lambda self, phase, fraction: original(self, phase, 0.0))
+
+
 def let_nobody_pass_a_large_request() -> Planted:
     return patch.object(Reservation, "may_be_passed", lambda self, job: False)
 
@@ -572,7 +586,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     free_on_abort_before_the_transfer_has_drained: 55,
     close_links_with_transfers_under_way: 9,
     keep_more_links_than_allowed: 0,
-    forget_the_epoch_check: 709,
+    forget_the_epoch_check: 419,
     repeat_a_token_after_a_resume: 1,
     leak_on_cancel: 0,
     free_twice_on_preemption: 1,
@@ -586,8 +600,8 @@ FIRST_FOUND: dict[Mutation, int] = {
     leave_workers_working_for_an_ended_request: 0,
     decode_an_aborted_sequence: 8,
     miss_a_deadline: 0,
-    stop_a_worker_without_draining_it: 7,
-    commit_a_chunk_that_never_left: 42,
+    stop_a_worker_without_draining_it: 19,
+    commit_a_chunk_that_never_left: 83,
     forget_tokens_computed_before_the_router_died: 78,
     forget_to_abort_the_broken_dispatches_that_a_new_router_finds: 114,
     count_attempts_from_0_in_a_new_router: 365,
@@ -598,6 +612,9 @@ FIRST_FOUND: dict[Mutation, int] = {
     leave_all_places_to_the_client_that_has_them: 54,
     give_a_gray_worker_as_much_as_others: 83,
     let_nobody_pass_a_large_request: 147,
+    expect_of_a_slow_worker_what_others_do: 68,
+    end_a_load_that_takes_long: 48,
+    let_workers_hold_blocks_for_each_other: 61,
     compute_an_aborted_choice: 9,
     run_suspects_beside_others: 26,
     charge_prompts_alone: 3,
@@ -617,7 +634,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     end_workers_with_the_router: 82,
     lose_the_workers_that_hang_up_while_the_router_stands_still: 78,
     forget_what_workers_computed_while_they_were_away: 78,
-    believe_that_aborts_reach_workers_that_are_away: 3214,
+    believe_that_aborts_reach_workers_that_are_away: 788,
     count_our_own_delay_towards_a_workers_start: 78,
 }
 

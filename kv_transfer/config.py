@@ -37,6 +37,7 @@ class TransferConfig:
     lease_s: float = 30.0
     max_lease_s: float = 600.0  # however often it is renewed
     max_idle_s: float = 300.0  # a link without transfers is closed after this
+    max_links: int = 64  # in each direction: beyond it, those that were not used for longest are closed
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -227,3 +227,4 @@ class TransferEndpoint:
         await self._local.store_waits.finish(self._local.config.chunk_timeout_s)
         for link in self._local.retired:
             await asyncio.to_thread(link.join)
+        self._links.close()

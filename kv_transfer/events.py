@@ -14,6 +14,7 @@ from .protocol import (
     Committed,
     KVChunk,
     LinkHeartbeat,
+    LinkUnneeded,
     Nack,
     OfferTransfer,
 )
@@ -40,6 +41,10 @@ class LinkDown(TransferEvent, frozen=True):
 
     epoch: int | None
     error: str
+
+
+class ReleaseLink(TransferEvent, frozen=True):
+    """Our end can do without the link: it is closed, unless a transfer uses it."""
 
 
 class PeerGone(TransferEvent, frozen=True):
@@ -150,7 +155,17 @@ class CloseLink(Command, frozen=True):
 
 
 class Send(Command, frozen=True):
-    message: OfferTransfer | Accept | Ack | Commit | Committed | Nack | AbortTransfer | LinkHeartbeat
+    message: (
+        OfferTransfer
+        | Accept
+        | Ack
+        | Commit
+        | Committed
+        | Nack
+        | AbortTransfer
+        | LinkHeartbeat
+        | LinkUnneeded
+    )
 
 
 class SendChunk(Command, frozen=True):
@@ -203,6 +218,7 @@ class ReceiveFailed(Command, frozen=True):
 
 SenderEvent = (
     TransferTick
+    | ReleaseLink
     | LinkUp
     | LinkDown
     | PeerGone
@@ -219,9 +235,11 @@ SenderEvent = (
     | Nack
     | AbortTransfer
     | LinkHeartbeat
+    | LinkUnneeded
 )
 ReceiverEvent = (
     TransferTick
+    | ReleaseLink
     | LinkUp
     | LinkDown
     | PeerGone

@@ -3,7 +3,7 @@ receives that P has announced, and P sends exactly these."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, ClassVar
@@ -15,16 +15,24 @@ from .meeting import RECEIVER_RANK, SENDER_RANK, Meeting
 
 
 class GroupLink(ABC):
-    """One rank of the pair. Every call that may block runs on the link's own helper thread."""
+    """One rank of the pair. Every call that may block runs on the link's executor, one at a time."""
 
     name: ClassVar[str]
     takes_turns = False
 
-    def __init__(self, rank: int, host: str, num_slots: int, slot_bytes: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        rank: int,
+        host: str,
+        num_slots: int,
+        slot_bytes: int,
+        timeout_s: float,
+        executor: Executor,
+    ) -> None:
         self.is_gone = False
         self.num_slots = num_slots
         self.slot_bytes = slot_bytes
-        self.executor = ThreadPoolExecutor(1, thread_name_prefix=f"pdserve-{self.name}")
+        self.executor = executor
         self._rank = rank
         self._host = host
         self._timeout_s = timeout_s
@@ -58,7 +66,7 @@ class GroupLink(ABC):
 
     @abstractmethod
     def _release(self) -> None:
-        """Runs on the helper thread, after any wait still under way: an operation's buffers must outlive
+        """Runs on the executor, after any wait still under way: an operation's buffers must outlive
         it."""
 
     def kill(self) -> None:

@@ -5,13 +5,14 @@ The endpoint owns the thread and the sockets around it; the simulator owns neith
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from ..core.messages import TransferAddress
 from ..core.request import TransferId
 from .choice import LINKS
-from .events import CancelTransfer, Expect, OpenTransfer, PeerGone, SenderEvent, TransferTick
+from .events import CancelTransfer, Expect, OpenTransfer, PeerGone, ReleaseLink, SenderEvent, TransferTick
+from .idle_links import LinkUse, unused_links
 from .inbound import InboundPair
 from .outbound import Dial, OutboundPair
 from .pair import Local
@@ -81,8 +82,15 @@ class TransferHub:
             guarded(partial(outbound.feed, TransferTick()))
         for inbound in list(self._inbound.values()):
             guarded(partial(inbound.feed, TransferTick()))
+        self._release_unused(self._outbound)
+        self._release_unused(self._inbound)
         self._outbound = {key: pair for key, pair in self._outbound.items() if not pair.is_idle}
         self._inbound = {key: pair for key, pair in self._inbound.items() if not pair.is_idle}
+
+    def _release_unused(self, pairs: Mapping[Key, OutboundPair] | Mapping[Key, InboundPair]) -> None:
+        config = self._local.config
+        for key in unused_links(_open_links(pairs), config.max_links, config.max_idle_s, self._local.clock()):
+            guarded(partial(pairs[key].feed, ReleaseLink()))
 
     def close(self, error: str) -> None:
         """Ends every pair and fails all open transfers."""
@@ -97,11 +105,20 @@ class TransferHub:
         """The number of open transfers on the prefill side."""
         return len(self._pair_of)
 
+    @property
+    def num_links(self) -> int:
+        """The number of open links, of the direction that has more of them."""
+        return max(len(_open_links(self._outbound)), len(_open_links(self._inbound)))
+
     def _inbound_pair(self, key: Key) -> InboundPair:
         """Returns the pair with this source."""
         if key not in self._inbound:
             self._inbound[key] = InboundPair(self._local, key[0])
         return self._inbound[key]
+
+
+def _open_links(pairs: Mapping[Key, OutboundPair] | Mapping[Key, InboundPair]) -> dict[Key, LinkUse]:
+    return {key: use for key, pair in pairs.items() if (use := pair.use) is not None}
 
 
 def refusal(connect: Connect, local: Local) -> str | None:

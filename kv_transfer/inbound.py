@@ -19,6 +19,7 @@ from .events import (
     Stored,
     StoreFailed,
 )
+from .idle_links import LinkUse
 from .interfaces import ControlStream, Pending, Slot
 from .link import Link, LinkError, release
 from .pair import Local, Pair
@@ -41,6 +42,12 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
     @property
     def is_idle(self) -> bool:
         return self._receiver.is_idle and not self.num_preparing and self._work.is_idle
+
+    @property
+    def use(self) -> LinkUse | None:
+        """The use of the link; None while there is none."""
+        is_new = self._receiver.use is None and self.num_preparing > 0
+        return LinkUse(0.0, is_busy=True) if is_new else self._receiver.use
 
     def attach(self, channel: ControlStream, link: Link, epoch: int) -> bool:
         """Our end of the link is up. Returns False when the source has connected anew since, or this

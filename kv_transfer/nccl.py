@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import cache
@@ -48,10 +49,11 @@ class NcclLink(GroupLink):
         num_slots: int,
         slot_bytes: int,
         timeout_s: float,
+        executor: Executor,
         device: torch.device,
         on_stuck: Callable[[str], None],
     ) -> None:
-        super().__init__(rank, host, num_slots, slot_bytes, timeout_s)
+        super().__init__(rank, host, num_slots, slot_bytes, timeout_s, executor)
         self._stream = own_stream(device) if device.type == "cuda" else None
         with self._own_stream():
             self._ring: torch.Tensor | None = torch.empty(

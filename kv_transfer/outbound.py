@@ -19,6 +19,7 @@ from .events import (
     SendFailed,
     Sent,
 )
+from .idle_links import LinkUse
 from .interfaces import ControlStream
 from .link import Link, LinkError, release
 from .pair import Local, Pair
@@ -70,6 +71,11 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
     @property
     def is_idle(self) -> bool:
         return self._sender.is_idle and self._work.is_idle
+
+    @property
+    def use(self) -> LinkUse | None:
+        """The use of the link; None while there is none."""
+        return self._sender.use
 
     def _handle(self, event: SenderEvent, now_s: float) -> list[SenderCommand]:
         return self._sender.handle(event, now_s)

@@ -5,7 +5,7 @@
     P --OFFER(num_tokens)-------------> D     D --ACCEPT(token_start, credits)--> P
     P --CHUNK(seq, slot, span, sum)---> D     D --ACK(seq)--> P              or NACK, and the link is closed
     P --COMMIT(payload)---------------> D     D --COMMITTED--> P
-    P <--------------ABORT, HEARTBEAT-------------> D
+    P <--------------ABORT, HEARTBEAT-------------> D     D --UNNEEDED--> P, which closes an idle link
 
 Every message carries its epoch, those of a transfer its id (request, attempt); those that do not fit are
 dropped as stale."""
@@ -17,7 +17,7 @@ from ..core.messages import KVLayout
 from ..core.request import TransferId
 from .span import Span
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 
 
 class Connect(msgspec.Struct, frozen=True, tag=True, array_like=True, kw_only=True):
@@ -65,6 +65,13 @@ class LinkRefused(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class LinkHeartbeat(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    epoch: int
+
+
+class LinkUnneeded(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """D has more links than it needs: P closes this one, unless it has a transfer. Only P closes unused
+    links, as only P knows what it is about to offer."""
+
     epoch: int
 
 
@@ -140,5 +147,15 @@ class AbortTransfer(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 SenderMessage = Connect | Meet | OfferTransfer | KVChunk | Commit | AbortTransfer | LinkHeartbeat
 ReceiverMessage = (
-    Prepare | Meet | Connected | LinkRefused | Accept | Ack | Committed | Nack | AbortTransfer | LinkHeartbeat
+    Prepare
+    | Meet
+    | Connected
+    | LinkRefused
+    | LinkUnneeded
+    | Accept
+    | Ack
+    | Committed
+    | Nack
+    | AbortTransfer
+    | LinkHeartbeat
 )

@@ -27,12 +27,14 @@ from .events import (
     ReceiveFailed,
     ReceiverCommand,
     ReceiverEvent,
+    ReleaseLink,
     Send,
     Store,
     Stored,
     StoreFailed,
     TransferTick,
 )
+from .idle_links import LinkUse
 from .inbound_transfer import InboundTransfer
 from .protocol import (
     AbortTransfer,
@@ -42,6 +44,7 @@ from .protocol import (
     Committed,
     KVChunk,
     LinkHeartbeat,
+    LinkUnneeded,
     Nack,
     OfferTransfer,
 )
@@ -79,12 +82,20 @@ class TransferReceiver:
         self._now_s = 0.0
         self._heard_s = 0.0
         self._beat_s = 0.0
+        self._used_s = 0.0
         self._out: list[ReceiverCommand] = []
 
     @property
     def is_idle(self) -> bool:
         """Whether this object holds no state that would be lost with it."""
         return self._link.state is LinkState.DOWN and not self._transfers and not self._refused_until_s
+
+    @property
+    def use(self) -> LinkUse | None:
+        """The use of the link; None while there is none."""
+        if self._link.state is LinkState.DOWN:
+            return None
+        return LinkUse(self._used_s, bool(self._transfers or self._under_way))
 
     def handle(self, event: ReceiverEvent, now_s: float) -> list[ReceiverCommand]:
         """Returns the commands that answer `event`, in order."""
@@ -105,6 +116,9 @@ class TransferReceiver:
             case LinkDown():
                 if event.epoch == self._epoch and self._link.state is LinkState.UP:
                     self._link_lost(event.error, FailureKind.LOST)
+            case ReleaseLink():
+                if self._link.state is LinkState.UP:
+                    self._send(LinkUnneeded(self._epoch or 0))
             case PeerGone():
                 self._close_link(event.error, FailureKind.LOST)
                 for transfer in list(self._transfers.values()):
@@ -139,7 +153,7 @@ class TransferReceiver:
         self._epoch = event.epoch
         self._num_slots, self._slot_bytes = event.num_slots, event.slot_bytes
         self._last_seq = -1
-        self._heard_s = self._beat_s = self._now_s
+        self._heard_s = self._beat_s = self._used_s = self._now_s
         self._counters.num_links_opened += 1
 
     def _on_message(self, message: KVChunk | OfferTransfer | Commit | AbortTransfer | LinkHeartbeat) -> None:
@@ -273,7 +287,9 @@ class TransferReceiver:
 
     # consequences
 
-    def _send(self, message: Accept | Ack | Committed | Nack | AbortTransfer | LinkHeartbeat) -> None:
+    def _send(
+        self, message: Accept | Ack | Committed | Nack | AbortTransfer | LinkHeartbeat | LinkUnneeded
+    ) -> None:
         self._out.append(Send(message))
 
     def _finish(self, transfer: InboundTransfer) -> None:
@@ -285,6 +301,7 @@ class TransferReceiver:
     def _end(self, transfer: InboundTransfer, state: InboundState) -> None:
         transfer.machine.transition(state)
         del self._transfers[transfer.id]
+        self._used_s = self._now_s
 
     def _report_failure(self, transfer: InboundTransfer, error: str, kind: FailureKind) -> None:
         if transfer.reservation is not None:

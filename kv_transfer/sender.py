@@ -25,6 +25,7 @@ from .events import (
     PartComputed,
     PeerGone,
     PrefillDone,
+    ReleaseLink,
     Send,
     SendChunk,
     SenderCommand,
@@ -33,8 +34,19 @@ from .events import (
     Sent,
     TransferTick,
 )
+from .idle_links import LinkUse
 from .outbound_transfer import OutboundTransfer
-from .protocol import AbortTransfer, Accept, Ack, Commit, Committed, LinkHeartbeat, Nack, OfferTransfer
+from .protocol import (
+    AbortTransfer,
+    Accept,
+    Ack,
+    Commit,
+    Committed,
+    LinkHeartbeat,
+    LinkUnneeded,
+    Nack,
+    OfferTransfer,
+)
 from .span import Span
 from .states import LINK_TRANSITIONS, LinkState, OutboundState
 
@@ -75,12 +87,23 @@ class TransferSender:
         """Whether this object holds no state that would be lost with it."""
         return self._link.state is LinkState.DOWN and not self._transfers
 
+    @property
+    def use(self) -> LinkUse | None:
+        """The use of the link; None while there is none."""
+        if self._link.state is LinkState.DOWN:
+            return None
+        return LinkUse(self._used_s, not self._is_link_unused)
+
+    @property
+    def _is_link_unused(self) -> bool:
+        return self._link.state is LinkState.UP and not self._transfers and not self._in_flight
+
     def handle(self, event: SenderEvent, now_s: float) -> list[SenderCommand]:
         """Returns the commands that answer `event`, in order."""
         self._now_s = now_s
         self._out = []
         match event:
-            case Accept() | Ack() | Committed() | Nack() | AbortTransfer() | LinkHeartbeat():
+            case Accept() | Ack() | Committed() | Nack() | AbortTransfer() | LinkHeartbeat() | LinkUnneeded():
                 self._on_message(event)
             case OpenTransfer():
                 self._on_open(event)
@@ -95,6 +118,8 @@ class TransferSender:
             case LinkDown():
                 if event.epoch == self._epoch and self._link.state is not LinkState.DOWN:
                     self._link_lost(event.error)
+            case ReleaseLink():
+                self._release_link()
             case PeerGone():
                 self._close_link(event.error)
             case TransferTick():
@@ -155,12 +180,17 @@ class TransferSender:
         for transfer in self._transfers.values():
             self._offer(transfer)
 
-    def _on_message(self, message: Accept | Ack | Committed | Nack | AbortTransfer | LinkHeartbeat) -> None:
+    def _on_message(
+        self, message: Accept | Ack | Committed | Nack | AbortTransfer | LinkHeartbeat | LinkUnneeded
+    ) -> None:
         if message.epoch != self._epoch:
             self._counters.num_stale_messages += 1
             return
         self._heard_s = self._now_s
         if isinstance(message, LinkHeartbeat):
+            return
+        if isinstance(message, LinkUnneeded):
+            self._release_link()
             return
         if isinstance(message, Ack):
             self._on_ack(message)
@@ -220,12 +250,6 @@ class TransferSender:
         error = self._overdue()
         if error is not None:
             self._close_link(error)
-        elif (
-            not self._transfers
-            and not self._in_flight
-            and self._now_s - self._used_s > self._config.max_idle_s
-        ):
-            self._close_link("idle")
         elif self._now_s - self._beat_s >= self._config.heartbeat_s:
             self._beat_s = self._now_s
             self._send(LinkHeartbeat(self._epoch or 0))
@@ -297,6 +321,10 @@ class TransferSender:
             self._send(AbortTransfer(self._epoch or 0, transfer.id, error, kind))
         self._end(transfer, OutboundState.FAILED)
         self._out.append(SendFailed(transfer.id, error, kind))
+
+    def _release_link(self) -> None:
+        if self._is_link_unused:
+            self._close_link("unused")
 
     def _close_link(self, error: str) -> None:
         self._out.append(CloseLink(error))

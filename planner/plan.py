@@ -16,15 +16,19 @@ from ..core.request import DefaultSampling
 from ..engine.checkpoint import Checkpoint, open_checkpoint, resolve_model_path
 from ..engine.generation_config import default_sampling
 from ..engine.gpu import GPU_MEMORY_FRACTION, Node, probe_node
+from ..kv_transfer.chunk_size import CHUNK_BYTES
+from ..kv_transfer.config import TransferConfig
 from .device_choice import device_findings, resolve_device, why_device
 from .packing import Demand, Finding, Packing
 
 AUTO_KV_MAX_BYTES = 4 << 30
 # share of the available memory that `kv_cache_bytes: auto` lets a machine's instances fill
 AUTO_MEMORY_FRACTION = 0.8
-RUNTIME_BYTES = 384 << 20  # an instance's interpreter, libraries and transfer buffers
-# on the GPU, of one instance: CUDA's context, captured graphs and transfer buffers
+# an instance's interpreter and libraries, and the buffers of its first links to others
+RUNTIME_BYTES = 384 << 20
+# on the GPU, of one instance: CUDA's context, captured graphs, and the buffers of its first links
 GPU_RUNTIME_BYTES = 1 << 30
+FIRST_LINKS = 4
 ROPE_COPIES = 3  # copies of the rope table in its making: angles, cosines and sines, and both side by side
 TYPICAL_TOKENS = 2048
 NO_DEFAULTS = DefaultSampling()
@@ -216,7 +220,15 @@ class _Sizes:
         runtime_bytes = GPU_RUNTIME_BYTES if self._on_gpu else RUNTIME_BYTES
         logits = pool.max_batch_size * model.vocab_size * 12
         rope = ROPE_COPIES * self.max_model_len * model.head_dim * 4
-        return self.weights_bytes + activations + logits + rope + runtime_bytes
+        return self.weights_bytes + activations + logits + rope + runtime_bytes + self._link_bytes(pool)
+
+    def _link_bytes(self, pool: PoolSection) -> int:
+        """Memory of the links to the instances of the other pools that the runtime's does not include, as
+        large as between hosts."""
+        num_peers = sum(other.instances for _, other in self._config.pools.items() if other is not pool)
+        num_links = min(num_peers, TransferConfig.max_links)
+        ring_bytes = TransferConfig.ring_slots * CHUNK_BYTES["nccl" if self._on_gpu else "gloo"].largest
+        return max(0, num_links - FIRST_LINKS) * ring_bytes
 
     def explicit_kv_bytes(self, pool: PoolSection) -> int | None:
         return None if pool.kv_cache_bytes == "auto" else pool.kv_cache_bytes

@@ -41,5 +41,7 @@ def _held(worker: SimulatedWorker) -> Iterator[str]:
         yield f"{worker.pool.num_blocks - worker.pool.num_free_blocks} blocks"
     if worker.store.leases:
         yield f"leases of {', '.join(map(str, worker.store.leases))}"
+    if worker.hub.num_links > worker.local.config.max_links:
+        yield f"{worker.hub.num_links} links"
     if worker.hub.num_transfers:
         yield f"{worker.hub.num_transfers} transfers"

@@ -74,6 +74,7 @@ class Scenario:
     chunk_bytes: int
     ring_slots: int
     lease_s: float
+    max_links: int  # that a worker keeps in each direction
     max_queued_requests: int
     max_attempts: int
     prefill_on_decode: bool
@@ -156,6 +157,7 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
         chunk_bytes=rng.choice((64, 128, 512)),
         ring_slots=rng.choice((1, 2, 4)),
         lease_s=1.0 if is_crowded else rng.choice((1.0, 30.0)),
+        max_links=Random(f"links of {seed}").choice((64, 64, 1)),
         max_queued_requests=rng.choice((4, 16, 1024)),
         max_attempts=rng.choice((50, 50, 50, 2)),
         prefill_on_decode=rng.random() < 0.5,

@@ -246,7 +246,10 @@ class Simulation:
     def start_worker(self, spec: InstanceSpec, placement: Placement) -> SimulatedWorker:
         scenario = self._scenario
         config = TransferConfig(
-            chunk_bytes=scenario.chunk_bytes, ring_slots=scenario.ring_slots, lease_s=scenario.lease_s
+            chunk_bytes=scenario.chunk_bytes,
+            ring_slots=scenario.ring_slots,
+            lease_s=scenario.lease_s,
+            max_links=scenario.max_links,
         )
         worker = SimulatedWorker(
             self,

@@ -1,6 +1,11 @@
 """Two endpoints in one process, over real links: content, concurrency, and no leftover resources."""
 
 import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +14,7 @@ from pdserve.core.request import TransferId
 from pdserve.kv_transfer import TransferConfig
 
 from .leftovers import TRANSPORTS, T, _gloo_is_warm, _nothing_is_left  # noqa: F401  (fixtures)
-from .support import WAIT_S, Worker, layout, pair
+from .support import CALM, WAIT_S, Worker, layout, pair
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -121,6 +126,56 @@ def test_an_idle_link_is_closed_and_opened_again_on_use() -> None:
             closed = threading.Event()
             while sender.endpoint.counters.num_links_closed <= attempt:
                 closed.wait(0.01)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("side", ["send", "receive"])
+def test_links_beyond_the_bound_close_on_both_ends_and_open_again_on_use(side: str, transport: str) -> None:
+    """Three workers take turns with one that keeps a single link; no transfer fails."""
+    one_link, others = replace(CALM, max_links=1), [f"w{number}" for number in range(3)]
+    with ExitStack() as stack:
+
+        def worker(name: str, seed: int | None, config: TransferConfig) -> Worker:
+            made = Worker(name, layout(), seed=seed, transport=transport, config=config)
+            stack.callback(made.endpoint.close)
+            return made
+
+        bounded = worker("bounded", 1 if side == "send" else None, one_link)
+        peers = [worker(name, None if side == "send" else 1, CALM) for name in others]
+        for attempt in range(2):
+            for number, peer in enumerate(peers):
+                sender, receiver = (bounded, peer) if side == "send" else (peer, bounded)
+                transfer, block = TransferId(f"request{number}", attempt), 3 * attempt + number
+                receiver.expect(transfer, sender.key, [block], 8)
+                sender.push(transfer, receiver.address, [block + 6], 8, b"end")
+                assert receiver.ends.received(transfer) == b"end"
+                sender.ends.sent(transfer)
+                np.testing.assert_array_equal(
+                    receiver.store.read([block], 0, 8), sender.store.read([block + 6], 0, 8)
+                )
+            for end in (bounded, *peers):
+                wait_until(partial(has_one_link_at_most, end))
+            wait_until(lambda: sum(map(num_open_links, peers)) == 1)
+        counts = bounded.endpoint.counters
+        assert counts.num_links_opened == counts.num_links_closed + 1 > len(peers)
+        assert not sum(w.endpoint.counters.num_send_failures for w in (bounded, *peers))
+        assert not sum(w.endpoint.counters.num_receive_failures for w in (bounded, *peers))
+
+
+def num_open_links(worker: Worker) -> int:
+    counters = worker.endpoint.counters
+    return counters.num_links_opened - counters.num_links_closed
+
+
+def has_one_link_at_most(worker: Worker) -> bool:
+    return num_open_links(worker) <= 1
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    pause, due_s = threading.Event(), time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < due_s, "it did not come about"
+        pause.wait(0.01)
 
 
 def test_bad_arguments_are_refused_at_once() -> None:

@@ -23,12 +23,14 @@ from pdserve.kv_transfer.events import (
     PrefillDone,
     Receive,
     ReceiveFailed,
+    ReleaseLink,
     Send,
     SendChunk,
     SendFailed,
     Sent,
     TransferTick,
 )
+from pdserve.kv_transfer.idle_links import LinkUse
 from pdserve.kv_transfer.outbound_transfer import OutboundTransfer
 from pdserve.kv_transfer.protocol import (
     AbortTransfer,
@@ -38,6 +40,7 @@ from pdserve.kv_transfer.protocol import (
     Committed,
     KVChunk,
     LinkHeartbeat,
+    LinkUnneeded,
     Nack,
     OfferTransfer,
 )
@@ -254,3 +257,35 @@ def test_an_illegal_transition_is_a_bug_and_reports_its_history() -> None:
     with pytest.raises(InvalidTransition, match=r"outbound x.*COMMITTING.*'waiting', 'offered'"):
         machine.transition(OutboundState.COMMITTING)
     assert machine.state is OutboundState.OFFERED
+
+
+def test_a_link_closes_on_request_of_either_end_only_without_a_transfer() -> None:
+    sender = open_sender(num_tokens=8)
+    assert sender.use == LinkUse(0.0, is_busy=True)
+    assert sender.handle(ReleaseLink(), 1.0) == []
+    assert sender.handle(LinkUnneeded(1), 1.0) == []
+    sender.handle(CancelTransfer(T, "cancelled"), 2.0)
+    assert sender.use == LinkUse(2.0, is_busy=False)
+    assert sender.handle(LinkUnneeded(0), 3.0) == [], "an older link's"
+    assert sender.handle(LinkUnneeded(1), 3.0) == [CloseLink("unused")]
+    assert sender.use is None and sender.is_idle
+
+
+def test_a_link_is_not_unused_while_a_chunk_of_an_ended_transfer_is_under_way() -> None:
+    sender = open_sender(num_tokens=8)
+    sender.handle(PartComputed(T, Span(0, 2, 0, 8)), 0.0)
+    sender.handle(Accept(1, T, 0, 1), 0.0)
+    sender.handle(CancelTransfer(T, "cancelled"), 1.0)
+    assert sender.handle(ReleaseLink(), 1.0) == []
+    sender.handle(Ack(1, T, 0), 1.0)
+    assert sender.handle(ReleaseLink(), 1.0) == [CloseLink("unused")]
+
+
+def test_a_receiver_asks_for_the_end_of_a_link_and_counts_reservations_as_use() -> None:
+    receiver = open_receiver()
+    assert receiver.use == LinkUse(0.0, is_busy=False)
+    assert receiver.handle(ReleaseLink(), 1.0) == [Send(LinkUnneeded(1))]
+    receiver.handle(Expect(T, (0,), 8, 0), 2.0)
+    assert receiver.use == LinkUse(0.0, is_busy=True)
+    receiver.handle(LinkDown(1, "closed"), 2.0)
+    assert receiver.use is None and not receiver.is_idle

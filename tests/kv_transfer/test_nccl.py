@@ -3,6 +3,7 @@ of a link."""
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 
@@ -81,7 +82,16 @@ def test_a_lost_peer_fails_only_its_own_transfers() -> None:
 def links(on_stuck: list[str]) -> tuple[NcclLink, NcclLink]:
     """Yields two ranks in one process, joined."""
     ours, theirs = (
-        NcclLink(rank, "127.0.0.1", 1, 4096, WAIT_S, torch.device("cpu"), on_stuck.append)
+        NcclLink(
+            rank,
+            "127.0.0.1",
+            1,
+            4096,
+            WAIT_S,
+            ThreadPoolExecutor(1, thread_name_prefix="pdserve-nccl"),
+            torch.device("cpu"),
+            on_stuck.append,
+        )
         for rank in (RECEIVER_RANK, SENDER_RANK)
     )
     building = [

@@ -68,6 +68,17 @@ def test_automatic_kv_holds_one_longest_sequence_even_where_memory_is_short() ->
         result.check()
 
 
+def test_an_instance_takes_memory_for_its_links_up_to_their_bound() -> None:
+    def prefill_bytes(num_decode: int) -> int:
+        decode = {"instances": num_decode, "kv_cache_bytes": GIB}
+        (pool, _) = planned(config={"pools": {"prefill": {"kv_cache_bytes": GIB}, "decode": decode}}).pools
+        return pool.instance_bytes
+
+    assert prefill_bytes(4) == prefill_bytes(1)
+    assert prefill_bytes(64) - prefill_bytes(4) == 60 * (16 << 20)
+    assert prefill_bytes(1000) == prefill_bytes(64)
+
+
 def test_automatic_kv_of_a_small_model_is_bounded_by_its_use() -> None:
     small = checkpoint(
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16

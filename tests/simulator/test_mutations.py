@@ -5,7 +5,7 @@ The first seed that finds a bug is noted beside it and tried first. Where a chan
 seeds are searched, and a warning gives the seed to note."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -24,13 +24,16 @@ from pdserve.engine.batch import Batch
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.kv_manager import KVManager
 from pdserve.engine.sequence import Sequence
+from pdserve.kv_transfer import hub
 from pdserve.kv_transfer.events import Arrived, ReceiverCommand, ReceiverEvent
+from pdserve.kv_transfer.idle_links import LinkUse, unused_links
 from pdserve.kv_transfer.inbound import InboundPair
 from pdserve.kv_transfer.inbound_transfer import InboundTransfer
 from pdserve.kv_transfer.outbound import OutboundPair
 from pdserve.kv_transfer.protocol import Ack, Commit
 from pdserve.kv_transfer.receiver import TransferReceiver
 from pdserve.kv_transfer.sender import TransferSender
+from pdserve.kv_transfer.states import LinkState
 from pdserve.prefill_worker.worker import PrefillWorker
 from pdserve.router import fair_queue, hosts, reports
 from pdserve.router.admission import Deadlines, JobQueue
@@ -366,6 +369,31 @@ def forget_which_links_between_hosts_are_broken() -> Planted:
     return patch.object(Links, "avoids", lambda self, prefill, decode: False)
 
 
+@contextmanager
+def close_links_with_transfers_under_way() -> Iterator[None]:
+    """Removes both checks: in the choice of links, and in the state machine."""
+
+    def choose(
+        links: Mapping[hub.Key, LinkUse], max_links: int, max_idle_s: float, now_s: float
+    ) -> list[hub.Key]:
+        idle = {key: LinkUse(use.used_s, is_busy=False) for key, use in links.items()}
+        return unused_links(idle, max_links, max_idle_s, now_s)
+
+    def release(self: TransferSender) -> None:
+        if self._link.state is LinkState.UP:
+            self._close_link("unused")
+
+    with (
+        patch.object(hub, "unused_links", choose),
+        patch.object(TransferSender, "_release_link", release),
+    ):
+        yield
+
+
+def keep_more_links_than_allowed() -> Planted:
+    return patch.object(hub, "unused_links", lambda *_: [])
+
+
 def leave_links_untried_until_a_request_needs_them() -> Planted:
     return patch.object(Links, "workers_changed", lambda self: None)
 
@@ -556,6 +584,8 @@ FIRST_FOUND: dict[Mutation, int] = {
     time_out_a_worker_that_waits_for_a_host: 1,
     never_check_a_refused_host_again: 122,
     free_on_abort_before_the_transfer_has_drained: 55,
+    close_links_with_transfers_under_way: 9,
+    keep_more_links_than_allowed: 0,
     forget_the_epoch_check: 419,
     repeat_a_token_after_a_resume: 1,
     leak_on_cancel: 0,

@@ -1,8 +1,10 @@
-"""A real cluster under accidents: workers and their router are killed, frozen and cut off while streams run,
-and nothing may be lost.
+"""A real cluster under accidents: workers and their router are killed, frozen, cut off or made to work badly
+while streams run, and nothing may be lost.
 
     python -m bench.chaos                     200 rounds of kills and freezes, about half an hour on 2 cores
     python -m bench.chaos --partitions        partitions too, in a network namespace; takes root, `tc`
+    python -m bench.chaos --gray              instead: sends that fail, a worker at a tenth of its speed, a
+                                              router that stands still for 20 s, requests that kill workers
     python -m bench.chaos --hosts             partitions too, on three hosts; takes root, sshd and rsync
 
 Two prefill and two decode workers of the embedded model, half a core each. First the tokens of an undisturbed
@@ -13,7 +15,8 @@ and endings. Every few rounds the cluster has to become whole and idle, with eve
 process, socket, shared memory or file may be left. The same --seed draws the same accidents; when exactly
 they fall depends on the machine.
 
-Exit status 1 when a stream was lost or altered, or anything leaked.
+Exit status 1 when a stream was lost or altered, anything leaked, or a deadly request killed more than two
+workers or did not end with INTERNAL.
 """
 
 import argparse
@@ -23,7 +26,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -33,8 +36,9 @@ import grpc
 import ray
 import torch
 
-from bench.chaos.accidents import draw, strike
+from bench.chaos.accidents import ClusterUnderTest, draw, draw_gray, strike
 from bench.chaos.account import Account, slowness
+from bench.chaos.gray import GrayFaults, hooked
 from bench.chaos.hosts import are_entered, enter_hosts, entered
 from bench.chaos.leftovers import descendants, holdings, mark_descendants, traces
 from bench.chaos.network import Loopback, NetworkFaults, enter_namespace
@@ -55,13 +59,11 @@ RECONNECT = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_ba
 
 @dataclass(frozen=True)
 class Ordeal:
-    """A running cluster and what its streams are compared with. `network`: where it can be cut."""
+    """A running cluster and what its streams are compared with."""
 
-    generation: rpc.GenerationStub
-    watch: Watch
+    cluster: ClusterUnderTest
     templates: Sequence[Template]
     undisturbed: Sequence[ObservedStream]
-    network: NetworkFaults | None
 
 
 def config(transport: str) -> ClusterConfig:
@@ -78,7 +80,9 @@ def config(transport: str) -> ClusterConfig:
 
 
 @contextmanager
-def running(templates: Sequence[Template], network: NetworkFaults | None) -> Iterator[Ordeal]:
+def running(
+    templates: Sequence[Template], network: NetworkFaults | None, gray: GrayFaults | None
+) -> Iterator[Ordeal]:
     """Starts the cluster and records the undisturbed tokens: each request alone, then all at once."""
     with (
         launch(config("auto" if network is None else "gloo")) as cluster,
@@ -100,7 +104,7 @@ def running(templates: Sequence[Template], network: NetworkFaults | None) -> Ite
         assert set(outcomes) == {"whole"}, f"without any accident: {outcomes}"
         watch.wait_for(watch.is_idle, SETTLE_TIMEOUT_S)
         try:
-            yield Ordeal(generation, watch, templates, undisturbed, network)
+            yield Ordeal(ClusterUnderTest(generation, watch, network, gray), templates, undisturbed)
         finally:
             watch.close()
 
@@ -108,17 +112,21 @@ def running(templates: Sequence[Template], network: NetworkFaults | None) -> Ite
 def run_round(ordeal: Ordeal, rng: random.Random, number: int, account: Account) -> list[str]:
     """Runs one set of streams and its accidents; returns the problems."""
     chosen = rng.sample(range(len(ordeal.templates)), NUM_STREAMS)
-    accidents = [draw(rng, ordeal.network is not None) for _ in range(rng.choice((1, 1, 2, 3)))]
+    cluster = ordeal.cluster
+    accidents = [
+        draw(rng, cluster.network is not None) if cluster.gray is None else draw_gray(rng)
+        for _ in range(rng.choice((1, 1, 2, 3)))
+    ]
     order = ("before the first token", "during the transfer", "mid decode")
     accidents.sort(key=lambda accident: (order.index(accident.moment), accident.progress))
 
     def disturb(streams: list[ObservedStream]) -> None:
         for accident in accidents:
-            strike(accident, streams, ordeal.watch, rng, ordeal.network or Loopback())
+            strike(accident, streams, cluster, rng)
 
     start_s = time.monotonic()
     streams = run_streams(
-        ordeal.generation, [ordeal.templates[index] for index in chosen], f"round {number}", disturb
+        cluster.generation, [ordeal.templates[index] for index in chosen], f"round {number}", disturb
     )
     for accident in accidents:
         if accident.ended is not None:
@@ -127,7 +135,7 @@ def run_round(ordeal: Ordeal, rng: random.Random, number: int, account: Account)
     print(
         f"round {number}: {time.monotonic() - start_s:.1f} s; {'; '.join(map(str, accidents))}",
         *problems,
-        *account.add_replaced(ordeal.watch),
+        *account.add_replaced(cluster.watch),
         *slowness(streams),
         sep="\n  ",
         flush=True,
@@ -139,7 +147,7 @@ def settle(ordeal: Ordeal, account: Account) -> None:
     """Waits until the cluster is whole and idle again; otherwise there is a leak."""
     start_s = time.monotonic()
     try:
-        ordeal.watch.wait_for(ordeal.watch.is_idle, SETTLE_TIMEOUT_S)
+        ordeal.cluster.watch.wait_for(ordeal.cluster.watch.is_idle, SETTLE_TIMEOUT_S)
     except TimeoutError as error:
         account.leaks.append(f"not whole and idle {error}")
     print(f"whole and idle after {time.monotonic() - start_s:.1f} s", flush=True)
@@ -169,6 +177,7 @@ def main() -> int:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--partitions", action="store_true")
     where.add_argument("--hosts", action="store_true")
+    where.add_argument("--gray", action="store_true")
     parser.add_argument("--output", type=Path, help="write the table there as well")
     args = parser.parse_args()
     network: NetworkFaults | None = None
@@ -182,7 +191,10 @@ def main() -> int:
     mark_descendants()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it otherwise
     rng, account, found, others = random.Random(args.seed), Account(), traces(), descendants()
-    with running(make_templates(rng, NUM_TEMPLATES), network) as ordeal:
+    with (
+        hooked() if args.gray else nullcontext() as gray,
+        running(make_templates(rng, NUM_TEMPLATES), network, gray) as ordeal,
+    ):
         before = {"head": holdings("HeadActor"), "workers": holdings("WorkerActor")}
         try:
             for number in range(args.rounds):
@@ -193,7 +205,9 @@ def main() -> int:
             print("interrupted: the table is of the rounds so far")
         settle(ordeal, account)
         check_holdings(before, account)
-        table = account.lines(ordeal.watch)
+        table = account.lines(ordeal.cluster.watch)
+        if gray is not None:
+            table.append(f"{'sends that failed on purpose':44} {gray.num_failed_sends()}")
     account.leaks += [
         f"process {pid}: {command}" for pid, command in descendants().items() if pid not in others
     ]
@@ -202,12 +216,13 @@ def main() -> int:
     print(report)
     if args.output is not None:
         args.output.write_text(report + "\n")
-    return 1 if account.leaks or account.outcomes["lost"] or account.outcomes["altered"] else 0
+    has_failed = account.outcomes["lost"] or account.outcomes["altered"] or account.num_broken_promises
+    return 1 if account.leaks or has_failed else 0
 
 
 def _heading() -> list[str]:
     return [
-        f"$ python {' '.join(sys.argv)}",
+        f"$ python -m bench.chaos {' '.join(sys.argv[1:])}",
         (
             f"{date.today()}, {platform.machine()}, Linux {platform.release().split('-')[0]}, Python"
             f" {platform.python_version()}, torch {torch.__version__}, ray {ray.__version__}, grpcio"

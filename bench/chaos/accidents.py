@@ -1,5 +1,5 @@
-"""Faults of workers and their router: a kill, a temporary freeze, a partition. Drawn by seed and injected at
-a chosen point of the streams' progress."""
+"""Faults of workers and their router: a kill, a temporary freeze, a partition, a gray fault. Drawn by seed
+and injected at a chosen point of the streams' progress."""
 
 import os
 import random
@@ -9,15 +9,24 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
+from pdserve.proto import pdserve_pb2_grpc as rpc
+
+from .gray import MAX_DEATHS, GrayFaults, send_deadly, throttle
+from .gray_hook import deadly_name
 from .leftovers import router_pid
-from .network import NetworkFaults
+from .network import Loopback, NetworkFaults
 from .streams import ObservedStream
 from .watch import Watch
 
 KINDS = ("kill", "freeze")
 PARTITIONS = ("cut off from the router", "cut off from the other pool")
+FAIL_SENDS, FAIL_READS = "links break at each send of", "no KV can be read at"
+THROTTLE, STAND_STILL, DEADLY = "throttle to a tenth", "stand still", "deadly request"
+GRAY = (FAIL_SENDS, FAIL_READS, THROTTLE, STAND_STILL, DEADLY)
+STAND_STILL_S = 20.0
 ROUTER = "router"
 MOMENTS = ("before the first token", "during the transfer", "mid decode")
 
@@ -26,6 +35,16 @@ MOMENTS = ("before the first token", "during the transfer", "mid decode")
 class Victim:
     worker_id: str
     pid: int
+
+
+@dataclass(frozen=True)
+class ClusterUnderTest:
+    """The cluster that accidents strike. `network`: where it can be cut; `gray`: its workers' switches."""
+
+    generation: rpc.GenerationStub
+    watch: Watch
+    network: NetworkFaults | None
+    gray: GrayFaults | None
 
 
 @dataclass
@@ -43,10 +62,11 @@ class InjectedAccident:
     progress: float  # share of a stream, 0 to 1, that "mid decode" waits for
     at_s: float | None = None
     victims: list[Victim] = field(default_factory=list)
-    ended: threading.Timer | None = None  # the end of a freeze or a cut
+    ended: threading.Timer | None = None  # the end of a freeze, a cut or a gray fault
+    problem: str | None = None  # a promise about its victims that was broken
 
     def __str__(self) -> str:
-        lasting = "" if self.kind == "kill" else f" {self.duration_s:.1f} s"
+        lasting = "" if self.kind in ("kill", DEADLY) else f" {self.duration_s:.1f} s"
         whom = (
             f"all {self.role} workers"
             if self.is_whole_pool
@@ -72,23 +92,39 @@ def draw(rng: random.Random, with_partitions: bool) -> InjectedAccident:
     )
 
 
+def draw_gray(rng: random.Random) -> InjectedAccident:
+    """A worker's fault lasts about as long as its streams; one of its sends begins before they send. A deadly
+    request kills workers that compute its prompt, or some token of its output."""
+    kind = rng.choice(GRAY)
+    roles = {THROTTLE: ("prefill", "decode"), DEADLY: ("prefill", "decode"), STAND_STILL: (ROUTER,)}
+    return InjectedAccident(
+        kind=kind,
+        role=rng.choice(roles.get(kind, ("prefill",))),
+        moment=MOMENTS[0] if kind in (FAIL_SENDS, FAIL_READS) else rng.choice(MOMENTS),
+        is_whole_pool=False,
+        duration_s={STAND_STILL: STAND_STILL_S, DEADLY: 0.0}.get(kind, rng.uniform(3.0, 10.0)),
+        delay_s=rng.uniform(0.0, 0.02),
+        aftermath_s=0.0,
+        progress=rng.uniform(0.02, 0.8),
+    )
+
+
 def strike(
-    accident: InjectedAccident,
-    streams: list[ObservedStream],
-    watch: Watch,
-    rng: random.Random,
-    network: NetworkFaults,
+    accident: InjectedAccident, streams: list[ObservedStream], cluster: ClusterUnderTest, rng: random.Random
 ) -> None:
     """Wait for the moment, then do it. A pool without a ready worker is spared, and so is a router that is
     not there yet."""
     _wait_for_moment(accident, streams, rng)
-    chosen = _candidates(accident.role, watch)
-    if not accident.is_whole_pool:
-        chosen = rng.sample(chosen, min(1, len(chosen)))
-    accident.victims = chosen
-    if not chosen:
-        return
-    end = _begin(accident, [victim.pid for victim in chosen], watch, network)
+    if accident.kind == DEADLY:
+        end: Callable[[], object] | None = _begin_deadly(accident, cluster, rng)
+    else:
+        chosen = _candidates(accident.role, cluster.watch)
+        if not accident.is_whole_pool:
+            chosen = rng.sample(chosen, min(1, len(chosen)))
+        accident.victims = chosen
+        if not chosen:
+            return
+        end = _begin(accident, [victim.pid for victim in chosen], cluster)
     if end is not None:
         accident.ended = threading.Timer(accident.duration_s, end)
         accident.ended.start()
@@ -106,24 +142,56 @@ def _candidates(role: str, watch: Watch) -> list[Victim]:
 
 
 def _begin(
-    accident: InjectedAccident, pids: list[int], watch: Watch, network: NetworkFaults
-) -> Callable[[], None] | None:
+    accident: InjectedAccident, pids: list[int], cluster: ClusterUnderTest
+) -> Callable[[], object] | None:
     """Returns what ends it."""
-    if accident.kind in KINDS:
+    if accident.kind in (*KINDS, STAND_STILL, THROTTLE):
         processes = [os.pidfd_open(pid) for pid in pids]
-        is_kill = accident.kind == "kill"
         accident.at_s = time.monotonic()
+        if accident.kind == THROTTLE:
+            return throttle(processes)
+        is_kill = accident.kind == "kill"
         _signal(processes, signal.SIGKILL if is_kill else signal.SIGSTOP)
         if not is_kill:
             return lambda: _signal(processes, signal.SIGCONT, close=True)
         _signal(processes, 0, close=True)
         return None
-    at_s, mend = time.monotonic(), _cut_off(accident, pids, watch, network)
+    at_s = time.monotonic()
+    if accident.kind in (FAIL_SENDS, FAIL_READS):
+        assert cluster.gray is not None
+        accident.at_s = at_s
+        return cluster.gray.fail_sends(pids, "send" if accident.kind == FAIL_SENDS else "gather")
+    mend = _cut_off(accident, pids, cluster.watch, cluster.network or Loopback())
     if mend is None:
         accident.victims = []
     else:
         accident.at_s = at_s
     return mend
+
+
+_deadly_numbers = count()
+
+
+def _begin_deadly(
+    accident: InjectedAccident, cluster: ClusterUnderTest, rng: random.Random
+) -> Callable[[], object]:
+    """Returns what waits for its end, and then knows its victims."""
+    assert cluster.gray is not None
+    gray = cluster.gray
+    num_tokens = 0 if accident.role == "prefill" else rng.randrange(2, 200)
+    name = deadly_name(num_tokens, str(next(_deadly_numbers)))
+    ending = send_deadly(cluster.generation, rng, name)
+    accident.problem = f"the end of {name} is not known"
+
+    def end() -> None:
+        accident.problem = ending()
+        deaths = gray.deaths(name)
+        accident.victims = [Victim(cluster.watch.name_of(death.pid), death.pid) for death in deaths]
+        accident.at_s = deaths[0].at_s if deaths else None
+        if not 0 < len(deaths) <= MAX_DEATHS:
+            accident.problem = f"{len(deaths)} workers died of {name}; {accident.problem or ''}"
+
+    return end
 
 
 def _cut_off(

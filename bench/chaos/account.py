@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from pdserve.proto import pdserve_pb2 as pb
 
-from .accidents import ROUTER, InjectedAccident
+from .accidents import DEADLY, GRAY, ROUTER, InjectedAccident
 from .streams import ObservedStream
 from .watch import Watch
 
@@ -27,6 +27,9 @@ class Account:
         self.num_tokens = 0
         self.hits: Counter[str] = Counter()  # where in its life a stream was when its worker went
         self.unexplained: Counter[str] = Counter()
+        self.num_broken_promises = 0  # of accidents, about their victims
+        # the longest of each stream, in rounds with a single gray fault
+        self.paused_s: defaultdict[str, list[float]] = defaultdict(list)
         self.leaks: list[str] = []
         # the router had taken the choice back
         self.acted_s: defaultdict[str, list[float]] = defaultdict(list)
@@ -46,15 +49,22 @@ class Account:
         self.num_rounds += 1
         struck = [accident for accident in accidents if accident.at_s is not None]
         for accident in struck:
-            self.accidents[f"{accident.kind}, {accident.role}"] += len(accident.victims)
+            is_request = accident.kind == DEADLY
+            self.accidents[_name(accident)] += 1 if is_request else len(accident.victims)
+            if is_request:
+                self.accidents["workers that died of a request"] += len(accident.victims)
             self._victims |= {victim.pid for victim in accident.victims}
             if accident.role == ROUTER and accident.kind == "kill":
                 self._router_kills_s.append(accident.at_s or 0.0)
-        # with a router among them, it is not clear what followed from what
-        is_timed = not any(accident.role == ROUTER for accident in struck)
+        # with a router or a gray worker among them, it is not clear what followed from what
+        is_gray = any(accident.kind in GRAY for accident in struck)
+        is_timed = not is_gray and not any(accident.role == ROUTER for accident in struck)
         if is_timed:
             self._timed += struck
-        problems = []
+        if is_gray and len(struck) == 1:
+            self.paused_s[_name(struck[0])] += [stream.longest_pause()[0] for stream in streams]
+        problems = [accident.problem for accident in accidents if accident.problem is not None]
+        self.num_broken_promises += len(problems)
         for stream, expected in zip(streams, undisturbed, strict=True):
             outcome = stream.outcome(expected) if self._has_reason_to_break(stream) else "lost"
             self.outcomes[outcome] += 1
@@ -63,8 +73,8 @@ class Account:
                 problems.append(f"{outcome}: {stream.error or 'other tokens'} ({_story(stream)})")
             elif stream.breaks_s:
                 self._count_return(stream)
-            elif is_timed:
-                self._count_resumptions(stream, struck)
+            elif is_timed or is_gray:
+                self._count_resumptions(stream, struck if is_timed else None)
         return problems
 
     def add_replaced(self, watch: Watch) -> list[str]:
@@ -100,7 +110,11 @@ class Account:
             if next_s is not None:
                 self.returned_s.append(next_s - kill_s)
 
-    def _count_resumptions(self, stream: ObservedStream, accidents: Sequence[InjectedAccident]) -> None:
+    def _count_resumptions(
+        self, stream: ObservedStream, accidents: Sequence[InjectedAccident] | None
+    ) -> None:
+        """Counts where its choices were when they went on elsewhere, and the times since their accidents, if
+        given."""
         for number, choice in stream.choices.items():
             attempts = [attempt for attempt in stream.attempts if number in attempt.choices]
             for failed, following in pairwise(attempts):
@@ -112,6 +126,8 @@ class Account:
                     if position == 1
                     else "in decode"
                 ] += 1
+                if accidents is None:
+                    continue
                 cause = _cause(failed, stream.start_s + following.queued_s, accidents)
                 if cause is not None and cause.at_s is not None:
                     kind = f"{cause.kind}, {cause.role}"
@@ -126,6 +142,8 @@ class Account:
         rows += [f"{kind:44} {count}" for kind, count in sorted(self.accidents.items())]
         rows += [f"{'streams':44} {sum(self.outcomes.values())}", f"{'tokens':44} {self.num_tokens}"]
         rows += [f"{outcome:44} {self.outcomes[outcome]}" for outcome in ("lost", "altered")]
+        if self.paused_s:
+            rows += [f"{'deadly requests that broke a promise':44} {self.num_broken_promises}"]
         rows += [f"{'leaked':44} {len(self.leaks)}"]
         rows += [f"{'workers replaced for no accident':44} {len(self._replaced)}"]
         rows += [f"{'streams whose clients came back':44} {self.num_returned}"]
@@ -133,7 +151,9 @@ class Account:
             f"{'choices that went on elsewhere: ' + hit:44} {count}"
             for hit, count in sorted(self.hits.items())
         ]
-        rows += [f"{'  of these, by no accident to their workers':44} {sum(self.unexplained.values())}", ""]
+        if not self.paused_s:  # of gray faults, causes are not told apart
+            rows += [f"{'  of these, by no accident to their workers':44} {sum(self.unexplained.values())}"]
+        rows += [""]
         rows += [f"{'seconds from the accident to':44} {'count':>6} {'median':>8} {'p95':>8} {'max':>8}"]
         return rows + self._times(watch)
 
@@ -163,7 +183,12 @@ class Account:
         rows += [_row(f"next token: {kind}", values) for kind, values in sorted(self.resumed_s.items())]
         rows += [_row("next token: kill, router", self.returned_s)] if self.returned_s else []
         rows += [_row(f"capacity back: {kind}", values) for kind, values in sorted(back.items())]
+        rows += [_row(f"longest pause: {kind}", values) for kind, values in sorted(self.paused_s.items())]
         return rows
+
+
+def _name(accident: InjectedAccident) -> str:
+    return f"{accident.kind}, {accident.role}"
 
 
 def _cause(
@@ -208,11 +233,9 @@ def slowness(streams: Sequence[ObservedStream]) -> list[str]:
     """Reports streams that paused for longer than any accident justifies, as text."""
     slow = []
     for stream in streams:
-        for choice in stream.choices.values():
-            arrivals_s = [stream.start_s, *choice.arrivals_s]
-            pause_s, since_s = max((later - earlier, earlier) for earlier, later in pairwise(arrivals_s))
-            if pause_s > LONG_PAUSE_S:
-                slow.append(
-                    f"a pause of {pause_s:.1f} s from {since_s - stream.start_s:.2f} s on: {_story(stream)}"
-                )
+        pause_s, since_s = stream.longest_pause()
+        if pause_s > LONG_PAUSE_S:
+            slow.append(
+                f"a pause of {pause_s:.1f} s from {since_s - stream.start_s:.2f} s on: {_story(stream)}"
+            )
     return slow

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import grpc
@@ -101,6 +102,17 @@ class ObservedStream:
     @property
     def num_tokens(self) -> int:
         return sum(len(choice.token_ids) for choice in list(self.choices.values()))
+
+    def longest_pause(self) -> tuple[float, float]:
+        """The longest time without a token of a choice, in seconds, and when it began."""
+        return max(
+            (
+                (later_s - earlier_s, earlier_s)
+                for choice in self.choices.values()
+                for earlier_s, later_s in pairwise([self.start_s, *choice.arrivals_s])
+            ),
+            default=(0.0, self.start_s),
+        )
 
     def outcome(self, undisturbed: "ObservedStream") -> str:
         """ "whole", "lost" (no ending of its own) or "altered" (other tokens, text or endings than the

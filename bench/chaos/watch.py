@@ -87,6 +87,11 @@ class Watch:
         present = {worker.pid for worker in self._heard[-1][1].workers}
         return {pid: name for pid, name in ready.items() if pid not in present}
 
+    def name_of(self, pid: int) -> str:
+        """The worker that had this process; "?" when none was seen with it."""
+        workers = (worker for _, status in list(self._heard)[::-1] for worker in status.workers)
+        return next((worker.worker_id for worker in workers if worker.pid == pid), "?")
+
     def first_after(self, at_s: float, holds: Callable[[pb.ClusterStatus], bool]) -> float | None:
         """Seconds from `at_s` to the first message for which `holds` is true; None when there was none."""
         return next(

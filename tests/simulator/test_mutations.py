@@ -47,7 +47,7 @@ from pdserve.router.hosts import HostChecked, Hosts, SeenHost
 from pdserve.router.links import Links
 from pdserve.router.live_request import Dispatch, Job, LiveRequest
 from pdserve.router.places import Places
-from pdserve.router.registry import RegisteredWorker
+from pdserve.router.registry import RegisteredWorker, Registry
 from pdserve.router.reports import WorkerReports
 from pdserve.router.request_life import RequestLife
 from pdserve.router.reservation import Reservation
@@ -59,6 +59,7 @@ from pdserve.router.take_over import TakeOver
 from pdserve.router.worker_sessions import Session, ToSupervisor, WorkerSessions
 from pdserve.simulator.kv_model import ChainStore
 from pdserve.simulator.run import simulate
+from pdserve.worker import ending
 from pdserve.worker.held_legs import HeldLegs
 from pdserve.worker.router_session import RouterSession
 from pdserve.worker.step_watch import StepWatch
@@ -544,6 +545,38 @@ def starve_low_priority() -> Planted:
     return patch.object(fair_queue, "FLOOR", 10**9)
 
 
+def count_attempts_over_the_whole_life_of_a_stream() -> Planted:
+    return patch.object(RequestLife, "_num_failures", lambda self, dispatch: dispatch.job.num_failures)
+
+
+def ask_only_the_least_loaded_workers_for_room() -> Planted:
+    return patch.object(Registry, "with_decode_room", lambda self, *wanted: [])
+
+
+def plan_against_the_memory_that_living_workers_hold() -> Planted:
+    return patch.object(CoreAllocator, "num_bytes_taken", lambda self, node_id: 0)
+
+
+def believe_what_a_host_said_before_a_worker_ended() -> Planted:
+    original = Hosts._checked
+
+    def checked(self: Hosts, event: HostChecked, now_s: float) -> None:
+        if event.node_id in self._hosts:
+            self._hosts[event.node_id].there = tuple(self.places.cores.on(event.node_id))
+        original(self, event, now_s)
+
+    return patch.object(Hosts, "_checked", checked)
+
+
+@contextmanager
+def tell_of_a_crash_when_all_is_closed() -> Iterator[None]:
+    with (
+        patch.object(ending, "CLOSING_ORDER", ending.CLOSING_ORDER[::-1]),
+        patch.object(RouterSession, "failing", lambda self, reason: None),
+    ):
+        yield
+
+
 FIRST_FOUND: dict[Mutation, int] = {
     forget_which_links_between_hosts_are_broken: 69,
     leave_links_untried_until_a_request_needs_them: 2,
@@ -606,6 +639,11 @@ FIRST_FOUND: dict[Mutation, int] = {
     forget_what_workers_computed_while_they_were_away: 78,
     believe_that_aborts_reach_workers_that_are_away: 788,
     count_our_own_delay_towards_a_workers_start: 78,
+    count_attempts_over_the_whole_life_of_a_stream: 51,
+    ask_only_the_least_loaded_workers_for_room: 49,
+    plan_against_the_memory_that_living_workers_hold: 47,
+    believe_what_a_host_said_before_a_worker_ended: 847,
+    tell_of_a_crash_when_all_is_closed: 5,
 }
 
 

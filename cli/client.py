@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from ..cluster.launch import LaunchedCluster
 
 DETAILS_KEY = "grpc-status-details-bin"
+MAX_REPLY_BYTES = 256 << 20  # whoever answers at the address; four times the largest of a server by default
 OPTIONS = (
-    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_receive_message_length", MAX_REPLY_BYTES),
     ("grpc.max_send_message_length", -1),
     ("grpc.max_reconnect_backoff_ms", 500),  # a router that died is back within seconds
 )
@@ -123,7 +124,8 @@ def describe(error: grpc.RpcError, address: str) -> str:
             " with --address"
         )
     if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and not _is_from_pdserve(call):
-        return f"the request is too large: {call.details()}"
+        what = "answer" if "CLIENT:" in (call.details() or "") else "request"
+        return f"the {what} is too large: {call.details()}"
     return call.details() or call.code().name.lower().replace("_", " ")
 
 

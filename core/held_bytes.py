@@ -53,12 +53,24 @@ class TooManyBytes(PdserveError):
         super().__init__(f"at most {limit} bytes of {what} are held for one client, retry in {RETRY_S:.1f} s")
 
 
+class TooLarge(PdserveError):
+    """One use wants more than any client may ever hold: a retry cannot help."""
+
+    def __init__(self, what: str, limit: int) -> None:
+        self.limit = limit
+        super().__init__(
+            f"the {what} of this call take more than {limit} bytes (limits.max_held_bytes):"
+            " ask for fewer prompts, choices or log probabilities in one call"
+        )
+
+
 class HeldBytes:
     """The bytes that are held for clients, from their receipt to their release."""
 
     def __init__(self, max_bytes: int, what: str = "messages") -> None:
         self._what = what
         self._shares = Shares(max_bytes, BYTES_OF_ONE_CLIENT)
+        self._largest = int(max_bytes * BYTES_OF_ONE_CLIENT)  # that one use may ever hold
 
     @property
     def total(self) -> int:
@@ -68,6 +80,11 @@ class HeldBytes:
         """Raises TooManyBytes, and then takes nothing."""
         if not self._shares.take(client, num_bytes):
             raise TooManyBytes(self._what, self._shares.limit_of(client))
+
+    def check_size(self, num_bytes: int) -> None:
+        """Raises TooLarge for what a client could not hold if it were alone."""
+        if num_bytes > self._largest:
+            raise TooLarge(self._what, self._largest)
 
     def give_back(self, client: str, num_bytes: int) -> None:
         self._shares.give_back(client, num_bytes)
@@ -92,7 +109,8 @@ class Holding:
         self.num_bytes = 0
 
     def take(self, num_bytes: int) -> None:
-        """Raises TooManyBytes, and then takes nothing."""
+        """Raises TooLarge or TooManyBytes, and then takes nothing."""
+        self._held.check_size(self.num_bytes + num_bytes)
         self._held.take(self._client, num_bytes)
         self.num_bytes += num_bytes
 

@@ -4,11 +4,14 @@ A throttled or older GPU, or a host that others use too, is known as slow after 
 learns from times that are divided by the correction, so that one slow worker changes no prediction for the
 others."""
 
-from math import exp, log
+from math import copysign, exp, log
 
 SMOOTHING = 0.02  # weight of the newest step, once a worker has taken more than 50
 MAX_SURPRISE = log(4.0)  # a single step counts as at most this much slower, or faster, than expected
 MAX_CORRECTION = log(32.0)
+# where workers are compared, those whose speeds differ by less count as equal: hosts that share cores with
+# others differ as much from minute to minute
+NOISE = log(1.5)
 MEMORY_S = 120.0  # without a step, until most of what is known is forgotten
 
 
@@ -57,6 +60,13 @@ class WorkerSpeed:
     def decode_factor(self) -> float:
         """Returns the factor by which decode steps take longer than predicted."""
         return (self.decode if self.decode.num_steps else self.prefill).factor
+
+    @property
+    def decode_weight(self) -> float:
+        """Returns how much more a decode step counts here where workers are compared: what of the factor is
+        beyond noise."""
+        value = log(self.decode_factor)
+        return exp(copysign(max(0.0, abs(value) - NOISE), value))
 
     def forget(self, idle_s: float) -> None:
         """The worker has had nothing to compute for `idle_s`, since the last call at most."""

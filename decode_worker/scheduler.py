@@ -304,7 +304,7 @@ class DecodeScheduler:
         if any(seq.num_in_flight_tokens for seq in self._running):
             return
         while (seq := self._newcomer()) is not None:
-            while not self._admit(seq, num_spare=0):
+            while not (self._has_room_for(seq) and self._admit(seq, num_spare=0)):
                 victim = self._victim_for(seq)
                 if victim is None:
                     return
@@ -314,7 +314,7 @@ class DecodeScheduler:
     def _newcomer(self) -> Sequence | None:
         """Returns the next sequence to admit if its client has little here, and another can make room."""
         seq = self._next_waiting()
-        if seq is None or not self._has_room_for(seq) or self._victim_for(seq) is None:
+        if seq is None or self._victim_for(seq) is None:
             return None
         return seq
 

@@ -25,7 +25,7 @@ from ..core.errors import (
     QueueFull,
     TokensTooSlow,
 )
-from ..core.held_bytes import TooManyBytes
+from ..core.held_bytes import TooLarge, TooManyBytes
 from ..core.peer_log import failure_log
 from ..core.request import FinishReason
 from .auth.access import NotPermitted, RateLimited, Unauthenticated
@@ -143,6 +143,8 @@ def to_status(error: PdserveError) -> tuple[grpc.StatusCode, list[Message]]:
             return grpc.StatusCode.RESOURCE_EXHAUSTED, [_retry(error.retry_after_s), _info("TOO_MANY_CALLS")]
         case TooManyBytes():
             return grpc.StatusCode.RESOURCE_EXHAUSTED, [_retry(error.retry_after_s), _info("TOO_MANY_BYTES")]
+        case TooLarge():
+            return grpc.StatusCode.FAILED_PRECONDITION, [_info("TOO_LARGE")]
         case TooSlow():
             return grpc.StatusCode.ABORTED, [_info("MESSAGE_TOO_SLOW")]
         case RequestFailed():

@@ -3,7 +3,7 @@
 import asyncio
 from collections import deque
 
-from ..core.held_bytes import HeldBytes, Holding, TooManyBytes
+from ..core.held_bytes import HeldBytes, Holding, TooLarge, TooManyBytes
 from ..core.messages import TokenOutput
 from .events import EmitChoiceEnd, EmitEnd, EmitTokens
 
@@ -35,7 +35,7 @@ class ClientStream:
         self._held = Holding(held, client)
         self._num_bytes = 0  # of the events, and of those that were read last
         self._num_bytes_read = 0  # of these
-        self._overflow: TooManyBytes | None = None
+        self._overflow: TooLarge | TooManyBytes | None = None
 
     def put(self, event: StreamEvent) -> bool:
         """Returns False when the stream is over, as its client holds too much."""
@@ -50,7 +50,7 @@ class ClientStream:
         self._num_bytes += num_bytes
         try:
             self._count_bytes()
-        except TooManyBytes as error:
+        except (TooLarge, TooManyBytes) as error:
             self._overflow = error
             self.close()
             return
@@ -64,7 +64,7 @@ class ClientStream:
         self._count_bytes()
 
     def _count_bytes(self) -> None:
-        """Raises TooManyBytes."""
+        """Raises TooLarge or TooManyBytes."""
         wanted = self._num_bytes - self._num_bytes % COUNTED_BYTES
         if wanted > self._held.num_bytes:
             self._held.take(wanted - self._held.num_bytes)
@@ -72,7 +72,7 @@ class ClientStream:
             self._held.release(self._held.num_bytes - wanted)
 
     async def get(self) -> StreamEvent:
-        """Raises TooManyBytes."""
+        """Raises TooLarge or TooManyBytes."""
         self._num_bytes -= self._num_bytes_read
         self._num_bytes_read = 0
         self._count_bytes()

@@ -278,14 +278,19 @@ class Router:
         makes_room = False
         while (job := self._queue.head()) is not None:
             self._reservation.bind(job)
-            placement = self._placer.place(job)
+            placement = self._place(job)
             if placement is not None and self._comes_too_late(job, placement, now_s):
                 commands += self._give_up(job, now_s)
             elif placement is not None:
                 commands += self._start(self._queue.pop(now_s), placement, now_s)
             elif self._registry.can_hold(job.num_total_tokens):
                 if not self._room.waits_for_decode(job):
-                    break
+                    level = self._room.level(job, self._queue.candidates())
+                    other = next((other for other in level if self._has_place(other)), None)
+                    if other is None:
+                        break
+                    self._queue.favour(other)
+                    continue
                 if self._room.may_take(job):
                     commands += self._make_room(job, now_s)
                     if makes_room or not self._pass(job, now_s):
@@ -302,6 +307,19 @@ class Router:
             else:
                 commands += self._end_unservable(job, now_s)
         return commands
+
+    def _place(self, job: Job) -> RoutingDecision | None:
+        """Returns the place for a job; None when it has to wait."""
+        placement = self._placer.place(job)
+        if placement is None and self._room.waits_for_decode(job):
+            host = self._room.host(job)
+            if host is not None:
+                placement = self._placer.place(job, host)
+        return placement
+
+    def _has_place(self, job: Job) -> bool:
+        self._reservation.bind(job)
+        return self._placer.place(job) is not None
 
     def _end_unservable(self, job: Job, now_s: float) -> list[RouterCommand]:
         error = CLOSING if self._is_closing else "no worker is left that can serve the request"
@@ -350,7 +368,7 @@ class Router:
                 self._queue.defer_passed(job)
                 continue
             self._reservation.lift()
-            placement = self._placer.place(job)
+            placement = self._place(job)
             if placement is None:
                 if self._room.waits_for_decode(job) and self._room.may_take(job):
                     commands += self._make_room(job, now_s)

@@ -1,11 +1,12 @@
 """Remembers requests under which workers' processes have died, for when their clients send them again.
 
-A request is recognised by its client and its id, or by its client and its prompt. Pure and bounded: the
-oldest are forgotten first, and all with their router."""
+A request is recognised by its client and its id, or by its client and its prompt; a client that changes
+both each time by its convictions. Pure and bounded: the oldest are forgotten first, and all with their
+router."""
 
 import hashlib
 from array import array
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 
 from ..core.errors import KillsWorkers
@@ -14,6 +15,7 @@ from ..core.request import Request
 MAX_KEPT = 1024  # requests, at two marks each
 REFUSED_S = 600.0  # the first time; doubles with each process that dies of the request again
 MAX_REFUSED_S = 86_400.0
+CONVICTIONS = 3  # of one client; all that it sends then runs alone first, until the first of them is over
 
 
 _Mark = tuple[str, bytes]
@@ -31,6 +33,8 @@ class Deaths:
 
     def __init__(self) -> None:
         self._records: OrderedDict[_Mark, _Record] = OrderedDict()  # the oldest first
+        # by client, the oldest first: when its last convictions are over
+        self._convicts: OrderedDict[str, deque[float]] = OrderedDict()
 
     def suspect(self, request: Request) -> None:
         """A process died under the request, which is over without having been cleared."""
@@ -43,15 +47,24 @@ class Deaths:
         record.num_proven += 1
         seconds = min(REFUSED_S * 2.0 ** min(record.num_proven - 1, 16), MAX_REFUSED_S)
         record.refused_until_s = now_s + seconds
+        if client := _named(request):
+            self._convicts.setdefault(client, deque(maxlen=CONVICTIONS)).append(record.refused_until_s)
+            self._convicts.move_to_end(client)
+            if len(self._convicts) > MAX_KEPT:
+                self._convicts.popitem(last=False)
 
     def num_under(self, request: Request, now_s: float) -> int:
-        """Returns how many processes have died under requests like this one, which has to run alone first if
-        any has. Raises KillsWorkers for a convicted one until its time is over."""
+        """Returns how many processes have died under requests like this one, or of a client whose requests
+        kill one after the other: it has to run alone first if any has. Raises KillsWorkers for a convicted
+        one until its time is over."""
         records = self._known(_marks(request)) if self._records else []
         refused_until_s = max((record.refused_until_s for record in records), default=now_s)
         if now_s < refused_until_s:
             raise KillsWorkers(refused_until_s - now_s)
-        return max((record.num_deaths for record in records), default=0)
+        convictions = self._convicts.get(_named(request), ())
+        num_convictions = sum(now_s < over_s for over_s in convictions)
+        num_deaths = num_convictions if num_convictions == CONVICTIONS else 0
+        return max((record.num_deaths for record in records), default=0) or num_deaths
 
     def clear(self, request: Request) -> None:
         """The request has run alone, and nothing died. What has been proven once is not forgotten."""
@@ -73,10 +86,13 @@ class Deaths:
         return record
 
 
+def _named(request: Request) -> str:
+    """Returns the request's client; "" for an address, which changes from call to call."""
+    return request.client if request.client.partition(":")[0] in ("key", "id") else ""
+
+
 def _marks(request: Request) -> tuple[_Mark, _Mark]:
-    """Returns the two marks by which the request is recognised. The address of a client without a name is
-    none of them, as it changes from call to call."""
-    kind = request.client.partition(":")[0]
-    client = request.client if kind in ("key", "id") else ""
+    """Returns the two marks by which the request is recognised."""
+    client = _named(request)
     prompt = hashlib.blake2b(array("Q", request.prompt_token_ids).tobytes(), digest_size=16).digest()
     return (client, b"id " + request.request_id.encode()), (client, b"prompt " + prompt)

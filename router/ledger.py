@@ -204,6 +204,9 @@ class Ledger:
                 "num_sending": sum(d.is_pair for d in sending),
                 "num_prefilling": len(prefilling),
                 "num_queued_tokens": sum(d.num_new_tokens for d in prefilling),
+                "num_short_tokens": sum(
+                    d.num_new_tokens for d in prefilling if worker.is_short(d.num_new_tokens)
+                ),
                 "num_sequences": sum(d.num_booked for d in decoding),
                 "num_context_tokens": sum(
                     len(d.spec.choices) * d.spec.num_tokens + d.num_grown_tokens for d in decoding

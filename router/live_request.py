@@ -98,6 +98,11 @@ class LiveRequest(Automaton[RequestState]):
         self.num_survival_tokens = SURVIVAL_TOKENS * SURVIVAL_GROWTH ** min(num_deaths, 8)
 
     @property
+    def is_likely_deadly(self) -> bool:
+        """Whether it was a suspect from the start."""
+        return self.num_survival_tokens > SURVIVAL_TOKENS
+
+    @property
     def request_id(self) -> str:
         return self.request.request_id
 

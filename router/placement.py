@@ -32,11 +32,12 @@ class Placer:
         self._index = index
         self._model = model
 
-    def place(self, job: Job) -> RoutingDecision | None:
-        """Returns the best place that has room now; None when the job has to wait."""
-        prefills, decodes, depths = self._workers(job)
+    def place(self, job: Job, host: RegisteredWorker | None = None) -> RoutingDecision | None:
+        """Returns the best place that has room now; None when the job has to wait. `host`: makes room for the
+        job's decoding."""
+        prefills, decodes, depths = self._workers(job, host)
         options = [self._prefill_option(job, worker, depths) for worker in prefills]
-        options = [option for option in options if self._has_prefill_room(option.worker)] or options
+        options = [option for option in options if self._has_prefill_room(option)] or options
         # a retry may have to go elsewhere
         if len(options) > self.config.num_candidates and not job.failed_pairs:
             options = sorted(options, key=_by_ttft)[: self.config.num_candidates]
@@ -44,18 +45,18 @@ class Placer:
             candidates = self._prefill_only(job, options)
             candidates += self._on_one(job, decodes, depths, bool(prefills))
         elif _can_pair(prefills, decodes):
-            candidates = self._pairs(job, options, decodes, depths)
+            candidates = self._pairs(job, options, decodes, depths, host)
             # when each of them has failed, the pools may not reach each other: one worker alone needs no
             # transfer
             has_way = not candidates or any(not candidate[0][0] for candidate in candidates)
-            candidates += self._on_one(job, decodes, depths, has_way)
+            candidates += self._on_one(job, decodes, depths, has_way, host)
         else:
-            candidates = self._on_one(job, decodes or prefills, depths, False)
+            candidates = self._on_one(job, decodes or prefills, depths, False, host)
         if not candidates:
             return None
         candidates.sort(key=itemgetter(0))
         _, option, decode, itl_s, transfer_s = candidates[0]
-        if not self._has_prefill_room(option.worker):
+        if not self._has_prefill_room(option):
             return None
         return RoutingDecision(
             option.worker,
@@ -99,16 +100,22 @@ class Placer:
             waits_s.append(itl_s * num_left / worker.num_sequences)
         return min(waits_s, default=0.0)
 
-    def _has_prefill_room(self, worker: RegisteredWorker) -> bool:
-        return worker.has_prefill_room(self.config.max_prefill_backlog_tokens)
+    def _has_prefill_room(self, option: PrefillOption) -> bool:
+        return option.worker.has_prefill_room(option.num_new_tokens, self.config.max_prefill_backlog_tokens)
 
-    def _workers(self, job: Job) -> tuple[list[RegisteredWorker], list[RegisteredWorker], dict[int, int]]:
+    def _workers(
+        self, job: Job, host: RegisteredWorker | None
+    ) -> tuple[list[RegisteredWorker], list[RegisteredWorker], dict[int, int]]:
         """Returns the prefill and decode workers to consider, and the longest cached prefix anywhere, in
         blocks by block size."""
         count = self.config.num_candidates
         num_decode_tokens = job.num_total_tokens
-        decodes = self._registry.best_decode(num_decode_tokens, count)
-        if decodes and not any(_has_decode_room(job, worker) and worker.may_receive for worker in decodes):
+        decodes = [host] if host is not None else self._registry.best_decode(num_decode_tokens, count)
+        if (
+            decodes
+            and host is None
+            and not any(_has_decode_room(job, worker) and worker.may_receive for worker in decodes)
+        ):
             # the load weighs sequences and blocks: others may have room for this job
             others = self._registry.with_decode_room(
                 job.num_tokens, num_decode_tokens, len(job.choices), job.num_expected_tokens, count
@@ -157,7 +164,11 @@ class Placer:
             )
             stall_s = step_s + slower * self._model.prompt_s(min(new, chunk), cached, chunk)
             compute_s += step_s * -(-new // chunk)
-        return PrefillOption(worker, cached, new, worker.queue_s, compute_s, stall_s)
+        queue_s = worker.queue_s
+        if worker.is_short(new):  # it shares half of each step with the short ones before it
+            ahead_s = slower * self._model.prompt_s(2 * worker.num_short_tokens + chunk, 0, chunk)
+            queue_s = min(queue_s, ahead_s)
+        return PrefillOption(worker, cached, new, queue_s, compute_s, stall_s)
 
     def _decode_itl_s(self, job: Job, worker: RegisteredWorker) -> float:
         return self._itl_s(worker, job.num_tokens, len(job.choices))
@@ -173,7 +184,7 @@ class Placer:
         """Returns the seconds that decoding the job there is expected to take, and to add to the streams that
         the worker has already."""
         num_choices = len(job.choices)
-        delay_s = worker.speed.decode_factor * self._model.decode_delay_s(
+        delay_s = worker.speed.decode_weight * self._model.decode_delay_s(
             worker.num_sequences, worker.num_context_tokens, num_choices, num_choices * job.num_tokens
         )
         return delay_s * job.num_expected_tokens
@@ -202,11 +213,16 @@ class Placer:
         ]
 
     def _pairs(
-        self, job: Job, options: list[PrefillOption], decodes: list[RegisteredWorker], depths: dict[int, int]
+        self,
+        job: Job,
+        options: list[PrefillOption],
+        decodes: list[RegisteredWorker],
+        depths: dict[int, int],
+        host: RegisteredWorker | None,
     ) -> list[Candidate]:
         candidates: list[Candidate] = []
         for decode in decodes:
-            if not _has_decode_room(job, decode) or not decode.may_receive:
+            if not (decode is host or _has_decode_room(job, decode)) or not decode.may_receive:
                 continue
             held = self._cached_tokens(job, decode, depths)
             num_bytes = (job.num_tokens - held) * decode.info.layout.wire_bytes_per_token
@@ -225,20 +241,27 @@ class Placer:
         return candidates
 
     def _on_one(
-        self, job: Job, workers: list[RegisteredWorker], depths: dict[int, int], others_prefill: bool
+        self,
+        job: Job,
+        workers: list[RegisteredWorker],
+        depths: dict[int, int],
+        others_prefill: bool,
+        host: RegisteredWorker | None = None,
     ) -> list[Candidate]:
         """Returns the candidates that serve both phases on one worker. Where others prefill, a decode
         worker's time is precious: it must keep its streams inside the SLO, and its prefill counts
         `prefill_on_decode_factor` times, as it delays later ones."""
         candidates: list[Candidate] = []
         for worker in workers:
-            if not (_has_decode_room(job, worker) and self._has_prefill_room(worker)):
+            if worker is not host and not _has_decode_room(job, worker):
                 continue
             is_dear = others_prefill and not worker.role.prefills
             factor = self.config.prefill_on_decode_factor if is_dear else 1.0
             if factor is None:
                 continue
             option = self._prefill_option(job, worker, depths)
+            if not self._has_prefill_room(option):
+                continue
             itl_s = self._decode_itl_s(job, worker)
             cost_s = option.queue_s + factor * option.compute_s + self._decode_cost_s(job, worker)
             score = self._score(job, option, worker, itl_s, cost_s, decode_load(worker))

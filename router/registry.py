@@ -77,6 +77,7 @@ class RegisteredWorker(Automaton[RoutingState]):
         "num_reserved_blocks",
         "num_sending",
         "num_sequences",
+        "num_short_tokens",
         "open_legs",
         "queued_prefill_s",
         "reported_s",
@@ -102,6 +103,7 @@ class RegisteredWorker(Automaton[RoutingState]):
         self.open_legs: dict[TransferId, None] = {}  # ordered, so that a loss is handled in order of dispatch
         self.num_prefilling = 0  # dispatches that have not brought their first token
         self.num_queued_tokens = 0  # uncached prompt tokens of those
+        self.num_short_tokens = 0  # of those: of short prompts
         self.queued_prefill_s = 0.0  # predicted compute of those
         self._progress_s = 0.0  # the part of that which is already computed
         self.num_sending = 0  # open prefill legs whose KV goes to another worker
@@ -163,7 +165,7 @@ class RegisteredWorker(Automaton[RoutingState]):
         """Returns the tokens that fit here at most, beside what is open; 0 when no sequence fits."""
         if not self.open_legs:
             return self.info.num_blocks * self.info.layout.block_size
-        if self.num_sequences >= self.info.max_batch_size or not self._is_within_trial:
+        if self.num_sequences >= self.info.max_batch_size or not self.is_within_trial:
             return 0
         return self.num_free_blocks * self.info.layout.block_size
 
@@ -185,12 +187,21 @@ class RegisteredWorker(Automaton[RoutingState]):
         """A sequence has ended: a little less is kept for growth."""
         self.growth_share = max(GROWTH_SHARE, self.growth_share - GROWTH_STEP / 20)
 
-    def has_prefill_room(self, limit_tokens: int | None) -> bool:
-        if not self._is_within_trial:
+    def is_short(self, num_tokens: int) -> bool:
+        """Whether a prompt with so many uncached tokens overtakes longer ones: it fits into the half of a
+        step that the oldest one leaves."""
+        return 2 * num_tokens <= self.info.max_batch_tokens
+
+    def has_prefill_room(self, num_tokens: int, limit_tokens: int | None) -> bool:
+        """Whether a prompt with so many uncached tokens may be added. Only those count against the limit that
+        a short one would not overtake."""
+        if not self.is_within_trial:
             return False
         limit = 2 * self.info.max_batch_tokens if limit_tokens is None else limit_tokens
+        is_short, num_short = self.is_short(num_tokens), self.num_short_tokens
+        num_ahead = num_short if is_short else self.num_queued_tokens - num_short
         return not self.num_prefilling or (
-            self.num_queued_tokens < limit and self.num_prefilling < max(1, self.info.max_batch_size)
+            num_ahead < limit and self.num_prefilling < max(1, self.info.max_batch_size)
         )
 
     def has_decode_room(
@@ -206,7 +217,7 @@ class RegisteredWorker(Automaton[RoutingState]):
             held_blocks = held_sequences = 0
         if (
             self.num_sequences + num_choices > self.info.max_batch_size - held_sequences
-            or not self._is_within_trial
+            or not self.is_within_trial
         ):
             return False
         num_blocks = self.blocks_wanted(num_tokens, num_choices, num_expected_tokens)
@@ -214,17 +225,19 @@ class RegisteredWorker(Automaton[RoutingState]):
         return num_blocks <= self.num_free_blocks - held_blocks - num_growth_blocks
 
     @property
-    def _is_within_trial(self) -> bool:
+    def is_within_trial(self) -> bool:
         return self.trial_limit is None or len(self.open_legs) < self.trial_limit
 
     def start_prefill(self, num_tokens: int, seconds: float) -> None:
         self.num_prefilling += 1
         self.num_queued_tokens += num_tokens
+        self.num_short_tokens += num_tokens if self.is_short(num_tokens) else 0
         self.queued_prefill_s += seconds
 
     def end_prefill(self, num_tokens: int, seconds: float) -> None:
         self.num_prefilling -= 1
         self.num_queued_tokens -= num_tokens
+        self.num_short_tokens -= num_tokens if self.is_short(num_tokens) else 0
         self.queued_prefill_s -= seconds
         self._progress_s = max(0.0, self._progress_s - seconds)
         if not self.num_prefilling:
@@ -429,7 +442,7 @@ class Registry:
             ranking.put(worker.worker_id, key, worker)
         if worker.role.decodes:
             ranking = self._by_decode.setdefault(size, Ranking())
-            key = (decode_load(worker) + IDLE_LOAD) * worker.speed.decode_factor
+            key = (decode_load(worker) + IDLE_LOAD) * worker.speed.decode_weight
             key += 0.0 if worker.may_receive else LAST
             ranking.put(worker.worker_id, key, worker)
 

@@ -5,14 +5,14 @@ Turns in the queue share capacity that becomes free. They do not help a client t
 all places with long streams: then one of those is taken back. It continues in its client's turn, with the
 same tokens."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from ..core.messages import Leg
 from ..core.sharing import LITTLE
 from .fair_queue import TokenCounters
 from .ledger import Ledger
 from .live_request import Dispatch, DispatchState, Job
-from .registry import Registry, decode_load
+from .registry import RegisteredWorker, Registry, decode_load
 
 MAX_DISPLACED = 3  # times that a request gives up its place for one of higher priority
 
@@ -67,6 +67,15 @@ class RoomMaker:
             default=None,
         )
 
+    def level(self, head: Job, jobs: Iterable[Job]) -> Iterator[Job]:
+        """Yields waiting jobs of other clients that have had no more than the head's client: these may pass
+        the head while it waits for others' prompts. They have had more then, and wait for the head."""
+        num_had = self._counters.of(head.client)
+        for job in jobs:
+            is_level = self._counters.of(job.client) <= num_had and job.priority <= head.priority
+            if is_level and job.client != head.client:
+                yield job
+
     def newcomer(self, head: Job, jobs: Iterable[Job]) -> Job | None:
         """Returns the first waiting job for which room is made and that may pass the head: its client then
         runs no more than the head's does, and its priority is not lower."""
@@ -91,28 +100,49 @@ class RoomMaker:
         lower = self._lower(job)
         if lower is not None:
             return None if lower.state is DispatchState.FAILED else lower
+        num_then = self._num_then(job)
+        candidates = [
+            dispatch
+            for dispatch, _ in self._given(job)
+            if self._ledger.num_running[dispatch.spec.client] - dispatch.num_booked >= num_then
+        ]
+        return candidates[0] if candidates else None
+
+    def host(self, job: Job) -> RegisteredWorker | None:
+        """Returns a worker to place the job at, though it has no room: its scheduler preempts choices of a
+        request that is all its client runs, and has to be left some. None while a dispatch can give up its
+        place instead. The request then keeps at least what the job and those on their way there need."""
+        if self._lower(job) is not None or self.victim(job) is not None:
+            return None
+        for dispatch, worker in self._given(job):
+            num_blocks = dispatch.num_reserved_blocks
+            num_blocks += dispatch.num_grown_tokens // worker.info.layout.block_size
+            num_needed = worker.num_pending_blocks + worker.blocks_for(job.num_tokens, len(job.choices))
+            is_large = dispatch.num_booked > len(job.choices) and num_blocks >= 2 * num_needed
+            if dispatch.decode_started and is_large and worker.is_within_trial:
+                return worker
+        return None
+
+    def _given(self, job: Job) -> list[tuple[Dispatch, RegisteredWorker]]:
+        """Returns what the giver runs where the job could, with the workers, the youngest on the least loaded
+        one first; nothing while a place that it has given up is not free yet."""
         giver = self._giver(job)
         if giver is None:
-            return None
-        workers, num_then = set(self._registry.able_to_decode(job.num_total_tokens)), self._num_then(job)
-        candidates: list[tuple[float, str, int, Dispatch]] = []
-        for dispatch in self._ledger:
-            if (
-                dispatch.spec.client != giver
-                or dispatch.decode not in workers
-                or Leg.DECODE not in dispatch.open_legs
-            ):
-                continue
-            if dispatch.state is DispatchState.FAILED:  # its place is not free yet
-                return None
-            if dispatch.state is DispatchState.RUNNING:
-                num_left = self._ledger.num_running[giver] - dispatch.num_booked
-                if num_left >= num_then:
-                    worker = dispatch.decode
-                    candidates.append(
-                        (decode_load(worker), worker.worker_id, -dispatch.transfer.attempt, dispatch)
-                    )
-        return min(candidates, key=lambda candidate: candidate[:3])[3] if candidates else None
+            return []
+        workers = set(self._registry.able_to_decode(job.num_total_tokens))
+        given = [
+            (dispatch, worker)
+            for dispatch in self._ledger
+            if dispatch.spec.client == giver
+            and (worker := dispatch.decode) in workers
+            and Leg.DECODE in dispatch.open_legs
+        ]
+        if any(dispatch.state is DispatchState.FAILED for dispatch, _ in given):
+            return []
+        running = [pair for pair in given if pair[0].state is DispatchState.RUNNING]
+        return sorted(
+            running, key=lambda pair: (decode_load(pair[1]), pair[1].worker_id, -pair[0].transfer.attempt)
+        )
 
     def _num_then(self, job: Job) -> int:
         return self._ledger.num_running[job.client] + len(job.choices)

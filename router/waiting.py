@@ -73,9 +73,8 @@ class Waiting:
         there for the job, or for a client that has come to hold less."""
         if not worker.takes_work:
             return False
-        if worker.has_prefill_room(backlog_tokens) and (
-            look.passed is not None or (look.head is not None and not look.for_decode)
-        ):
+        for_prefill = (look.passed, None if look.for_decode else look.head)
+        if any(job and worker.has_prefill_room(job.num_tokens, backlog_tokens) for job in for_prefill):
             return True
         return any(
             self._registry.is_able_to_decode(worker, job.num_total_tokens)

@@ -4,6 +4,7 @@ others import it too (transformers does), so the wish must stand before the firs
 import os
 import signal
 
+import hypothesis
 import torch
 
 if not torch.cuda.is_available():
@@ -15,3 +16,7 @@ patch_language_once()
 
 # A shell has its background jobs ignore it, and with them all processes that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# No test asserts a time: an example may take longer on a busy machine.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from ...core.errors import PdserveError
-from ...core.held_bytes import Holding, TooManyBytes
+from ...core.held_bytes import Holding, TooLarge, TooManyBytes
 from ...core.peer_log import failure_log
 from ...core.validation import check_name
 from ..auth.access import RequiredAccess, Revoked
@@ -153,9 +153,11 @@ class AuthMiddleware:
             raise HttpRefusal(
                 429, code, str(error), retry_after_s=error.retry_after_s, closes=True
             ) from error
+        except TooLarge as error:
+            raise HttpRefusal(413, "body_too_large", str(error), closes=True) from error
 
     async def _body(self, scope: Scope, receive: Receive, held: Holding) -> bytes | None:
-        """Returns None if the client has disconnected. Raises Refused or TooManyBytes."""
+        """Returns None if the client has disconnected. Raises Refused, TooLarge or TooManyBytes."""
         coding = coding_of(scope["headers"])
         decoder = None if coding is None else Decoder(coding)
         if any(

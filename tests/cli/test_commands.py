@@ -14,6 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pdserve import __version__
+from pdserve.cli import client
+from pdserve.cli.client import MAX_REPLY_BYTES, OPTIONS
 from pdserve.cli.explain import explanation_lines
 from pdserve.cli.generate import write_out
 from pdserve.cli.main import app
@@ -43,6 +45,14 @@ def test_a_model_controls_no_terminal(monkeypatch: pytest.MonkeyPatch, is_termin
     monkeypatch.setattr(sys, "stdout", stdout)
     write_out("a\x1b]0;b\x07\r\x9b2J\t\n")
     assert stdout.getvalue() == shown + "\t\n"
+
+
+def test_an_answer_without_end_is_not_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "OPTIONS", (("grpc.max_receive_message_length", 10),))
+    result = run("generate", "hello", "--json")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("pdserve: the answer is too large: ")
+    assert dict(OPTIONS)["grpc.max_receive_message_length"] == MAX_REPLY_BYTES > 0
 
 
 def test_every_sampling_option_arrives(run: Run, cluster: ScriptedCluster) -> None:

@@ -56,9 +56,8 @@ def test_every_ratio_serves_the_tokens_of_transformers(
             cluster.apply(prefill=prefill, decode=decode)
             cluster.wait_for(prefill=prefill, decode=decode)
             used: set[str] = set()
-            for number in range(
-                20
-            ):  # the first round is cold; it takes load until every worker has had its share
+            # the first round is cold; it takes load until every worker has had its share
+            for number in range(40):
                 requests = [
                     cluster.request(prompt, salt=f"{prefill}{decode}{number}", logprobs=0)
                     for prompt in prompts

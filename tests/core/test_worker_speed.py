@@ -76,6 +76,15 @@ def test_an_idle_worker_is_tried_again_at_length() -> None:
     assert speed.decode_factor < 1.1
 
 
+@pytest.mark.parametrize(("factor", "weight"), [(1.0, 1.0), (1.4, 1.0), (0.7, 1.0), (3.0, 2.0), (0.3, 0.45)])
+def test_only_what_is_beyond_noise_tells_workers_apart(factor: float, weight: float) -> None:
+    speed = WorkerSpeed()
+    for _ in range(200):
+        speed.decode.observe(factor / speed.decode_factor)
+    assert speed.decode_factor == pytest.approx(factor, rel=0.1)
+    assert speed.decode_weight == pytest.approx(weight, rel=0.1)
+
+
 def test_one_kind_of_step_stands_for_the_other_until_that_is_measured() -> None:
     speed = WorkerSpeed()
     for _ in range(20):

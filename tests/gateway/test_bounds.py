@@ -276,8 +276,9 @@ async def test_answers_are_bounded_while_they_are_put_together(
         httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http,
     ):
         answer = await http.post("/v1/completions", json=body)
-        assert answer.status_code == 429
-        assert answer.json()["error"]["code"] == "too_many_bytes"
+        assert answer.status_code == 400  # no retry could help
+        assert answer.json()["error"]["code"] == "too_large"
+        assert "limits.max_held_bytes" in answer.json()["error"]["message"]
         answer = await http.post("/v1/completions", json=body | {"logprobs": 0})
         assert answer.status_code == 200
         async with grpc.aio.insecure_channel(server.grpc_address) as channel:
@@ -286,7 +287,8 @@ async def test_answers_are_bounded_while_they_are_put_together(
             asked.sampling.logprobs, asked.sampling.n, asked.sampling.max_tokens = 20, 4, 200
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await stub.Generate(asked)
-            assert details(refused.value)["ErrorInfo"].reason == "TOO_MANY_BYTES"
+            assert details(refused.value)["ErrorInfo"].reason == "TOO_LARGE"
+            assert "RetryInfo" not in details(refused.value)
 
 
 def test_clients_that_hold_all_they_may_leave_calls_for_the_next_one() -> None:

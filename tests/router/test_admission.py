@@ -136,6 +136,55 @@ def test_prompts_wait_in_the_router_when_ps_backlog_is_long_enough() -> None:
     assert cluster.spec("prefill-0").transfer.request_id == "c"
 
 
+def backlog_of_long_prompts() -> Cluster:
+    """Two prompts of two steps each: P's backlog is long enough, and a third one waits."""
+    config = RouterConfig(prefill_on_decode_factor=None)
+    cluster = Cluster("prefill-0", worker_info("decode-0", num_blocks=2000), config=config)
+    for number, name in enumerate(("long0", "long1", "long2")):
+        cluster.submit(make_request(name, 4000, client="many", first_token=5000 * number))
+    assert cluster.spec("prefill-0").transfer.request_id == "long1"
+    return cluster
+
+
+def test_a_short_prompt_does_not_wait_for_a_backlog_that_it_overtakes() -> None:
+    cluster = backlog_of_long_prompts()
+    cluster.submit(make_request("short", 1024, client="one"))
+    assert cluster.spec("prefill-0").transfer.request_id == "short"
+    cluster.submit(make_request("longer", 1025, client="two"))
+    assert cluster.spec("prefill-0").transfer.request_id == "short"
+
+
+def test_a_client_passes_one_that_waits_only_until_it_has_had_more() -> None:
+    cluster = backlog_of_long_prompts()
+    for name in ("first", "second"):
+        cluster.submit(make_request(name, client="one"))
+    assert cluster.spec("prefill-0").transfer.request_id == "first"
+    cluster.token("prefill-0", 0, request_id="long0", attempt=0)
+    assert cluster.spec("prefill-0").transfer.request_id == "second"
+    assert cluster.router.status(0.0).num_queued == 0
+
+
+def test_short_prompts_have_a_backlog_of_their_own_that_delays_no_long_one() -> None:
+    cluster = backlog_of_long_prompts()
+    for number in range(5):
+        name, first_token = f"short{number}", 20_000 + 2000 * number
+        cluster.submit(make_request(name, 1000, client=name, first_token=first_token))
+        assert cluster.spec("prefill-0").transfer.request_id == name
+    cluster.token("prefill-0", 0, request_id="long0", attempt=0)
+    assert cluster.spec("prefill-0").transfer.request_id == "long2"
+    cluster.submit(make_request("short5", 1000, client="short5"))
+    assert cluster.spec("prefill-0").transfer.request_id == "long2"
+
+
+def test_a_short_prompt_is_not_predicted_to_wait_for_long_ones() -> None:
+    cluster = backlog_of_long_prompts()
+    cluster.submit(make_request("short", 100, client="one"))
+    timeline = cluster.router.timeline("short", cluster.now_s)
+    other = cluster.router.timeline("long1", cluster.now_s)
+    assert timeline is not None and other is not None
+    assert timeline.dispatches[0].expected_queue_s < other.dispatches[0].expected_queue_s / 1.5
+
+
 def test_a_decode_workers_sequences_fit_its_batch_and_its_blocks() -> None:
     by_batch = Cluster("prefill-0", worker_info("decode-0", max_batch_size=2), config=PAIRS_ONLY)
     by_blocks = Cluster("prefill-0", worker_info("decode-0", num_blocks=8), config=PAIRS_ONLY)

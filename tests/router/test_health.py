@@ -76,9 +76,9 @@ def test_an_ejected_worker_returns_on_trial_and_carries_more_with_each_success()
     while worker.trial_limit is not None:
         limits.append(worker.trial_limit)
         worker.open_legs = {TransferId("r", index): None for index in range(worker.trial_limit)}
-        assert not worker.has_prefill_room(None) and not worker.has_decode_room(1, 1)
+        assert not worker.has_prefill_room(1, None) and not worker.has_decode_room(1, 1)
         worker.open_legs.popitem()
-        assert worker.has_prefill_room(None) and worker.has_decode_room(1, 1)
+        assert worker.has_prefill_room(1, None) and worker.has_decode_room(1, 1)
         fleet.work("prefill-0")
     assert limits == [1, 2, 4, 8, FULL_TRIAL]
 

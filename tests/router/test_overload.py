@@ -17,6 +17,7 @@ from pdserve.router.events import (
     WorkersExpected,
 )
 from pdserve.router.live_request import DispatchState
+from pdserve.router.waiting import REVIEW_S
 
 from .cluster import Cluster, make_request, worker_info
 
@@ -423,11 +424,34 @@ def test_room_for_several_choices_is_made_one_place_after_the_other() -> None:
 
 
 def test_no_client_gives_up_its_last_place_or_falls_below_the_taker() -> None:
-    alone = with_all_places_taken(1, n=8)
+    alone = with_all_places_taken(1, max_batch_size=1)
     alone.submit(request_of("new", "new"))
     two = with_all_places_taken(2, max_batch_size=2)
     two.submit(request_of("new", "new", n=2))
     assert not alone.aborts("decode-0") and not two.aborts("decode-0")
+    assert not reserved(alone, "new") and not reserved(two, "new")
+
+
+def test_choices_of_a_clients_only_request_make_room_where_they_run() -> None:
+    cluster = with_all_places_taken(1, n=8)
+    cluster.submit(request_of("new", "new"))
+    assert reserved(cluster, "new") and not cluster.aborts("decode-0")
+
+
+def test_those_on_their_way_to_a_full_worker_take_no_more_than_they_leave() -> None:
+    cluster = with_all_places_taken(1, n=8)  # 2 blocks of prompt, and one for each choice
+    for name in ("a", "b"):
+        cluster.submit(request_of(name, name))
+    assert reserved(cluster, "a") and not reserved(cluster, "b")
+    start(cluster, "a", 1)
+    cluster.tick(REVIEW_S)
+    assert reserved(cluster, "b")
+
+
+def test_a_request_too_large_for_half_of_what_a_client_has_waits_for_room() -> None:
+    cluster = with_all_places_taken(1, n=8)
+    cluster.submit(request_of("new", "new", 100))
+    assert not reserved(cluster, "new")
 
 
 def test_clients_with_equal_shares_take_nothing_from_each_other() -> None:

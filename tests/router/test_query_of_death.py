@@ -283,6 +283,49 @@ def test_no_more_than_half_of_the_workers_are_set_apart() -> None:
         cluster.run(1)
 
 
+def test_a_client_that_kills_with_a_new_request_each_time_soon_kills_beside_nobody() -> None:
+    cluster = DeadlyCluster(
+        *PAIRS, is_deadly=lambda spec, at: spec.transfer.request_id.startswith("poison") and at > 0
+    )
+    for number in range(6):
+        users = crowd(cluster)
+        cluster.run(3)
+        name = f"poison{number}"
+        cluster.submit(make_request(name, 20, client="key:x", first_token=10**6 + 1000 * number))
+        cluster.run(400)
+        assert cluster.ends[name][-1].finish_reason is FinishReason.FATAL
+        assert all(cluster.ends[user.request_id].pop().finish_reason is None for user in users)
+        cluster.tokens.clear()
+        cluster.choice_ends.clear()
+    assert [len(at) > 1 for at in cluster.deaths] == [True, False] * 3 + [False] * 3
+
+
+def test_the_last_worker_is_not_risked_for_a_likely_killer_while_another_starts() -> None:
+    cluster = DeadlyCluster("both-0", "both-1", is_deadly=lambda spec, at: False)
+    deaths = cluster.router._requests.deaths
+    for number in range(3):
+        deaths.convict(make_request(f"r{number}", client="key:x", first_token=50 * number), 0.0)
+    cluster.die("both-0")
+    cluster.submit(make_request("again", client="key:x", first_token=5000))
+    (user,) = crowd(cluster, 1)
+    for _ in range(100):
+        cluster.step("both-1")
+        cluster.tick(0.1)
+    assert cluster.ends[user.request_id] and not cluster.ends["again"]
+    cluster.run()
+    assert cluster.ends["again"][0].finish_reason is None
+
+
+def test_a_clients_convictions_are_forgotten_in_time_and_concern_no_other() -> None:
+    deaths = Deaths()
+    for number in range(3):
+        deaths.convict(make_request(f"r{number}", client="key:x", first_token=50 * number), float(number))
+    new = make_request("new", client="key:x", first_token=5000)
+    assert deaths.num_under(new, 10.0) == 3
+    assert deaths.num_under(make_request("new", client="key:y", first_token=5000), 10.0) == 0
+    assert deaths.num_under(new, REFUSED_S) == 0
+
+
 def test_memory_of_deaths_is_bounded() -> None:
     deaths = Deaths()
     for number in range(3 * MAX_KEPT):

@@ -32,6 +32,7 @@ class WorkerPair:
         prefill_blocks: int = 64,
         decode_blocks: int = 64,
         budget: int = 16,
+        max_batch_size: int = 8,
         engine: type[ChainEngine] = ChainEngine,
     ) -> None:
         self.rng = random.Random(seed)
@@ -44,7 +45,7 @@ class WorkerPair:
             RoleEngine(self.p.kv, self.p, 1, budget, 8), self.wire, self.p_box, self.p_masks
         )
         self.decode = DecodeWorker(
-            RoleEngine(self.d.kv, self.d, 1, budget, 8),
+            RoleEngine(self.d.kv, self.d, 1, budget, max_batch_size),
             self.wire,
             self.d_box,
             self.d_masks,
@@ -346,6 +347,22 @@ def test_a_client_with_little_takes_room_from_one_with_much() -> None:
         pair.decode.serve(Serve(spec=spec(f"theirs{number}", prompt, 20, client="one")))
         assert pair.decode.step()
     assert sum(seq.spec.client == "one" for seq in scheduler._running) == 2
+
+
+@pytest.mark.parametrize(("decode_blocks", "max_batch_size"), [(40, 8), (64, 4)])
+def test_a_client_with_nothing_takes_room_from_choices_of_one_request(
+    decode_blocks: int, max_batch_size: int
+) -> None:
+    pair = WorkerPair(decode_blocks=decode_blocks, max_batch_size=max_batch_size)
+    pair.decode.serve(Serve(spec=spec("theirs", range(8), 40, n=4, client="many")))
+    scheduler = pair.decode.scheduler
+    for _ in range(36):
+        assert pair.decode.step()
+    pair.decode.serve(Serve(spec=spec("new", range(30, 38), 20, client="one")))
+    assert pair.decode.step()
+    assert [seq.spec.client for seq in scheduler._running].count("one") == 1
+    pair.run()
+    pair.check_at_rest()
 
 
 @pytest.mark.parametrize("steps", range(12))

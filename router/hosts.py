@@ -125,6 +125,7 @@ class _Host(Automaton[HostState]):
     message: str = ""
     check_again_s: float | None = None
     num_refusals: int = 0  # consecutive
+    there: tuple[Key, ...] = ()  # the instances there when it was asked last
 
     def __post_init__(self) -> None:
         Automaton.__init__(self, TRANSITIONS, HostState.CHECKING, at_s=self.since_s)
@@ -267,13 +268,17 @@ class Hosts:
         for node_id, one in alive.items():
             if node_id not in self._hosts:
                 host = self._hosts[node_id] = _Host(one, now_s)
-                self._out.append(CheckHost(node_id))
+                self._ask(host)
                 self._out.append(HostChanged(host.seen.address, HostState.CHECKING, "has joined"))
 
     def _check(self, host: _Host, now_s: float, why: str = "") -> None:
         self.places.cores.close(host.seen.node_id)
         message = host.message if host.state is HostState.REFUSED else why
         host.enter(HostState.CHECKING, now_s, message)
+        self._ask(host)
+
+    def _ask(self, host: _Host) -> None:
+        host.there = tuple(self.places.cores.on(host.seen.node_id))
         self._out.append(CheckHost(host.seen.node_id))
 
     def _checked(self, event: HostChecked, now_s: float) -> None:
@@ -286,6 +291,9 @@ class Hosts:
             host.num_refusals += 1
             return
         first = host.capacity is None
+        if first and host.there != tuple(self.places.cores.on(event.node_id)):
+            self._ask(host)  # one has ended meanwhile: whether its memory was free already is unknown
+            return
         host.enter(HostState.JOINED, now_s, event.warning)
         host.num_refusals = 0
         if first:  # later on, the instances that are counted there occupy its memory

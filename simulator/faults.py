@@ -22,6 +22,7 @@ class Accident(enum.Enum):
     FREEZE = "worker frozen"
     SLOW = "worker slow"
     HANG = "worker hung in a step"
+    CRASH = "worker's engine crashed"
     PARTITION_ROUTER = "worker cut off from the router"
     PARTITION_WORKERS = "two workers cut off from each other"
     CUT = "connections of a worker reset"
@@ -38,6 +39,7 @@ class Accident(enum.Enum):
 
 ORDERLY = (Accident.DRAIN, Accident.SCALE, Accident.HOST_REMOVED)  # nothing may fail for these
 OF_HOSTS = (Accident.HOST_DOWN, Accident.HOST_CUT, Accident.HOSTS_PARTED, Accident.HOST_REMOVED)
+OF_ENGINES = (Accident.HANG, Accident.CRASH)
 OF_THE_ROUTER = (Accident.ROUTER_RESTART, Accident.ROUTER_FREEZE)  # workers continue
 
 
@@ -53,6 +55,7 @@ class FaultRates:
     accidents_per_s: float = 0.0
     latency_s: float = 0.0002
     jitter: float = 1.0  # of the latency; larger ones now and then
+    max_half_open_s: float = 2.0  # how much later than the network allows a broken connection is noticed
 
 
 class Faults:
@@ -76,7 +79,7 @@ class Faults:
 
     def half_open_s(self) -> float:
         """Draws how much later than the network allows one side of a broken connection notices."""
-        return self._rng.choice((0.0, 0.0, 0.1, 2.0))
+        return min(self._rng.choice((0.0, 0.0, 0.1, 2.0)), self._rates.max_half_open_s)
 
     def are_last_words_lost(self) -> bool:
         return self._rng.random() < 0.5

@@ -10,7 +10,7 @@ import msgspec
 from ..core.messages import Role
 from ..core.request import Request, SamplingParams
 from ..worker.router_session import ROUTER_LOST_TIMEOUT_S
-from .faults import OF_HOSTS, OF_THE_ROUTER, ORDERLY, Accident, FaultRates
+from .faults import OF_ENGINES, OF_HOSTS, OF_THE_ROUTER, ORDERLY, Accident, FaultRates
 from .kv_model import VOCABULARY, expected_tokens
 from .simulated_hosts import PlannedHost
 from .simulated_worker import WorkerShape
@@ -93,6 +93,7 @@ class Scenario:
     contest: tuple[str, ...] = ()  # clients that always have something queued, and get shares by weight
     max_running_per_client: int | None = None
     enforces_itl: bool = False
+    keeps_streams: bool = False  # none may end for want of attempts
 
     def shape_of(self, role: Role, worker_id: str) -> WorkerShape:
         """Returns the limits of one worker; a slow one takes longer for each step."""
@@ -112,6 +113,13 @@ class Scenario:
     @property
     def longest_accident_s(self) -> float:
         return max((accident.duration_s for accident in self.accidents), default=0.0)
+
+    @property
+    def has_crashes_alone(self) -> bool:
+        """Whether engines crash and nothing else goes wrong."""
+        return {accident.kind for accident in self.accidents} == {Accident.CRASH} and (
+            self.rates == FaultRates()
+        )
 
     @property
     def is_computed_once(self) -> bool:
@@ -137,7 +145,7 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
     rates = _draw_rates(rng)
     hosts = _draw_hosts(Random(f"hosts of {seed}"), sum(pools.values()))
     kinds: list[Accident] = [
-        kind for kind in Accident if kind is not Accident.HANG and (len(hosts) > 1 or kind not in OF_HOSTS)
+        kind for kind in Accident if kind not in OF_ENGINES and (len(hosts) > 1 or kind not in OF_HOSTS)
     ]
     if not with_faults or is_crowded or rng.random() < 0.1:
         rates = FaultRates()
@@ -175,7 +183,8 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
     )
     hang = Random(f"hang of {seed}")
     if Accident.KILL in kinds and rates.accidents_per_s and hang.random() < 0.2:
-        accident = PlannedAccident(hang.uniform(1.0, 3.0), Accident.HANG, hang.random(), 0.0)
+        at_s, draw, kind = hang.uniform(1.0, 3.0), hang.random(), hang.choice(OF_ENGINES)
+        accident = PlannedAccident(at_s, kind, draw, 0.0)
         scenario = replace(scenario, accidents=(*scenario.accidents, accident))
     if num_requests is None and rng.random() < 0.03:
         return _with_greedy_client(rng, scenario)
@@ -199,6 +208,11 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
         scenario = replace(scenario, pools=pools, hosts=(PlannedHost(64, 0.0),))
     if num_requests is None and gray.random() < 0.01:
         return _with_long_start(gray, scenario)
+    rare = Random(f"rare of {seed}")
+    if num_requests is None and rare.random() < 0.04:
+        drawn = rare.choice((_with_lost_workers, _with_crash, _with_hidden_room))
+        if with_faults or drawn is _with_hidden_room:
+            return drawn(rare, scenario)
     return replace(
         scenario,
         unequal=_draw_unequal(Random(f"unequal workers of {seed}"), sum(pools.values())),
@@ -323,6 +337,68 @@ def _with_swap(rng: Random, scenario: Scenario) -> Scenario:
             )
         ),
         unequal={"worker-1": Inequality(num_blocks=28 / 32)},
+    )
+
+
+def _with_lost_workers(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario in which long streams lose their worker more often than a request may fail in a row,
+    and get on in between."""
+    return replace(
+        _staged(scenario, step_s=0.04),
+        pools={Role.PREFILL: 1, Role.DECODE: 2},
+        max_attempts=3,
+        rates=FaultRates(max_half_open_s=0.0),  # nothing is dispatched to a worker that is gone
+        accidents=tuple(
+            PlannedAccident(1.2 + number, Accident.CUT, rng.random(), 0.0) for number in range(7)
+        ),
+        requests=tuple(
+            _plain_request(rng, f"r{number}", f"c{number}", rng.uniform(0.5, 1.0), 110, 1)
+            for number in range(6)
+        ),
+        keeps_streams=True,
+    )
+
+
+def _with_crash(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without other faults in which workers' engines crash amid streams."""
+    return replace(
+        _staged(scenario),
+        pools={Role.PREFILL: 2, Role.DECODE: 3},
+        max_attempts=50,
+        accidents=tuple(
+            PlannedAccident(rng.uniform(1.5, 4.0), Accident.CRASH, rng.random(), 0.0)
+            for _ in range(rng.choice((1, 2)))
+        ),
+        requests=tuple(
+            _plain_request(rng, f"r{number}", f"c{number % 4}", rng.uniform(1.0, 4.0), rng.choice((5, 40)), 1)
+            for number in range(20)
+        ),
+    )
+
+
+def _with_hidden_room(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without faults in which three of four decode workers have no blocks left, and the
+    fourth has, though many small streams make it the most loaded."""
+    start_s = 2.0
+
+    def requests(
+        name: str, number: int, at_s: float, num_tokens: int, max_tokens: int
+    ) -> list[PlannedRequest]:
+        return [
+            _plain_request(rng, f"{name}{one}", f"{name}{one}", at_s, max_tokens, 1, num_tokens=num_tokens)
+            for one in range(number)
+        ]
+
+    small = requests("small", 13, start_s + 0.3, 20, 100)
+    return replace(
+        _staged(scenario, num_blocks=34, step_s=0.1),
+        pools={Role.PREFILL: 1, Role.DECODE: 4},
+        prefill_on_decode=False,
+        requests=(
+            *requests("large", 4, start_s, 110, 18),
+            *(replace(plan, first_token_within_s=SOON_S) for plan in small),
+        ),
+        unequal={"worker-3": Inequality(num_blocks=8.0)},
     )
 
 
@@ -464,7 +540,11 @@ def _with_standing_router(rng: Random, scenario: Scenario) -> Scenario:
 
 
 def _staged(
-    scenario: Scenario, *, num_blocks: int = 10 * MAX_MODEL_LEN, max_batch_size: int = 16
+    scenario: Scenario,
+    *,
+    num_blocks: int = 10 * MAX_MODEL_LEN,
+    max_batch_size: int = 16,
+    step_s: float = 0.03,
 ) -> Scenario:
     """Returns a scenario without faults or refusals, on one host and with equal workers of this size."""
     return replace(
@@ -476,7 +556,7 @@ def _staged(
                 block_size=4,
                 max_batch_tokens=256,
                 max_batch_size=max_batch_size,
-                step_s=0.03,
+                step_s=step_s,
             )
             for role, shape in scenario.shapes.items()
         },
@@ -508,7 +588,11 @@ def _draw_hosts(rng: Random, num_workers: int) -> tuple[PlannedHost, ...]:
     hosts = [PlannedHost(rng.choice((1, 1, 2, 3)), 0.0)]
     while sum(host.num_cores for host in hosts) < num_workers or len(hosts) < 2:
         hosts.append(PlannedHost(rng.choice((1, 2, 3)), rng.choice((0.0, rng.uniform(0.0, 4.0)))))
-    return tuple(hosts)
+    # memory is as scarce, on some hosts scarcer
+    return tuple(
+        replace(host, num_bytes=host.num_cores, num_cores=host.num_cores + (rng.random() < 0.3))
+        for host in hosts
+    )
 
 
 def _draw_unequal(rng: Random, num_workers: int) -> Mapping[str, Inequality]:

@@ -265,7 +265,7 @@ class SimulatedHead:
                 client = self.clients.get(command.request_id)
                 if isinstance(command, EmitEnd):
                     self.clients.pop(command.request_id, None)
-                    for text in self._wanted.ended(command.request_id, self._connected()):
+                    for text in self._wanted.ended(command.request_id, self.connected()):
                         self._world.violation(text)
                 if client is None:
                     self._world.violation(f"{command.request_id}: {type(command).__name__} after its end")
@@ -344,7 +344,7 @@ class SimulatedHead:
                     end.close()
                     self._on_session(self._sessions.closed(end, None, self._time.now_s))
 
-    def _connected(self) -> set[Key]:
+    def connected(self) -> set[Key]:
         """Returns the workers that are running and reachable."""
         return {key for key in self._started if self._sessions.connection(key) is not None}
 

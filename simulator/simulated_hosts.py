@@ -3,6 +3,7 @@ permitted ones."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from random import Random
 
 from ..core.hosts import ExpectedHosts
@@ -23,6 +24,7 @@ class PlannedHost:
 
     num_cores: int  # an instance takes one
     joins_s: float
+    num_bytes: float = inf  # an instance takes one
 
 
 class SimulatedHost:
@@ -80,7 +82,17 @@ class SimulatedHosts:
         host = self._of(node_id)
         if host is None or not host.is_up or self._time.now_s < host.cut_until_s:
             return CUT_CHECK_S, HostChecked(node_id, Capacity(0), "it has not answered")
-        return self._rng.choice(CHECK_S), HostChecked(node_id, Capacity(host.plan.num_cores))
+        num_bytes = host.plan.num_bytes - self._num_bytes_held(node_id)
+        return self._rng.choice(CHECK_S), HostChecked(
+            node_id, Capacity(host.plan.num_cores, num_bytes=num_bytes)
+        )
+
+    def _num_bytes_held(self, node_id: str) -> int:
+        return sum(
+            worker.spec.need.num_bytes
+            for worker, at in self._workers
+            if at.node_id == node_id and worker.process.is_alive
+        )
 
     def take_down(self, host: SimulatedHost, seconds: float) -> None:
         """Takes a host down: its processes die at once; Ray notices later, and the host comes back after
@@ -123,6 +135,12 @@ class SimulatedHosts:
                 self._violation(
                     f"{worker.process.name} gets cores of {other.process.name} on {placement.node_id}"
                 )
+        host = self._of(placement.node_id)
+        if (
+            host is not None
+            and self._num_bytes_held(placement.node_id) + worker.spec.need.num_bytes > host.plan.num_bytes
+        ):
+            self._violation(f"{worker.process.name} has no memory on {placement.node_id}")
         roles = [other.spec.role for other, _ in self._workers if other.process.is_alive]
         if worker.spec.role in roles and not all(host.num_joined for host in self.hosts):
             for role in (Role.PREFILL, Role.DECODE):
@@ -131,7 +149,6 @@ class SimulatedHosts:
                         f"{worker.process.name} takes the room of the first {role.value} instance"
                     )
         self._workers.append((worker, placement))
-        host = self._of(placement.node_id)
         if host is None or not host.is_up:  # Ray will report this once it notices
             self._time.call_later(max(NOTICE_S), worker.process.kill)
 

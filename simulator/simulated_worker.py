@@ -16,7 +16,6 @@ from ..core.failures import FailureKind
 from ..core.messages import (
     HEARTBEAT_S,
     Abort,
-    Failing,
     Heartbeat,
     Probe,
     Probed,
@@ -39,6 +38,7 @@ from ..kv_transfer.hub import TransferHub
 from ..kv_transfer.outbound import Dialling, OutboundPair
 from ..kv_transfer.pair import Identity, Local
 from ..router.cores import Placement
+from ..worker.ending import Part, in_closing_order
 from ..worker.router_session import RECONNECT_S, RouterSession, RouterSilence
 from ..worker.step_watch import StepWatch, WatchedRunner
 from ..worker.worker import Worker
@@ -50,10 +50,11 @@ from .simulated_masks import NO_TOKEN_IS_RULED_OUT, SimulatedMasks
 from .simulated_port import HOP_S, Port
 from .virtual_time import VirtualProcess, VirtualTime
 
-NEED = Need(1, 1.0)  # per instance
+NEED = Need(1, 1.0, num_bytes=1)  # per instance
 # patience with a step: less than production's, as these steps are shorter
 FIRST_STEP_S, LEAST_STEP_S = 4.0, 2.0
 FRAME_TOKENS = 64  # so few that a worker's held legs often take more than one frame
+CLOSING_S = {Part.TRANSFERS: 3.0}  # to end threads that wait for peers
 REPORTED_AT_ONCE = 4  # so few cached blocks that all of them often take more than one report
 
 
@@ -211,6 +212,7 @@ class SimulatedWorker:
             self.clock,
         )
         self.has_ended_in_order = False
+        self._has_crashed = False
         self._time = time
         self._world = world
         self._session = RouterSession(*spec.key, time.now_s, FRAME_TOKENS)
@@ -234,9 +236,27 @@ class SimulatedWorker:
         return min((self._time.now_s - begin_s) / load_s, 1.0)
 
     def end(self) -> None:
-        """Ends the process in order."""
-        self.has_ended_in_order = True
-        self.process.kill()
+        """Ends the process in order, unless it is about to end by itself."""
+        if not self._has_crashed:
+            self.has_ended_in_order = True
+            self.process.kill()
+
+    def crash(self) -> None:
+        """Lets the engine fail: the process closes its parts, one after the other, and ends."""
+        self._has_crashed = True
+        failing = self._session.failing("the engine failed")
+        if failing is not None and self._connection is not None:
+            self._connection.send(failing)
+        after_s = 0.0
+        for part, close in in_closing_order({Part.ROUTER_LINK: self._hang_up, Part.TRANSFERS: lambda: None}):
+            self.process.call_later(after_s, close)
+            after_s += CLOSING_S.get(part, 0.0)
+        self.process.call_later(after_s, self.process.kill)
+
+    def _hang_up(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = self._router = None
 
     def _serve(self) -> None:
         """Begins to serve, once the worker is loaded."""
@@ -250,6 +270,8 @@ class SimulatedWorker:
     def _dial(self) -> None:
         """Connects repeatedly; without a router the worker continues for a while, then ends."""
         now_s = self._time.now_s
+        if self._has_crashed:
+            return
         if not self._session.may_dial(now_s):
             self.end()
             return
@@ -271,9 +293,8 @@ class SimulatedWorker:
         if self._connection is None:
             return
         if (why := self.watch.beat()) is not None:
-            self._connection.send(
-                Failing(worker_id=self.spec.worker_id, incarnation=self.spec.incarnation, reason=why)
-            )
+            if (failing := self._session.failing(why)) is not None:
+                self._connection.send(failing)
             self.process.kill()
         elif self._silence.is_lost(self._time.now_s):
             self._connection.close()
@@ -368,6 +389,8 @@ class SimulatedWorker:
 
     def _turn(self) -> None:
         """Runs one turn of the engine's loop; the step's messages are sent when it is over."""
+        if self._has_crashed:
+            return
         self.watch.begin(self._time.now_s)
         while self._inbox:
             self._inbox.popleft()()
@@ -378,6 +401,8 @@ class SimulatedWorker:
             self.process.call_later(ahead_s, lambda: self._end_turn(worked))
 
     def _end_turn(self, worked: bool) -> None:
+        if self._has_crashed:
+            return
         self.watch.end(self._time.now_s)
         for message in self.worker.take_messages():
             if isinstance(message, StepReport):

@@ -31,6 +31,7 @@ PATIENCE_S = 60.0  # from the last fault to the last ending, and until everythin
 MAX_ADVANTAGE = 1200  # of one client over another, in tokens; what one worker holds at once counts for less
 MAX_EVENTS = 5_000_000
 SIZES = ((1, 1), (2, 1), (1, 2), (3, 2), (0, 1), (1, 0), (0, 2), (2, 0))  # the last is not drawn
+TOLD_S = 0.2  # within which the router hears of a crash
 TAKE_OVER_TOKENS = 64  # so few that a take-over takes many turns
 
 
@@ -164,6 +165,8 @@ class Simulation:
         max_retried = MAX_GRAY_FAILURES if self._scenario.gray_rate == 1.0 else len(self.clients)
         if self._scenario.gray_worker and (counters.failed or counters.retried > max_retried):
             self.violation(f"a gray worker cost {counters.retried} dispatches and {counters.failed} streams")
+        if self._scenario.keeps_streams and counters.failed:
+            self.violation(f"{counters.failed} streams were given up, which went on after each failure")
         num_convicted = self._client_counts[CONVICTED]
         # each takes a death of its own, after another one
         if num_convicted and num_convicted >= self._num_died:
@@ -347,6 +350,10 @@ class Simulation:
                 self.time.call_later(seconds, lambda: setattr(worker.clock, "factor", 1.0))
             case Accident.HANG:
                 worker.hangs = True
+            case Accident.CRASH:
+                worker.crash()
+                if self._scenario.has_crashes_alone:
+                    self.time.call_later(TOLD_S, lambda: self._check_told(worker))
             case Accident.PARTITION_ROUTER:
                 self.network.partition("router", name, seconds)
             case Accident.PARTITION_WORKERS:
@@ -414,6 +421,10 @@ class Simulation:
         if amid_dispatch:
             head.on_dispatch = lambda: self.time.call_later(0.0, kill)
         self.time.call_later(0.2 if amid_dispatch else 0.0, kill)
+
+    def _check_told(self, worker: SimulatedWorker) -> None:
+        if worker.spec.key in self.head.connected():
+            self.violation(f"the router has not heard of the crash of {worker.spec}")
 
     def _freeze(self, process: VirtualProcess, seconds: float) -> None:
         process.freeze()

@@ -22,7 +22,6 @@ import msgspec
 from ..core.failures import FailureKind
 from ..core.handshake import HandshakeDialler, Purpose
 from ..core.messages import (
-    Failing,
     HostFull,
     Probe,
     Probed,
@@ -45,6 +44,7 @@ from ..kv_transfer.config import Membership
 from ..kv_transfer.cuda_memory import CudaGpu
 from ..kv_transfer.endpoint import TransferEndpoint
 from .device import bind_to_cores, engine_options, names_of, own_gpu
+from .ending import Part, in_closing_order
 from .gpu_monitor import GpuMonitor
 from .host_monitor import HostMonitor
 from .router_link import RouterLink, shake_hands
@@ -100,8 +100,10 @@ class WorkerProcess:
         link.start()
         host_monitor = HostMonitor(spec.socket_root, self._report_full)
         host_monitor.start()
-        endpoint: TransferEndpoint | None = None
-        grammars: GrammarThread | None = None
+        parts: dict[Part, Callable[[], object]] = {
+            Part.ROUTER_LINK: lambda: self._link.close(),  # the present one
+            Part.HOST_MONITOR: host_monitor.stop,
+        }
         try:
             # on a CPU the KV cache comes first: it may not fit
             self._progress("allocating memory" if spec.device == "cpu" else "loading weights", 0.0)
@@ -116,24 +118,21 @@ class WorkerProcess:
                 gpu=CudaGpu(engine.cache.torch_device) if engine.cache.torch_device.type == "cuda" else None,
                 on_stuck=give_up,
             )
+            parts[Part.TRANSFERS] = endpoint.close
             grammars = GrammarThread(lambda: self._grammar_setup(engine), self)
+            parts[Part.GRAMMARS] = grammars.stop
             if gpu is not None:
                 self._monitor = GpuMonitor(gpu)
                 self._monitor.start()
+                parts[Part.GPU_MONITOR] = self._monitor.stop
             self._serve(engine, endpoint, grammars, names_of(cores, gpu))
         except Exception as error:
             self._report_failure(f"{type(error).__name__}: {error}")
             raise
         finally:
             self._stopping.set()  # the reader's thread does not look for another router
-            self._link.close()  # first: the rest may take seconds, and the router need not wait for it
-            if endpoint is not None:
-                endpoint.close()
-            host_monitor.stop()
-            if self._monitor is not None:
-                self._monitor.stop()
-            if grammars is not None:
-                grammars.stop()
+            for _, close in in_closing_order(parts):
+                close()
 
     def stop(self) -> None:
         """Ends `run` after the current step; may be called from any thread."""
@@ -270,11 +269,8 @@ class WorkerProcess:
         self._link.send(self._session.progress(phase, fraction))
 
     def _report_failure(self, reason: str) -> None:
-        """Lets the router know why this worker ends, once it serves; a failed start reports by its process's
-        end."""
-        if self._info is not None:
-            spec = self._spec
-            self._link.send(Failing(worker_id=spec.worker_id, incarnation=spec.incarnation, reason=reason))
+        if (failing := self._session.failing(reason)) is not None:
+            self._link.send(failing)
 
     def _report_full(self, full: tuple[tuple[str, int], ...]) -> None:
         self._link.send(

@@ -14,7 +14,16 @@ whichever thread dials; no two of them write the same field.
 
 from collections.abc import Iterable
 
-from ..core.messages import ROUTER_SILENT_S, HeldLeg, Hello, Holds, LoadProgress, Ready, WorkerInfo
+from ..core.messages import (
+    ROUTER_SILENT_S,
+    Failing,
+    HeldLeg,
+    Hello,
+    Holds,
+    LoadProgress,
+    Ready,
+    WorkerInfo,
+)
 from .held_legs import MAX_FRAME_TOKENS, in_frames
 
 DEAD_AFTER_S = ROUTER_SILENT_S
@@ -96,3 +105,10 @@ class RouterSession:
             *(Holds(held=legs) for legs in before),
             Ready(info=info, held=last, num_cached_blocks=num_cached_blocks),
         ]
+
+    def failing(self, reason: str) -> Failing | None:
+        """Returns what the router is to hear before anything else when the worker fails; None while it loads:
+        a failed start reports by its process's end."""
+        if not self.is_loaded:
+            return None
+        return Failing(worker_id=self.hello.worker_id, incarnation=self.hello.incarnation, reason=reason)

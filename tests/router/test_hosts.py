@@ -266,6 +266,20 @@ def test_a_new_head_counts_memory_that_running_workers_have_taken() -> None:
     assert row.memory_bytes == 4 << 30
 
 
+def test_a_host_is_asked_again_when_a_worker_ended_while_it_answered() -> None:
+    cluster = Cluster(ExpectedHosts())
+    cluster.hosts.places.ask(("decode-0", 1), Role.DECODE, Need(1, 1.0, num_bytes=3 << 30))
+    cluster.hosts.places.cores.open("n1", Capacity(2, num_bytes=4 << 30))
+    cluster.hosts.places.next()
+    cluster.see(HEAD)
+    cluster.hosts.places.give_back(("decode-0", 1))
+    # measured before it ended
+    assert cluster.handle(HostChecked("n1", Capacity(2, num_bytes=1 << 30))) == [CheckHost("n1")]
+    cluster.handle(HostChecked("n1", Capacity(2, num_bytes=4 << 30)))
+    (row,) = cluster.hosts.status(cluster.now_s)
+    assert (row.state, row.memory_bytes) == (HostState.JOINED, 4 << 30)
+
+
 @pytest.mark.parametrize("source", TRANSITIONS)
 def test_no_host_makes_a_transition_outside_the_table(source: HostState) -> None:
     host = _Host(B, 0.0)

@@ -50,7 +50,7 @@ from pdserve.router.hosts import HostChecked, Hosts, SeenHost
 from pdserve.router.links import Links
 from pdserve.router.live_request import Dispatch, Job, LiveRequest
 from pdserve.router.places import Places
-from pdserve.router.registry import RegisteredWorker
+from pdserve.router.registry import RegisteredWorker, Registry
 from pdserve.router.reports import WorkerReports
 from pdserve.router.request_life import RequestLife
 from pdserve.router.reservation import Reservation
@@ -62,6 +62,7 @@ from pdserve.router.take_over import TakeOver
 from pdserve.router.worker_sessions import Session, ToSupervisor, WorkerSessions
 from pdserve.simulator.kv_model import ChainStore
 from pdserve.simulator.run import simulate
+from pdserve.worker import ending
 from pdserve.worker.held_legs import HeldLegs
 from pdserve.worker.router_session import RouterSession
 from pdserve.worker.step_watch import StepWatch
@@ -572,15 +573,47 @@ def starve_low_priority() -> Planted:
     return patch.object(fair_queue, "FLOOR", 10**9)
 
 
+def count_attempts_over_the_whole_life_of_a_stream() -> Planted:
+    return patch.object(RequestLife, "_num_failures", lambda self, dispatch: dispatch.job.num_failures)
+
+
+def ask_only_the_least_loaded_workers_for_room() -> Planted:
+    return patch.object(Registry, "with_decode_room", lambda self, *wanted: [])
+
+
+def plan_against_the_memory_that_living_workers_hold() -> Planted:
+    return patch.object(CoreAllocator, "num_bytes_taken", lambda self, node_id: 0)
+
+
+def believe_what_a_host_said_before_a_worker_ended() -> Planted:
+    original = Hosts._checked
+
+    def checked(self: Hosts, event: HostChecked, now_s: float) -> None:
+        if event.node_id in self._hosts:
+            self._hosts[event.node_id].there = tuple(self.places.cores.on(event.node_id))
+        original(self, event, now_s)
+
+    return patch.object(Hosts, "_checked", checked)
+
+
+@contextmanager
+def tell_of_a_crash_when_all_is_closed() -> Iterator[None]:
+    with (
+        patch.object(ending, "CLOSING_ORDER", ending.CLOSING_ORDER[::-1]),
+        patch.object(RouterSession, "failing", lambda self, reason: None),
+    ):
+        yield
+
+
 FIRST_FOUND: dict[Mutation, int] = {
     forget_which_links_between_hosts_are_broken: 69,
     leave_links_untried_until_a_request_needs_them: 2,
     place_workers_on_a_host_that_has_died: 7,
     forget_that_a_lost_host_is_asked_for: 72,
     forget_running_instances_when_a_host_is_opened: 33,
-    place_workers_in_the_order_in_which_they_ask: 5,
+    place_workers_in_the_order_in_which_they_ask: 16,
     recall_a_worker_that_must_leave_its_host: 7,
-    keep_serving_on_a_host_that_is_taken_out_of_the_file: 19,
+    keep_serving_on_a_host_that_is_taken_out_of_the_file: 28,
     time_out_a_worker_that_waits_for_a_host: 1,
     never_check_a_refused_host_again: 122,
     free_on_abort_before_the_transfer_has_drained: 55,
@@ -591,7 +624,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     leak_on_cancel: 0,
     free_twice_on_preemption: 1,
     lose_a_wake_up: 0,
-    forget_to_renew_a_lease: 22,
+    forget_to_renew_a_lease: 143,
     lose_a_credit: 0,
     believe_every_checksum: 65,
     accept_tokens_out_of_order: 0,
@@ -600,7 +633,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     leave_workers_working_for_an_ended_request: 0,
     decode_an_aborted_sequence: 8,
     miss_a_deadline: 0,
-    stop_a_worker_without_draining_it: 19,
+    stop_a_worker_without_draining_it: 7,
     commit_a_chunk_that_never_left: 83,
     forget_tokens_computed_before_the_router_died: 78,
     forget_to_abort_the_broken_dispatches_that_a_new_router_finds: 114,
@@ -608,7 +641,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     compute_only_part_of_a_prompt_with_requested_logprobs: 1,
     release_an_ended_sequence_while_a_step_has_a_row_of_it: 0,
     report_the_token_of_a_wasted_row: 0,
-    run_ahead_of_a_token_that_decides: 5,
+    run_ahead_of_a_token_that_decides: 0,
     leave_all_places_to_the_client_that_has_them: 54,
     give_a_gray_worker_as_much_as_others: 83,
     let_nobody_pass_a_large_request: 147,
@@ -624,7 +657,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     forget_which_requests_have_killed: 26,
     take_each_lost_connection_for_a_death: 13,
     reassign_the_cores_of_a_process_before_it_is_gone: 6,
-    forget_a_process_that_ends_by_itself: 25,
+    forget_a_process_that_ends_by_itself: 75,
     hide_a_broken_connection_from_the_supervisor: 10,
     keep_only_the_last_frame_of_held_legs: 589,
     greet_only_the_first_router: 82,
@@ -636,6 +669,11 @@ FIRST_FOUND: dict[Mutation, int] = {
     forget_what_workers_computed_while_they_were_away: 78,
     believe_that_aborts_reach_workers_that_are_away: 788,
     count_our_own_delay_towards_a_workers_start: 78,
+    count_attempts_over_the_whole_life_of_a_stream: 51,
+    ask_only_the_least_loaded_workers_for_room: 49,
+    plan_against_the_memory_that_living_workers_hold: 47,
+    believe_what_a_host_said_before_a_worker_ended: 847,
+    tell_of_a_crash_when_all_is_closed: 5,
 }
 
 

@@ -129,6 +129,7 @@ class Crashing(Unloadable):
 
     def _serve(self, *parts: Any) -> None:
         self._info = worker_info("decode-0", Role.DECODE)
+        self._session.loaded()
         raise MemoryError("no block is left")
 
 

@@ -67,7 +67,7 @@ from pdserve.worker.held_legs import HeldLegs
 from pdserve.worker.router_session import RouterSession
 from pdserve.worker.step_watch import StepWatch
 
-MAX_SEEDS = 1000
+MAX_SEEDS = 2000
 Planted = AbstractContextManager[Any]
 Mutation = Callable[[], Planted]
 
@@ -617,9 +617,9 @@ FIRST_FOUND: dict[Mutation, int] = {
     time_out_a_worker_that_waits_for_a_host: 1,
     never_check_a_refused_host_again: 122,
     free_on_abort_before_the_transfer_has_drained: 55,
-    close_links_with_transfers_under_way: 9,
+    close_links_with_transfers_under_way: 49,
     keep_more_links_than_allowed: 0,
-    forget_the_epoch_check: 419,
+    forget_the_epoch_check: 1077,
     repeat_a_token_after_a_resume: 1,
     leak_on_cancel: 0,
     free_twice_on_preemption: 1,
@@ -636,7 +636,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     stop_a_worker_without_draining_it: 7,
     commit_a_chunk_that_never_left: 83,
     forget_tokens_computed_before_the_router_died: 78,
-    forget_to_abort_the_broken_dispatches_that_a_new_router_finds: 114,
+    forget_to_abort_the_broken_dispatches_that_a_new_router_finds: 680,
     count_attempts_from_0_in_a_new_router: 365,
     compute_only_part_of_a_prompt_with_requested_logprobs: 1,
     release_an_ended_sequence_while_a_step_has_a_row_of_it: 0,
@@ -672,7 +672,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     count_attempts_over_the_whole_life_of_a_stream: 51,
     ask_only_the_least_loaded_workers_for_room: 49,
     plan_against_the_memory_that_living_workers_hold: 47,
-    believe_what_a_host_said_before_a_worker_ended: 847,
+    believe_what_a_host_said_before_a_worker_ended: 151,
     tell_of_a_crash_when_all_is_closed: 5,
 }
 

@@ -35,10 +35,9 @@ METHODS = {
 }
 OBJECT_COLLECTIVES = "_object_list"  # torch.distributed pickles what these carry
 ALLOWED = {
-    (
-        "simulator/run.py",
-        "multiprocessing",
-    ),  # the simulator's own children, on one machine and without a peer
+    # their own children, on one machine and without a peer
+    ("simulator/run.py", "multiprocessing"),
+    ("planner/comparison.py", "multiprocessing"),
     ("cluster/actors.py", "importlib.import_module"),  # a name of ours, by way of Ray
 }
 

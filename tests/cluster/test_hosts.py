@@ -74,6 +74,7 @@ class Several:
     def wait_for(self, host: str, state: str, num_ready: int) -> pb.ClusterStatus:
         """Waits until the other host is in a state, and the given number of workers is ready, even if the
         head dies meanwhile."""
+        status = pb.ClusterStatus()
         while True:
             try:
                 for status in self.admin.WatchStatus(
@@ -90,7 +91,9 @@ class Several:
                         return status
             except grpc.RpcError as error:
                 if error.code() is not grpc.StatusCode.UNAVAILABLE:
-                    raise
+                    raise AssertionError(
+                        f"{host} is not {state} with {num_ready} workers: {status}"
+                    ) from error
 
     def tokens(self) -> list[int]:
         request = pb.GenerateRequest(

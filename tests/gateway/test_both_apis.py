@@ -501,12 +501,12 @@ ONLY_HTTP: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "special tokens in the text": (
         {"prompt": "a", "skip_special_tokens": False},
-        "skip_special_tokens: False is not valid, expected True",
+        "skip_special_tokens: False is not valid, expected true",
     ),
-    "beams": ({"prompt": "a", "use_beam_search": True}, "use_beam_search: True is not valid, expected False"),
+    "beams": ({"prompt": "a", "use_beam_search": True}, "use_beam_search: True is not valid, expected false"),
     "an echo of a chat": (
         {"messages": [{"role": "user", "content": "a"}], "echo": True},
-        "echo: True is not valid, expected False",
+        "echo: True is not valid, expected false",
     ),
     "sound": (
         {"messages": [{"role": "user", "content": "a"}], "modalities": ["text", "audio"]},

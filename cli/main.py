@@ -15,11 +15,13 @@ from .. import __version__
 from ..core.errors import PdserveError
 from .address import NO_ADDRESS, Address
 from .ask import chat, generate
-from .bench import ArrivalKind, bench
+from .bench import bench
 from .commands import Command, Group
 from .ending import end_at_once
 from .entry import EXIT_SIGPIPE
 from .key import key_app
+from .options import File, Sets
+from .plan_command import plan
 from .terminal import show
 
 _MEANT = {  # what other tools call our commands
@@ -64,7 +66,6 @@ class _Commands(Group):
         return super().resolve_command(ctx, args)
 
 
-ELSEWHERE, LOAD = "Devices that need not be here", "The load that is planned for"
 SERVING, ASKING, OPERATING, MEASURING = (
     "Serve a model",
     "Ask it",
@@ -86,26 +87,6 @@ class Output(StrEnum):
     TABLE = "table"
     WIDE = "wide"
     JSON = "json"
-
-
-class PlanOutput(StrEnum):
-    """The output formats of `plan`."""
-
-    TEXT = "text"
-    JSON = "json"
-
-
-File = Annotated[
-    Path | None, typer.Argument(help="The file; by default ./cluster.yaml, or else the defaults.")
-]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Set a key of the configuration, such as pools.decode.instances=2; may be repeated.",
-    ),
-]
 
 
 def _version(wanted: bool) -> None:
@@ -335,110 +316,6 @@ def validate(file: File = None, sets: Sets = None) -> None:
     validate(file, sets or [])
 
 
-@app.command(cls=Command, rich_help_panel=SERVING)
-def plan(
-    file: File = None,
-    output: Annotated[PlanOutput, typer.Option("--output", "-o", help="How to print.")] = PlanOutput.TEXT,
-    sets: Sets = None,
-    devices: Annotated[
-        int | None,
-        typer.Option(min=1, max=64, metavar="N", help="How many GPUs to divide.", rich_help_panel=ELSEWHERE),
-    ] = None,
-    gpu: Annotated[
-        str, typer.Option(metavar="NAME", help="Their kind, such as h200.", rich_help_panel=ELSEWHERE)
-    ] = "h200",
-    model: Annotated[
-        str,
-        typer.Option(
-            metavar="PATH", help="A checkpoint, or its config.json alone.", rich_help_panel=ELSEWHERE
-        ),
-    ] = "",
-    slo: Annotated[
-        str,
-        typer.Option(
-            metavar="SLO", help="As for bench; by default the file's slo.", rich_help_panel=ELSEWHERE
-        ),
-    ] = "",
-    target: Annotated[
-        float,
-        typer.Option(
-            metavar="SHARE", help="Of the requests, that are to meet it.", rich_help_panel=ELSEWHERE
-        ),
-    ] = 0.9,
-    price: Annotated[
-        float | None,
-        typer.Option(min=0.0, metavar="P", help="Of a GPU for an hour.", rich_help_panel=ELSEWHERE),
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="PNG", help="Draw goodput over rate.", rich_help_panel=ELSEWHERE)
-    ] = None,
-    rate: Annotated[
-        float | None, typer.Option(metavar="R", help="Requests per second.", rich_help_panel=LOAD)
-    ] = None,
-    arrivals: Annotated[
-        ArrivalKind, typer.Option(metavar="KIND", help="poisson, gamma or constant.", rich_help_panel=LOAD)
-    ] = ArrivalKind.POISSON,
-    burstiness: Annotated[
-        float, typer.Option(metavar="B", help="For gamma: below 1 is burstier.", rich_help_panel=LOAD)
-    ] = 1.0,
-    trace: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Azure's CSV, or Mooncake's JSON lines.", rich_help_panel=LOAD),
-    ] = None,
-    speed: Annotated[
-        float, typer.Option(metavar="X", help="Speed-up factor of the trace.", rich_help_panel=LOAD)
-    ] = 1.0,
-    requests: Annotated[
-        int, typer.Option(min=10, metavar="N", help="Requests of a trial.", rich_help_panel=LOAD)
-    ] = 1000,
-    prompt_tokens: Annotated[
-        str, typer.Option(metavar="D", help="Lengths, as for bench.", rich_help_panel=LOAD)
-    ] = "512",
-    output_tokens: Annotated[
-        str, typer.Option(metavar="D", help="Lengths of outputs.", rich_help_panel=LOAD)
-    ] = "64",
-    max_prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Cut longer prompts.", rich_help_panel=LOAD)
-    ] = None,
-    max_output_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Cut longer outputs.", rich_help_panel=LOAD)
-    ] = None,
-    prefix_groups: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Number of shared prefixes.", rich_help_panel=LOAD)
-    ] = 1,
-    prefix_tokens: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Their length in tokens.", rich_help_panel=LOAD)
-    ] = 0,
-) -> None:
-    """Show what a cluster.yaml needs on this machine, what fits, and what does not and why.
-
-    With --devices: how to divide that many GPUs between prefill and decode, tried in virtual time."""
-    if devices is None:
-        from .plan import show_plan
-
-        show_plan(file, output.value, sets or [])
-        return
-    from .splits import Answer, Hardware, show_splits
-    from .workload import WorkloadOptions
-
-    workload = WorkloadOptions(
-        rate=rate,
-        arrivals=arrivals.value,
-        burstiness=burstiness,
-        trace=trace,
-        speed=speed,
-        concurrency=None,
-        prompt_tokens=prompt_tokens,
-        output_tokens=output_tokens,
-        max_prompt_tokens=max_prompt_tokens,
-        max_output_tokens=max_output_tokens,
-        prefix_groups=prefix_groups,
-        prefix_tokens=prefix_tokens,
-    )
-    answer = Answer(slo, target, requests, price, output.value, plot)
-    show_splits(file, sets or [], Hardware(devices, gpu, model), workload, answer)
-
-
 @app.command(cls=Command, rich_help_panel=MEASURING)
 def simulate(
     seed: Annotated[
@@ -469,4 +346,5 @@ def demo() -> None:
 
 
 app.add_typer(key_app, name="key", rich_help_panel=OPERATING)
+app.command(cls=Command, rich_help_panel=SERVING)(plan)
 app.command(cls=Command, rich_help_panel=MEASURING)(bench)

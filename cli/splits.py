@@ -30,7 +30,7 @@ HOST_CORES_PER_GPU, HOST_BYTES_PER_GPU = 16, 128 << 30
 
 @dataclass(frozen=True)
 class Hardware:
-    """What is planned for."""
+    """The devices and the model that are planned for."""
 
     num_devices: int
     gpu: str

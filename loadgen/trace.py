@@ -14,7 +14,7 @@ hash_ids are equal blocks of 512 tokens behind equal ones:
     {"timestamp": 0, "input_length": 700, "output_length": 52, "hash_ids": [0, 14]}"""
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Annotated
@@ -82,7 +82,7 @@ def _parse_azure(lines: Iterable[str]) -> list[TraceRow]:
     if missing:
         raise LoadError(f"the trace has no column {missing[0]}, expected {','.join(COLUMNS)}")
     parsed: list[tuple[datetime, int, int]] = []
-    for row in reader:
+    for row in _rows(reader):
         try:
             parsed.append(
                 (datetime.fromisoformat(row[COLUMNS[0]]), _count(row[COLUMNS[1]]), _count(row[COLUMNS[2]]))
@@ -96,6 +96,13 @@ def _parse_azure(lines: Iterable[str]) -> list[TraceRow]:
     parsed.sort(key=lambda row: row[0])
     first = parsed[0][0]
     return [TraceRow((at - first).total_seconds(), prompt, output) for at, prompt, output in parsed]
+
+
+def _rows(reader: "csv.DictReader[str]") -> Iterator[dict[str, str]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise LoadError(f"line {reader.line_num} of the trace: {error}") from error
 
 
 def _count(text: str) -> int:

@@ -28,7 +28,7 @@ _STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.36
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of every split."""
+    """The load and the objectives that every split is tried on."""
 
     site: Site
     load: OfferedLoad

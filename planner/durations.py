@@ -48,7 +48,7 @@ class Durations:
 
     @property
     def priors(self) -> LatencyPriors:
-        """What a router knows of such an instance before it has measured anything."""
+        """Returns the priors of a router that knows such instances before it has measured any."""
         return LatencyPriors(
             prefill_step_s=self.prefill_step_s,
             prefill_token_s=self.prefill_token_s,

@@ -18,7 +18,7 @@ REACHED = 0.5  # fraction of a GPU's peaks
 
 @dataclass(frozen=True)
 class Rates:
-    """What one instance does in a second."""
+    """The throughput of one instance, per second."""
 
     flops: float
     memory_bytes: float

@@ -34,7 +34,7 @@ class Arrival:
 
 @dataclass(slots=True)
 class ServedRequest:
-    """What became of a request. Instants are in virtual seconds."""
+    """A request with the instants of its tokens, in virtual seconds."""
 
     arrived_s: float
     num_prompt_tokens: int

@@ -18,7 +18,7 @@ REVIEW_S = 0.05  # at the next report after that
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """What a look at the queue left waiting."""
+    """The jobs that a look at the queue left waiting."""
 
     at_s: float
     num_added: int  # to the queue, by then

@@ -1,4 +1,4 @@
-"""What decisions cost at 10, 100, 1,000 and 4,000 workers, and how each cost grows.
+"""The cost of decisions at 10, 100, 1,000 and 4,000 workers, and how each cost grows.
 
     python -m bench.microbench.fleet_growth [--workers 10 100 1000 4000]
 
@@ -164,7 +164,7 @@ def event_of_the_fleet(num_workers: int) -> float:
 
 @dataclass(frozen=True)
 class Launch:
-    """What the supervisor needs to know of an instance."""
+    """An instance as the supervisor knows it."""
 
     key: tuple[str, int]
     role: Role

@@ -26,7 +26,7 @@ NUM_ROUNDS = 2
 
 
 class Usage(NamedTuple):
-    """What this process has now."""
+    """The resources that this process holds now."""
 
     num_threads: int
     num_descriptors: int

@@ -32,6 +32,7 @@ def test_rows_are_put_in_order_and_further_columns_ignored() -> None:
         ([HEAD], "no request"),
         ([HEAD, "2023-11-16 18:15:46,1,2", "soon,1,2"], "line 3"),
         ([HEAD, "2023-11-16 18:15:46,1"], "line 2"),
+        ([HEAD, "2023-11-16 18:15:46,1," + "2" * 200_000], "line 1 of the trace: field larger"),
         ([HEAD, "2023-11-16 18:15:46,-1,2"], "line 2"),
         ([HEAD, "2023-11-16 18:15:46,1,2", "2023-11-16 18:15:46+00:00,1,2"], "time zone"),
         (['{"timestamp": 0, "input_length": 1}'], "line 1 of the trace: .*output_length"),

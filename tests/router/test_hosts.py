@@ -128,7 +128,7 @@ def test_a_lost_host_that_nobody_asked_for_is_forgotten() -> None:
 
 
 def test_a_host_joins_once_however_often_it_is_checked() -> None:
-    """What fails on a host that answers is not the host's doing."""
+    """A failure on a host that answers is not the host's doing."""
     cluster = Cluster(ExpectedHosts(("10.0.0.2",)))
     answer = HostChecked("n2", CAPACITY)
     cluster.see(B)

@@ -43,6 +43,10 @@ def host(address: str, num_cpus: int) -> Iterator[None]:
     node = Node(params, head=False, shutdown_at_exit=False, spawn_reaper=False)
     try:
         yield
+    except BaseException as error:
+        ended = {name: process.returncode for name, process in node.dead_processes()}
+        error.add_note(f"of Ray's processes at {address}, these had ended, with these statuses: {ended}")
+        raise
     finally:
         node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
 

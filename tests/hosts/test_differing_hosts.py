@@ -224,13 +224,19 @@ def test_a_frozen_host_serves_again_when_it_thaws(cluster: Hosts) -> None:
         await_status(cluster, is_whole)
 
 
-def test_a_host_may_leave_while_its_instances_load(cluster: Hosts) -> None:
+def test_a_rebooted_host_serves_again_once_ray_runs_there(cluster: Hosts) -> None:
     worker2 = cluster.address("worker2")
     with streams(cluster):
         cluster.reboot("worker2", hard=True)
         status = await_status(cluster, lambda status: states(status)[worker2] == "LOST")
     assert "Ray does not reach it" in message(status, worker2)
     start_ray(cluster)
+    await_status(cluster, is_whole)
+
+
+def test_a_host_may_leave_while_its_instances_load(cluster: Hosts) -> None:
+    worker2 = cluster.address("worker2")
+    restart_ray(cluster)
     await_status(cluster, lambda status: loads_on(status, "worker2"))
     cluster.reboot("worker2", hard=True)
     await_status(cluster, lambda status: states(status)[worker2] == "LOST")

@@ -179,16 +179,16 @@ class LimitsSection(ConfigSection):
     max_unread_s: PositiveFloat = 60.0
     """How long a client may leave its stream unread altogether; then the stream ends."""
     max_open_calls: Positive = 8192
-    """Calls that each server works on, for one client half of those that the others leave; more are refused.
-    Fixed while the cluster runs."""
+    """Calls that each server works on, of one client half at most, and less the more others have; more are
+    refused. Fixed while the cluster runs."""
     max_connections: Annotated[int, Field(ge=16)] = 4096
     """Connections that each server holds, half of them from one address; a newcomer takes the place of the
-    oldest that has no call. Fewer where the process may not open so many descriptors. Fixed while the cluster
-    runs."""
+    oldest that has no call, or of an address with more than its part in use. Fewer where the process may not
+    open so many descriptors. Fixed while the cluster runs."""
     max_held_bytes: Annotated[int, Field(ge=1 << 20)] = 512 << 20
-    """Bytes of messages and bodies that are being received or worked on, of one client a quarter of what the
-    others leave; more are refused. As many again of answers that wait to be complete or to be read. At least
-    8 messages of `max_message_bytes`. Fixed while the cluster runs."""
+    """Bytes of messages and bodies that are being received or worked on, of one client a quarter at most, and
+    less the more others hold; more are refused. As many again of answers that wait to be complete or to be
+    read. At least 8 messages of `max_message_bytes`. Fixed while the cluster runs."""
     max_prompts: Positive = 64
     """Prompts of one HTTP request; a gRPC request has one."""
     max_prompt_tokens: Positive | None = None

@@ -172,7 +172,7 @@ class LimitsSection(ConfigSection):
     By default as many as there is room for."""
     max_wait_for_worker_s: PositiveFloat = 300.0
     """How long a request waits while workers start or are replaced and none of the others could ever serve
-    it; then it ends with UNAVAILABLE."""
+    it, or may, as it is likely to end the last one's process; then it ends with UNAVAILABLE."""
     max_unread_tokens: Positive = 1024
     """Tokens that a client may leave unread beside what its connection holds; then its stream pauses and
     leaves the workers until the client has read half of them."""

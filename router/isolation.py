@@ -33,9 +33,9 @@ class Isolation:
         self._idle = [worker for worker in free if not worker.open_legs]
         self._emptying = [worker for worker in free if worker.open_legs]
 
-    def risks_last(self, job: Job, num_expected: int) -> bool:
+    def risks_last(self, job: Job) -> bool:
         """Whether the job is likely to kill the last worker that serves while others are expected."""
-        if not num_expected or not job.live.is_likely_deadly:
+        if not self._registry.num_expected or not job.live.is_likely_deadly:
             return False
         return sum(worker.takes_work for worker in self._registry) + len(self._registry.apart()) < 2
 

@@ -30,10 +30,13 @@ class JobQueue:
         self.may_run = may_run
         self.counters = TokenCounters()
         self.num_added = 0  # times that jobs were put among those that can be placed
-        self._passed = PassedJobs()
+        self._passed = PassedJobs(self.counters)
         self._front = FrontJobs()
         self._fair: PriorityQueue[Job] = PriorityQueue(
-            self.counters, may_run, user_of=lambda job: job.live.request.turn
+            self.counters,
+            may_run,
+            user_of=lambda job: job.live.request.turn,
+            least_elsewhere=self._passed.least_had,
         )
         # ordered sets
         self._returning: dict[Job, None] = {}  # in front at the next `wake`, in this order
@@ -152,6 +155,14 @@ class JobQueue:
         """Returns the job that is to be placed first of those that others have passed; `num_running`: what
         each client runs."""
         return self._passed.first(num_running)
+
+    def has_turn_before(self, passed: Job) -> bool:
+        """Whether it is the turn of a job whose client has had less than that of `passed`. The head may have
+        come when nothing could be passed any more: without its turn it would wait for all that were."""
+        head = self.head()
+        if head is None or head.priority > passed.priority:
+            return False
+        return self.counters.of(head.client) < self.counters.of(passed.client)
 
     def pop_passed(self, job: Job, now_s: float) -> Job:
         """Takes a job that others have passed out for dispatch."""

@@ -177,7 +177,7 @@ class Dispatcher:
         """Places large jobs that others have passed; holds room for the first that has to wait still."""
         commands: list[RouterCommand] = []
         while (job := self._queue.first_passed(self._ledger.num_running)) is not None:
-            if not self._queue.may_run(job):
+            if not self._queue.may_run(job) or self._queue.has_turn_before(job):
                 self._queue.defer_passed(job)
                 continue
             self._reservation.lift()

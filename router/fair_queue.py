@@ -17,6 +17,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from heapq import heappop, heappush, heapreplace
 from itertools import count
+from math import inf
 from typing import Generic, TypeVar
 
 from ..core.sharing import FLOOR
@@ -103,12 +104,14 @@ class FairQueue(Generic[T]):
         counters: TokenCounters,
         may_go: Callable[[T], bool] = lambda item: True,
         user_of: Callable[[T], str] = lambda item: "",
+        least_elsewhere: Callable[[], float] = lambda: inf,
     ) -> None:
         """`may_go`: whether an item may be taken out now; its client is passed over while its first may
-        not."""
+        not. `least_elsewhere`: the least counter of clients whose items were taken out and wait still."""
         self._counters = counters
         self._may_go = may_go
         self._user_of = user_of
+        self._least_elsewhere = least_elsewhere
         self._lanes: OrderedDict[str, _Lane[T]] = OrderedDict()
         # (counter when it was entered, number of the lane, client): counters only grow
         self._order: list[tuple[float, int, str]] = []
@@ -132,7 +135,8 @@ class FairQueue(Generic[T]):
         lane = self._lanes.get(client)
         if lane is None:
             first = self._first()
-            self._counters.enter(client, None if first is None else self._counters.of(first))
+            least = min(self._least_elsewhere(), inf if first is None else self._counters.of(first))
+            self._counters.enter(client, None if least == inf else least)
             lane = self._lanes[client] = _Lane(next(self._numbers))
             heappush(self._order, (self._counters.of(client), lane.number, client))
         lane.push(self._user_of(item), item, is_first)
@@ -188,10 +192,12 @@ class PriorityQueue(Generic[T]):
         counters: TokenCounters,
         may_go: Callable[[T], bool] = lambda item: True,
         user_of: Callable[[T], str] = lambda item: "",
+        least_elsewhere: Callable[[], float] = lambda: inf,
     ) -> None:
         self._counters = counters
         self._may_go = may_go
         self._user_of = user_of
+        self._least_elsewhere = least_elsewhere
         self._queues: dict[int, FairQueue[T]] = {}
         self._priorities: list[int] = []  # sorted
         self._size = 0
@@ -223,7 +229,9 @@ class PriorityQueue(Generic[T]):
     def push(self, priority: int, client: str, item: T, *, is_first: bool = False) -> None:
         """Adds an item; `is_first`: ahead of the others of its client and priority."""
         if priority not in self._queues:
-            self._queues[priority] = FairQueue(self._counters, self._may_go, self._user_of)
+            self._queues[priority] = FairQueue(
+                self._counters, self._may_go, self._user_of, self._least_elsewhere
+            )
             insort(self._priorities, priority)
             self._popped[priority] = self._num_popped
         self._queues[priority].push(client, item, is_first=is_first)

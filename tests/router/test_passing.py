@@ -25,9 +25,9 @@ def half_full(num_decode: int = 1) -> Cluster:
     return cluster
 
 
-def submit(cluster: Cluster, name: str, num_blocks: int, client: str) -> None:
+def submit(cluster: Cluster, name: str, num_blocks: int, client: str, n: int = 1) -> None:
     first_token = 10_000 * sum(len(commands) for commands in cluster.sent.values())
-    cluster.submit(make_request(name, num_blocks * BLOCK_SIZE, client=client, first_token=first_token))
+    cluster.submit(make_request(name, num_blocks * BLOCK_SIZE, n=n, client=client, first_token=first_token))
 
 
 def attempt_at_decode(cluster: Cluster, name: str) -> tuple[str, TransferId] | None:
@@ -38,17 +38,19 @@ def attempt_at_decode(cluster: Cluster, name: str) -> tuple[str, TransferId] | N
     return None
 
 
-def prefilled(cluster: Cluster, name: str) -> None:
+def prefilled(cluster: Cluster, name: str, num_choices: int = 1) -> None:
     found = attempt_at_decode(cluster, name)
     assert found is not None
-    cluster.output("prefill-0", found[1], 0)
+    for choice in range(num_choices):
+        cluster.output("prefill-0", found[1], 0, choice=choice)
     cluster.leg_ended("prefill-0", Leg.PREFILL, transfer=found[1])
 
 
-def finish(cluster: Cluster, name: str) -> None:
+def finish(cluster: Cluster, name: str, num_choices: int = 1) -> None:
     found = attempt_at_decode(cluster, name)
     assert found is not None
-    cluster.output(found[0], found[1], 1, FinishReason.STOP)
+    for choice in range(num_choices):
+        cluster.output(found[0], found[1], 1, FinishReason.STOP, choice=choice)
     cluster.leg_ended(found[0], Leg.DECODE, transfer=found[1])
 
 
@@ -159,6 +161,47 @@ def test_a_client_with_many_large_requests_does_not_hold_up_anothers() -> None:
     assert cluster.aborts("decode-0"), "a stream gives up its place, as for any client that runs nothing"
     submit(cluster, "small", 1, "third")
     assert is_dispatched(cluster, "small")
+
+
+def test_clients_whose_large_requests_were_passed_take_turns() -> None:
+    cluster = half_full()
+    waiting = [f"{client}{index}" for index in range(3) for client in ("a", "b", "c", "d")]
+    for name in waiting:
+        submit(cluster, name, 79, name[0])
+    for index in range(4):
+        finish(cluster, f"stream{index}")
+    served = ""
+    while len(served) < 8:
+        (name,) = (name for name in waiting if is_dispatched(cluster, name))
+        served += name[0]
+        waiting.remove(name)
+        prefilled(cluster, name)
+        finish(cluster, name)
+    assert sorted(served[:4]) == sorted(served[4:]) == ["a", "b", "c", "d"]
+
+
+def test_large_requests_that_were_passed_do_not_keep_out_a_client_that_has_had_less() -> None:
+    cluster = Cluster(
+        worker_info("prefill-0", num_blocks=10_000, max_batch_tokens=1 << 20, max_batch_size=1000),
+        worker_info("decode-0", num_blocks=NUM_BLOCKS, max_batch_size=2),
+        config=RouterConfig(prefill_on_decode_factor=None),
+    )
+    submit(cluster, "stream", 11, "many")
+    prefilled(cluster, "stream")
+    waiting = [f"{client}{index}" for index in range(3) for client in ("a", "b")]
+    for name in waiting:
+        submit(cluster, name, 94, name[0], n=2)
+    finish(cluster, "stream")
+    submit(cluster, "c", 8, "c", n=2)
+    waiting.append("c")
+    served = ""
+    for _ in range(3):
+        (name,) = (name for name in waiting if is_dispatched(cluster, name))
+        served += name[0]
+        waiting.remove(name)
+        prefilled(cluster, name, num_choices=2)
+        finish(cluster, name, num_choices=2)
+    assert sorted(served) == ["a", "b", "c"]
 
 
 def test_a_request_that_is_not_large_keeps_its_place() -> None:

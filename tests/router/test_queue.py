@@ -57,3 +57,16 @@ def test_a_job_is_found_wherever_it_waits() -> None:
     for left, one in zip(range(len(jobs) - 1, -1, -1), jobs, strict=True):
         queue.remove(one)
         assert len(queue) == len(list(queue)) == left
+
+
+def test_a_newcomer_starts_level_with_those_that_were_passed() -> None:
+    queue = JobQueue()
+    for client, num_had in (("a", 100.0), ("b", 300.0), ("c", 500.0)):
+        queue.counters.charge(client, num_had)
+        queue.push(job(client, client=client))
+    for _ in range(2):
+        queue.pass_head()
+    queue.push(job("new", client="new"))
+    assert queue.counters.of("new") == 100.0
+    head = queue.head()
+    assert head is not None and head.client == "new"

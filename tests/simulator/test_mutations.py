@@ -619,7 +619,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     free_on_abort_before_the_transfer_has_drained: 55,
     close_links_with_transfers_under_way: 49,
     keep_more_links_than_allowed: 0,
-    forget_the_epoch_check: 1077,
+    forget_the_epoch_check: 28,
     repeat_a_token_after_a_resume: 1,
     leak_on_cancel: 0,
     free_twice_on_preemption: 1,

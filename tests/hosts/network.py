@@ -34,7 +34,7 @@ NEEDED = {  # a command, and the packages of Debian and of Fedora that have it
 NOBODYS_MAC = "02:00:00:00:00:00"  # packets to this address reach nobody
 LOGIN = ("HOME=/root", "USER=root", "LOGNAME=root", "SHELL=/bin/bash", "LANG=C.UTF-8")
 NEW_NAMESPACES = ("--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child")
-BOOT_TIMEOUT_S = 30.0
+BOOT_TIMEOUT_S = 120.0  # on a busy machine
 CLONE_NEWNET = 0x40000000
 MIN_BURST_BYTES = 256 << 10  # a veth passes segments of 64 KiB
 

@@ -1,5 +1,5 @@
-"""Real clusters: Ray actors, sockets, shared memory. One Ray for the whole session, one cluster per test
-module or test."""
+"""Real clusters: Ray actors, sockets, shared memory. One Ray for the whole session, and one cluster after the
+other in it."""
 
 import os
 import shutil
@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import ray
 
+from pdserve.cluster.ray_start import without_unused_processes
 from pdserve.core.admin_socket import RUNTIME_FOLDER
 from pdserve.embedded import MODEL_DIR
 
 from ..checkpoints import small_checkpoint
-from .harness import SESSION_MARK, session_processes
+from .harness import SESSION_MARK, Clusters, session_processes
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,16 +26,17 @@ def ray_session() -> Iterator[None]:
     os.environ[SESSION_MARK] = temp_dir
     os.environ[RUNTIME_FOLDER] = f"{temp_dir}/runtime"
     shared_memory, sockets = set(os.listdir("/dev/shm")), abandoned_sockets()
-    ray.init(
-        num_cpus=len(os.sched_getaffinity(0)),
-        num_gpus=2,  # mere numbers to Ray: nothing computes on them
-        include_dashboard=False,
-        namespace="pdserve",
-        object_store_memory=80 << 20,
-        log_to_driver=False,
-        _temp_dir=f"{temp_dir}/ray",
-        _system_config={"worker_niceness": 0},
-    )
+    with without_unused_processes():
+        ray.init(
+            num_cpus=len(os.sched_getaffinity(0)),
+            num_gpus=2,  # mere numbers to Ray: nothing computes on them
+            include_dashboard=False,
+            namespace="pdserve",
+            object_store_memory=80 << 20,
+            log_to_driver=False,
+            _temp_dir=f"{temp_dir}/ray",
+            _system_config={"worker_niceness": 0},
+        )
     yield
     ray.shutdown()
     shutil.rmtree(temp_dir, ignore_errors=True)
@@ -54,6 +56,25 @@ def abandoned_sockets() -> set[Path]:
     folders = set(Path("/tmp").glob("kv-*"))
     listeners = Path("/proc/net/unix").read_text()
     return {folder for folder in folders if f"{folder}/" not in listeners and folder.exists()}
+
+
+@pytest.fixture(scope="session")
+def clusters(ray_session: None) -> Iterator[Clusters]:
+    clusters = Clusters()
+    yield clusters
+    clusters.end()
+
+
+@pytest.fixture
+def no_cluster(clusters: Clusters) -> None:
+    """Room for a cluster that the test launches."""
+    clusters.end()
+
+
+@pytest.fixture(scope="session")
+def own_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the embedded model that a test may damage, and repairs."""
+    return Path(shutil.copytree(MODEL_DIR, tmp_path_factory.mktemp("own") / "model"))
 
 
 @pytest.fixture(scope="session")

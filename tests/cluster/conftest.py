@@ -25,7 +25,7 @@ def ray_session() -> Iterator[None]:
     temp_dir = tempfile.mkdtemp(prefix="pdserve-test-", dir="/tmp")
     os.environ[SESSION_MARK] = temp_dir
     os.environ[RUNTIME_FOLDER] = f"{temp_dir}/runtime"
-    shared_memory, sockets = set(os.listdir("/dev/shm")), abandoned_sockets()
+    shared_memory = set(os.listdir("/dev/shm"))
     with without_unused_processes():
         ray.init(
             num_cpus=len(os.sched_getaffinity(0)),
@@ -42,20 +42,11 @@ def ray_session() -> Iterator[None]:
     shutil.rmtree(temp_dir, ignore_errors=True)
     del os.environ[RUNTIME_FOLDER]
     assert session_processes() == {}
-    assert abandoned_sockets() <= sockets, "workers' sockets lie in Ray's folder, and go with it"
     assert not [
         name
         for name in set(os.listdir("/dev/shm")) - shared_memory
         if name.startswith(("plasma", "psm", "pdserve"))
     ]
-
-
-def abandoned_sockets() -> set[Path]:
-    """Returns folders for workers' sockets in /tmp that have no listener: other tests may run beside
-    these."""
-    folders = set(Path("/tmp").glob("kv-*"))
-    listeners = Path("/proc/net/unix").read_text()
-    return {folder for folder in folders if f"{folder}/" not in listeners and folder.exists()}
 
 
 @pytest.fixture(scope="session")

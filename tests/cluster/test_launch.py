@@ -90,8 +90,8 @@ def test_a_worker_that_cannot_load_reports_why_until_the_checkpoint_is_repaired(
     cluster.wait_for(prefill=1, decode=1)
 
 
-def test_an_abandoned_cluster_is_gone_from_a_ray_that_stays(clusters: Clusters) -> None:
-    cluster = clusters.take(listen=ADMIN_WITH_KEY)
+def test_an_abandoned_cluster_is_gone_from_a_ray_that_stays(own_model: Path, clusters: Clusters) -> None:
+    cluster = clusters.take(path=own_model)
     link = admin_socket.socket_link(cluster.address)
     assert link.is_symlink()
     cluster.abandon()

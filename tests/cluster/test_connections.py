@@ -33,12 +33,12 @@ from pdserve.router.supervisor import ConnectionLost
 from pdserve.worker import router_link as worker_link, router_session
 from pdserve.worker.router_link import RouterLink
 
+from ..deadlines import WAIT_S
 from ..handshakes import greeted, open_control
 from ..router.cluster import worker_info
 from ..worker.chain_model import spec
 
 HELLO = Hello(worker_id="decode-0", incarnation=1)
-WAIT_S = 20.0
 
 
 class WorkerEnd:

@@ -160,6 +160,7 @@ async def test_clients_of_two_keys_may_choose_the_same_request_id(
     assert first.sampling.seed == second.sampling.seed
 
 
+@pytest.mark.usefixtures("standing_rates")
 async def test_an_exhausted_rate_is_reported_with_the_retry_delay(
     generation: "pdserve_pb2_grpc.GenerationAsyncStub",
     details: Callable[[grpc.aio.AioRpcError], dict[str, Any]],

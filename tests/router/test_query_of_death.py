@@ -10,6 +10,7 @@ from pdserve.core.errors import KillsWorkers
 from pdserve.core.failures import FailureKind
 from pdserve.core.messages import Leg, Prefill, Reserve, Serve, StepReport, TokenOutput, WorkerLoad
 from pdserve.core.request import FinishReason, Request, SequenceSpec
+from pdserve.core.token_ids import digest
 from pdserve.router.config import RouterConfig
 from pdserve.router.deaths import MAX_KEPT, REFUSED_S, Deaths
 from pdserve.router.events import Cancel, LossCause, WorkerDraining, WorkerLost
@@ -300,11 +301,15 @@ def test_a_client_that_kills_with_a_new_request_each_time_soon_kills_beside_nobo
     assert [len(at) > 1 for at in cluster.deaths] == [True, False] * 3 + [False] * 3
 
 
+def convict(deaths: Deaths, request: Request, now_s: float) -> None:
+    deaths.convict(request, digest(request.prompt_token_ids), now_s)
+
+
 def test_the_last_worker_is_not_risked_for_a_likely_killer_while_another_starts() -> None:
     cluster = DeadlyCluster("both-0", "both-1", is_deadly=lambda spec, at: False)
     deaths = cluster.router._requests.deaths
     for number in range(3):
-        deaths.convict(make_request(f"r{number}", client="key:x", first_token=50 * number), 0.0)
+        convict(deaths, make_request(f"r{number}", client="key:x", first_token=50 * number), 0.0)
     cluster.die("both-0")
     cluster.submit(make_request("again", client="key:x", first_token=5000))
     (user,) = crowd(cluster, 1)
@@ -319,7 +324,7 @@ def test_the_last_worker_is_not_risked_for_a_likely_killer_while_another_starts(
 def test_a_clients_convictions_are_forgotten_in_time_and_concern_no_other() -> None:
     deaths = Deaths()
     for number in range(3):
-        deaths.convict(make_request(f"r{number}", client="key:x", first_token=50 * number), float(number))
+        convict(deaths, make_request(f"r{number}", client="key:x", first_token=50 * number), float(number))
     new = make_request("new", client="key:x", first_token=5000)
     assert deaths.num_under(new, 10.0) == 3
     assert deaths.num_under(make_request("new", client="key:y", first_token=5000), 10.0) == 0
@@ -329,7 +334,7 @@ def test_a_clients_convictions_are_forgotten_in_time_and_concern_no_other() -> N
 def test_memory_of_deaths_is_bounded() -> None:
     deaths = Deaths()
     for number in range(3 * MAX_KEPT):
-        deaths.convict(make_request(f"r{number}", first_token=number), 0.0)
+        convict(deaths, make_request(f"r{number}", first_token=number), 0.0)
     assert len(deaths._records) == 2 * MAX_KEPT
     with pytest.raises(KillsWorkers):
         deaths.num_under(make_request(f"r{3 * MAX_KEPT - 1}"), 1.0)
@@ -338,8 +343,8 @@ def test_memory_of_deaths_is_bounded() -> None:
 
 def test_a_client_is_recognised_by_its_key_and_not_by_its_address() -> None:
     deaths = Deaths()
-    deaths.convict(make_request("a", client="key:one"), 0.0)
-    deaths.convict(make_request("b", client="ipv4:10.0.0.1:4711", first_token=50), 0.0)
+    convict(deaths, make_request("a", client="key:one"), 0.0)
+    convict(deaths, make_request("b", client="ipv4:10.0.0.1:4711", first_token=50), 0.0)
     assert deaths.num_under(make_request("a", client="key:two"), 1.0) == 0
     with pytest.raises(KillsWorkers):
         deaths.num_under(make_request("b", client="ipv4:10.0.0.1:4712", first_token=99), 1.0)

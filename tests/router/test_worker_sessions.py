@@ -49,7 +49,7 @@ def sessions() -> WorkerSessions[str]:
 
 
 def held(name: str) -> HeldLeg:
-    return HeldLeg(spec=spec(name, range(4)), leg=Leg.DECODE, has_partner=False)
+    return HeldLeg.of(spec(name, range(4)), Leg.DECODE, has_partner=False)
 
 
 def test_an_expected_worker_is_admitted_once_and_found_by_its_key(sessions: WorkerSessions[str]) -> None:

@@ -127,7 +127,7 @@ def place_given_up(num_workers: int) -> float:
     router = filled(fleet_of(num_workers, config, lambda number: 100))
     newcomer = structs.replace(prompt("n", 500), client="another")
     job = Job(LiveRequest(newcomer, 0.0), (0,), (), 0.0)
-    return median_us(lambda number: router._room.victim(job), 20)
+    return median_us(lambda number: router._dispatcher._room.victim(job), 20)
 
 
 def unequal(num_workers: int) -> Router:

@@ -98,6 +98,7 @@ class Links:
     def _note_ends(self, ends: dict[str, RegisteredWorker]) -> None:
         self._ends, self._are_ends_known = ends, True
         self._considered = {host: None for host in self._considered if host in ends}
+        self._unknown = {host: targets for host, targets in self._unknown.items() if host in ends}
         self._new = deque(host for host in ends if host not in self._considered)
 
     def _consider(self) -> None:

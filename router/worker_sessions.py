@@ -230,7 +230,12 @@ class WorkerSessions(Generic[C]):
         name = f"{key[0]}/{key[1]}"
         if not self._expects(key):
             return self.hang_up(connection, f"it identifies as {name}, which is to end", is_harmless=True)
-        commands = self._replace(self._workers[key]) if key in self._workers else []
+        old = self._workers.get(key)
+        if (
+            old is not None and self._sessions[old].state is SessionState.CLOSING
+        ):  # its loss is to be reported
+            return self.hang_up(connection, f"it identifies as {name}, on which we have just hung up")
+        commands = [] if old is None else self._replace(old)
         session.state, session.key, session.num_silent_beats = SessionState.ADMITTED, key, 0
         self._workers[key] = connection
         del self._unproven[connection]

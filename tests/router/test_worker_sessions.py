@@ -82,6 +82,15 @@ def test_a_loading_worker_that_connects_again_goes_on_loading(sessions: WorkerSe
     assert sessions.connection(KEY) == "b"
 
 
+def test_a_worker_on_which_we_hung_up_does_not_escape_its_loss(sessions: WorkerSessions[str]) -> None:
+    sessions.received("a", HELLO)
+    sessions.received("a", READY)
+    sessions.hang_up("a", "broken frame")
+    sessions.opened("b", 1.0)
+    assert HangUp("b") in sessions.received("b", HELLO)
+    assert ToRouter(WorkerLost(*KEY, "broken frame", LossCause.GONE)) in sessions.closed("a", None, 1.0)
+
+
 def test_a_replaced_connection_may_be_closed_after_the_one_that_replaced_it(
     sessions: WorkerSessions[str],
 ) -> None:

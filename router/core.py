@@ -42,7 +42,7 @@ from .health import Health
 from .ledger import Ledger
 from .links import Links
 from .live_request import Job
-from .live_requests import LiveRequests, is_same
+from .live_requests import LiveRequests
 from .placement import Placer
 from .prefix_index import PrefixIndex
 from .registry import RegisteredWorker, Registry, RoutingState
@@ -228,7 +228,7 @@ class Router:
 
     def _on_submit(self, request: Request, now_s: float) -> list[RouterCommand]:
         adopted = self._requests.adopted(request)
-        if adopted is not None and is_same(adopted.request, request):
+        if adopted is not None and adopted.is_held_for(request):
             return self._requests.claim(adopted, request, now_s)
         if self._dispatcher.is_closing:
             raise NoWorkerAvailable(CLOSING)

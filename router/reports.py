@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from ..core.failures import FailureKind
 from ..core.histogram import TokenGaps
 from ..core.latency import LatencyModel
-from ..core.messages import Leg, LegEnded, StepReport, TokenOutput
+from ..core.messages import HeldLeg, Leg, LegEnded, StepReport, TokenOutput
 from .events import EmitTokens, RouterCommand
 from .fair_queue import OUTPUT_TOKEN, TokenCounters
 from .health import Health
@@ -18,6 +18,7 @@ from .prefix_index import PrefixIndex
 from .registry import RegisteredWorker, Registry
 from .request_events import LastToken, Survived
 from .request_states import RequestState
+from .stream import ChoiceStream
 
 
 class WorkerReports:
@@ -88,11 +89,10 @@ class WorkerReports:
             if len(tokens) > 1:
                 self._tokens_before.extend([now_s] * (len(tokens) - 1))
             stream.last_token_s = now_s
-            emitted = EmitTokens(live.request_id, output.choice, tokens)
             if live.state is RequestState.UNCLAIMED:
-                live.kept.append(emitted)
+                live.keep_outputs(output.choice, tokens)
             else:
-                commands.append(emitted)
+                commands.append(EmitTokens(live.request_id, output.choice, tokens))
             if stream.finish_reason is not None:
                 commands += self._requests.handle(live, LastToken(dispatch, stream), now_s)
             if dispatch.is_alone and dispatch.state is DispatchState.RUNNING and dispatch.has_survived:
@@ -117,13 +117,32 @@ class WorkerReports:
             tokens = stream.accept_run(of_choice)
             if not tokens:
                 continue
-            if dispatch.first_token_s is None:
-                self._note_first_token(dispatch, now_s)
-            stream.last_token_s = now_s
-            live.kept.append(EmitTokens(live.request_id, choice, tokens))
+            self._note_replayed(dispatch, stream, now_s)
+            live.keep_outputs(choice, tokens)
             if stream.finish_reason is not None:
                 commands += self._requests.handle(live, LastToken(dispatch, stream), now_s)
         return commands
+
+    def replay_plain(self, dispatch: Dispatch, worker: RegisteredWorker, held: HeldLeg, now_s: float) -> bool:
+        """Does the same for the first tokens of a leg, at once. False: nothing was done, as other tokens are
+        held or missing."""
+        stream, token_ids = dispatch.streams.get(held.choice), held.token_ids
+        if not token_ids or stream is None or dispatch.state is not DispatchState.RUNNING:
+            return True
+        tokens = stream.accept_plain(held.first_index, token_ids)
+        if tokens is None:
+            return False
+        self._ledger.count_token(dispatch, worker, len(token_ids))
+        if tokens:
+            self._note_replayed(dispatch, stream, now_s)
+            first_index = len(stream.token_ids) - len(tokens)
+            dispatch.live.keep_tokens(held.spec.transfer, held.choice, first_index, tokens)
+        return True
+
+    def _note_replayed(self, dispatch: Dispatch, stream: ChoiceStream, now_s: float) -> None:
+        if dispatch.first_token_s is None:
+            self._note_first_token(dispatch, now_s)
+        stream.last_token_s = now_s
 
     def _moves_on(self, worker: RegisteredWorker) -> bool:
         """Whether a suspect that has run alone at the worker decodes elsewhere: another one waits for the
@@ -137,7 +156,7 @@ class WorkerReports:
         live = dispatch.live
         if live.first_token_s is None:
             live.first_token_s = now_s
-            self._requests.counters.prompt_tokens += len(live.request.prompt_token_ids)
+            self._requests.counters.prompt_tokens += live.num_prompt_tokens
 
     def on_leg_ended(self, event: LegEnded, now_s: float) -> list[RouterCommand]:
         worker = self._registry.current(event.worker_id, event.incarnation)

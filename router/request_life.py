@@ -181,7 +181,7 @@ class RequestLife:
         dispatch.is_alone = False
         live.suspects.difference_update(dispatch.streams)
         if not live.suspects:
-            self._deaths.clear(live.request)
+            self._deaths.clear(live.request, live.prompt_digest)
         if not event.moves_on:
             return []
         jobs, commands = self._take_back(dispatch, dispatch.open_legs, "continues beside others", now_s)
@@ -306,7 +306,7 @@ class RequestLife:
                 stream.end(event.reason)
                 commands.append(EmitChoiceEnd(live.request_id, stream.choice, event.reason))
         if live.suspects and event.reason is not FinishReason.FATAL:
-            self._deaths.suspect(live.request)
+            self._deaths.suspect(live.request, live.prompt_digest)
         for job in live.jobs:
             self._queue.remove(job)
         live.jobs.clear()
@@ -400,7 +400,7 @@ class RequestLife:
         if not choices:
             return []
         if dispatch.is_alone:
-            self._deaths.convict(live.request, now_s)
+            self._deaths.convict(live.request, live.prompt_digest, now_s)
             text = f"workers died of the request, the last while it was there alone: {dispatch.failure}"
             return self._react(live, End(FinishReason.FATAL, text), now_s)
         live.suspects |= choices

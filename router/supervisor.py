@@ -111,7 +111,7 @@ class WorkerProgress:
 @dataclass(frozen=True, slots=True)
 class ConnectionLost:
     """The router has lost a worker's connection. `is_silent`: the worker fell silent, and the router hung up.
-    `comes_back`: the router fell silent, and the worker hung up."""
+    `comes_back`: the router fell silent, and the worker hung up; or it has connected again already."""
 
     worker_id: str
     incarnation: int

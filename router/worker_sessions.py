@@ -6,7 +6,8 @@ UNPROVEN --Hello of an expected worker--> ADMITTED --Ready--> READY
     +----------------------------------------+------------------+--> CLOSING (we hung up) --> gone
 
 A worker also hangs up, on a router that is silent for too long; it goes on with its work and reconnects. As
-that is our own doing, the worker is then away, not lost.
+that is our own doing, the worker is then away, not lost. So is one that connects again before we have noticed
+that its connection is broken.
 
 Pure: the service feeds it from sockets, the simulator from its network. Connections are opaque to it.
 """
@@ -39,6 +40,7 @@ from .events import LossCause, WorkerAway, WorkerLost, WorkerReady
 from .supervisor import ConnectionLost, WorkerProgress
 
 CLOSED = "connection closed"  # by the peer
+REPLACED = "it has connected again"
 # A worker that is silent for this many beats of ours is lost: for 3 s, not counting how long we stood
 # still ourselves.
 MAX_SILENT_BEATS = 6
@@ -193,6 +195,8 @@ class WorkerSessions(Generic[C]):
         if session.key is None:
             is_harmless = not session.has_spoken and error is None
             return self._refuse(connection, Refused(error or session.reason, is_harmless))
+        if self._workers.get(session.key) != connection:
+            return []  # it was replaced
         del self._workers[session.key]
         reason = error or session.reason
         if session.state is SessionState.READY and self._is_our_doing(session, now_s):
@@ -226,12 +230,28 @@ class WorkerSessions(Generic[C]):
         name = f"{key[0]}/{key[1]}"
         if not self._expects(key):
             return self.hang_up(connection, f"it identifies as {name}, which is to end", is_harmless=True)
-        if key in self._workers:
-            return self.hang_up(connection, f"it identifies as {name}, which is connected already")
+        old = self._workers.get(key)
+        if (
+            old is not None and self._sessions[old].state is SessionState.CLOSING
+        ):  # its loss is to be reported
+            return self.hang_up(connection, f"it identifies as {name}, on which we have just hung up")
+        commands = [] if old is None else self._replace(old)
         session.state, session.key, session.num_silent_beats = SessionState.ADMITTED, key, 0
         self._workers[key] = connection
         del self._unproven[connection]
-        return []
+        return commands
+
+    def _replace(self, old: C) -> list[SessionCommand[C]]:
+        """Hangs up on a worker's earlier connection, whose end has not reached us yet: a worker dials again
+        only when it has lost its router."""
+        session = self._sessions[old]
+        assert session.key is not None
+        was_ready = session.state is SessionState.READY
+        commands = self.hang_up(old, REPLACED)
+        if was_ready:
+            away = ConnectionLost(*session.key, REPLACED, comes_back=True)
+            commands += [ToRouter(WorkerAway(*session.key)), ToSupervisor(away)]
+        return commands
 
     def _report(self, connection: C, session: Session, message: WorkerMessage) -> list[SessionCommand[C]]:
         match message:

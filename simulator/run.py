@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from .scenario import draw_scenario
+from .drawing import draw_scenario
 from .simulation import Simulation, SimulationOutcome
 
 

@@ -10,28 +10,47 @@ from ..core.messages import Role
 from ..core.request import Request, SamplingParams
 from .faults import OF_ENGINES, OF_HOSTS, OF_THE_ROUTER, ORDERLY, Accident, FaultRates
 from .kv_model import VOCABULARY, expected_tokens
-from .scenario import CALM_S, MAX_MODEL_LEN, Inequality, PlannedAccident, PlannedRequest, Scenario
+from .scenario import (
+    CALM_S,
+    MAX_MODEL_LEN,
+    Gray,
+    GrayKind,
+    Inequality,
+    PlannedAccident,
+    PlannedRequest,
+    Scenario,
+)
 from .simulated_hosts import PlannedHost
 from .simulated_worker import WorkerShape
 from .staged_scenarios import (
     with_contest,
     with_crash,
+    with_crowd,
     with_deadly_request,
     with_gray_worker,
     with_greedy_client,
     with_hidden_room,
+    with_large_bodies,
     with_large_request,
     with_long_start,
     with_lost_workers,
     with_priorities,
+    with_severed_pair,
     with_slow_worker,
     with_standing_router,
     with_swap,
 )
 
 
-def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bool = True) -> Scenario:
-    """Returns the scenario of `seed`, which is the same in every process."""
+def draw_scenario(seed: int, *, with_faults: bool = True, pool_size: int | None = None) -> Scenario:
+    """Returns the scenario of `seed`, which is the same in every process. `pool_size`: that of each pool,
+    which else is drawn."""
+    scenario = _draw_common(seed, with_faults)
+    return _draw_special(seed, scenario, with_faults) if pool_size is None else _widened(scenario, pool_size)
+
+
+def _draw_common(seed: int, with_faults: bool) -> Scenario:
+    """Draws faults of all kinds at once, mostly."""
     rng = Random(seed)
     pools = {Role.PREFILL: rng.choice((1, 1, 2, 3)), Role.DECODE: rng.choice((1, 1, 2, 3))}
     is_crowded = rng.random() < 0.15  # no faults, but memory is nearly full, steps are slow and leases short
@@ -47,7 +66,7 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
         rates, kinds = FaultRates(accidents_per_s=1.0), [kind for kind in kinds if kind in ORDERLY]
     elif rng.random() < 0.1:
         rates, kinds = FaultRates(accidents_per_s=0.5), list(OF_THE_ROUTER)
-    requests = _draw_requests(rng, shapes, num_requests or rng.randint(5, 30))
+    requests = _draw_requests(rng, shapes, rng.randint(5, 30))
     if kinds == list(OF_THE_ROUTER):  # an unread stream is recomputed from its last position
         requests = tuple(replace(plan, unread_after_tokens=None) for plan in requests)
     num_accidents = int(rates.accidents_per_s * CALM_S)
@@ -80,39 +99,76 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
         at_s, draw, kind = hang.uniform(1.0, 3.0), hang.random(), hang.choice(OF_ENGINES)
         accident = PlannedAccident(at_s, kind, draw, 0.0)
         scenario = replace(scenario, accidents=(*scenario.accidents, accident))
-    if num_requests is None and rng.random() < 0.03:
-        return with_greedy_client(rng, scenario)
+    return scenario
+
+
+def _draw_special(seed: int, scenario: Scenario, with_faults: bool) -> Scenario:
+    """Draws a staged scenario in place of this one, or what remains to be drawn of it."""
+    greedy = Random(f"greedy client of {seed}")
+    if greedy.random() < 0.03:
+        return with_greedy_client(greedy, scenario)
     still = Random(f"standstill of {seed}")
-    if with_faults and num_requests is None and still.random() < 0.03:
+    if with_faults and still.random() < 0.03:
         return with_standing_router(still, scenario)
     special = Random(f"special of {seed}")
-    if num_requests is None and special.random() < 0.04:
+    if special.random() < 0.04:
         drawn = special.choice((with_gray_worker, with_large_request))
         if with_faults or drawn is with_large_request:
             return drawn(special, scenario)
-    elif num_requests is None and special.random() < 0.06:
-        drawn = special.choice((with_deadly_request, with_contest, with_priorities))
+    elif special.random() < 0.05:
+        drawn = special.choice((with_deadly_request, with_priorities))
         if with_faults or drawn is not with_deadly_request:
             return drawn(special, scenario)
     gray = Random(f"gray of {seed}")
-    if with_faults and num_requests is None and gray.random() < 0.03:
+    if with_faults and gray.random() < 0.03:
         return gray.choice((with_slow_worker, with_slow_worker, with_swap))(gray, scenario)
-    if num_requests is None and gray.random() < 0.03:
+    if gray.random() < 0.03:
         pools = {Role.PREFILL: gray.randint(1, 8), Role.DECODE: gray.randint(1, 8)}
         scenario = replace(scenario, pools=pools, hosts=(PlannedHost(64, 0.0),))
-    if num_requests is None and gray.random() < 0.01:
+    if gray.random() < 0.01:
         return with_long_start(gray, scenario)
     rare = Random(f"rare of {seed}")
-    if num_requests is None and rare.random() < 0.04:
+    if rare.random() < 0.04:
         drawn = rare.choice((with_lost_workers, with_crash, with_hidden_room))
         if with_faults or drawn is with_hidden_room:
             return drawn(rare, scenario)
+    fair = Random(f"fairness of {seed}")
+    if fair.random() < 0.015:
+        return fair.choice((with_contest, with_crowd))(fair, scenario)
+    blocked = Random(f"blocked of {seed}")
+    if with_faults and blocked.random() < 0.02:
+        return blocked.choice((with_severed_pair, with_large_bodies))(blocked, scenario)
     return replace(
         scenario,
-        unequal=_draw_unequal(Random(f"unequal workers of {seed}"), sum(pools.values())),
+        unequal=_draw_unequal(Random(f"unequal workers of {seed}"), sum(scenario.pools.values())),
         max_running_per_client=special.choice((None, None, 1, 3)),
         enforces_itl=Random(f"objective of {seed}").random() < 0.1,
     )
+
+
+def _widened(scenario: Scenario, pool_size: int) -> Scenario:
+    """Returns the scenario with pools of this size, unequal workers and as many more requests, on one host or
+    several. Some have one gray worker and no other fault."""
+    rng = Random(f"{pool_size} of {scenario.seed}")
+    hosts: tuple[PlannedHost, ...] = (PlannedHost(2 * pool_size, 0.0),)
+    if rng.random() < 0.5:
+        others = (PlannedHost(pool_size, rng.uniform(0.0, 2.0)) for _ in range(rng.randint(1, 3)))
+        hosts = (PlannedHost(pool_size, 0.0), *others)
+    requests = _draw_requests(rng, scenario.shapes, rng.randint(pool_size, 4 * pool_size))
+    if scenario.is_computed_once:  # an unread stream is recomputed from its last position
+        requests = tuple(replace(plan, unread_after_tokens=None) for plan in requests)
+    scenario = replace(
+        scenario,
+        pools=dict.fromkeys(scenario.pools, pool_size),
+        hosts=hosts,
+        requests=requests,
+        unequal=_draw_unequal(rng, 2 * pool_size),
+        max_running_per_client=rng.choice((None, None, 1, 3)),
+    )
+    if rng.random() > 0.1:
+        return scenario
+    gray = Gray(f"worker-{rng.randrange(2 * pool_size)}", rng.choice(list(GrayKind)))
+    return replace(scenario, gray=gray, rates=FaultRates(), accidents=(), max_attempts=5)
 
 
 def _draw_hosts(rng: Random, num_workers: int) -> tuple[PlannedHost, ...]:

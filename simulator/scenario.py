@@ -1,5 +1,6 @@
 """The scenario of one seed: a cluster, its clients, and its faults."""
 
+import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -12,7 +13,8 @@ from .simulated_worker import WorkerShape
 
 MAX_MODEL_LEN = 128
 CALM_S = 6.0  # faults end here
-MAX_GRAY_FAILURES = 12  # dispatches that a gray worker may cost before it is left alone
+CONTEST_TOKENS = 2000.0  # that each client has had, divided by its weight, when shares are compared
+MAX_GRAY_FAILURES = 12  # dispatches that a gray worker, or a pair, may cost before it is left alone
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class PlannedRequest:
     unread_s: float = 0.0
     first_token_within_s: float | None = None  # promised to this client
     ends_within_s: float | None = None
+    body_s: float = 0.0  # of the head's loop, to read what it sends
+    is_counted: bool = False  # its wait, in turns of others
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,31 @@ class Deadly:
 
     request_id: str
     index: int
+
+
+class GrayKind(enum.Enum):
+    """What goes wrong at a gray worker."""
+
+    STORE = "it fails to read or write a block"
+    CORRUPT = "bytes that it sends or receives are altered"
+
+
+@dataclass(frozen=True)
+class Gray:
+    """A worker that fails at once, and how often."""
+
+    worker_id: str
+    kind: GrayKind
+    rate: float = 1.0
+
+
+@dataclass(frozen=True)
+class Severed:
+    """A prefill and a decode worker, on whatever host, that can never connect."""
+
+    prefill: str
+    decode: str
+    is_silent: bool  # attempts time out, instead of being refused
 
 
 @dataclass(frozen=True)
@@ -76,12 +105,13 @@ class Scenario:
     rates: FaultRates
     requests: tuple[PlannedRequest, ...]
     accidents: tuple[PlannedAccident, ...]
-    gray_worker: str | None = None  # fails to read or write a block, at once
-    gray_rate: float = 1.0  # how often
+    gray: Gray | None = None
+    severed: Severed | None = None
     unequal: Mapping[str, Inequality] = field(
         default_factory=dict
     )  # by worker; others are as their pool's shape
     deadly: Deadly | None = None
+    heard_s: float = 0.005  # until the end of a process is noticed, beside its connection's
     contest: tuple[str, ...] = ()  # clients that always have something queued, and get shares by weight
     max_running_per_client: int | None = None
     enforces_itl: bool = False
@@ -107,6 +137,11 @@ class Scenario:
         return max((accident.duration_s for accident in self.accidents), default=0.0)
 
     @property
+    def has_large_bodies(self) -> bool:
+        """Whether requests take the head's loop for long."""
+        return any(plan.body_s for plan in self.requests)
+
+    @property
     def has_crashes_alone(self) -> bool:
         """Whether engines crash and nothing else goes wrong."""
         return {accident.kind for accident in self.accidents} == {Accident.CRASH} and (
@@ -123,6 +158,8 @@ class Scenario:
             and self.longest_accident_s < ROUTER_LOST_TIMEOUT_S
             and not rates.lose + rates.duplicate + rates.overtake + rates.corrupt + rates.fail_store
             and all(plan.unread_after_tokens is None for plan in self.requests)
-            and self.gray_worker is None
+            and not self.has_large_bodies  # of a dispatch's two commands one may be lost then
+            and self.gray is None
+            and self.severed is None
             and self.deadly is None
         )

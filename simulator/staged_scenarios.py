@@ -8,9 +8,22 @@ import msgspec
 
 from ..core.messages import Role
 from ..core.request import Request, SamplingParams
+from ..router.fair_queue import OUTPUT_TOKEN
 from .faults import Accident, FaultRates
 from .kv_model import VOCABULARY
-from .scenario import CALM_S, MAX_MODEL_LEN, Deadly, Inequality, PlannedAccident, PlannedRequest, Scenario
+from .scenario import (
+    CALM_S,
+    CONTEST_TOKENS,
+    MAX_MODEL_LEN,
+    Deadly,
+    Gray,
+    GrayKind,
+    Inequality,
+    PlannedAccident,
+    PlannedRequest,
+    Scenario,
+    Severed,
+)
 from .simulated_hosts import PlannedHost
 
 SOON_S = 1.0  # deadline for the first token of a request that others must not delay
@@ -50,6 +63,28 @@ def with_greedy_client(rng: Random, scenario: Scenario) -> Scenario:
 
 def with_gray_worker(rng: Random, scenario: Scenario) -> Scenario:
     """Returns a scenario without other faults in which one of three workers of a pool fails fast."""
+    worker_id, rate = f"worker-{rng.randrange(6)}", rng.choice((1.0, 1.0, 0.3))
+    return replace(_pools_of_three(rng, scenario), gray=Gray(worker_id, rng.choice(list(GrayKind)), rate))
+
+
+def with_severed_pair(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without other faults in which a prefill and a decode worker can never connect."""
+    prefill, decode = (f"worker-{3 * is_prefill + rng.randrange(3)}" for is_prefill in (True, False))
+    scenario = _pools_of_three(rng, scenario)
+    if rng.random() < 0.3:
+        scenario = replace(scenario, hosts=(PlannedHost(3, 0.0), PlannedHost(3, 0.0)))
+    more = tuple(
+        _plain_request(rng, f"later{number}", f"c{number % 4}", rng.uniform(6.0, 12.0), 5, 1)
+        for number in range(180)
+    )
+    return replace(
+        scenario,
+        requests=(*scenario.requests, *more),
+        severed=Severed(prefill, decode, is_silent=rng.random() < 0.5),
+    )
+
+
+def _pools_of_three(rng: Random, scenario: Scenario) -> Scenario:
     return replace(
         _staged(scenario),
         pools={Role.PREFILL: 3, Role.DECODE: 3},
@@ -59,8 +94,6 @@ def with_gray_worker(rng: Random, scenario: Scenario) -> Scenario:
             _plain_request(rng, f"r{number}", f"c{number % 4}", 2.0 + rng.uniform(0.0, 4.0), 5, 1)
             for number in range(60)
         ),
-        gray_worker=f"worker-{rng.randrange(6)}",
-        gray_rate=rng.choice((1.0, 1.0, 0.3)),
     )
 
 
@@ -224,29 +257,83 @@ def with_deadly_request(rng: Random, scenario: Scenario) -> Scenario:
             *(replace(deadly, at_s=start_s + at_s) for at_s in (1.0, 1.1, 3.0)),
         ),
         deadly=Deadly("deadly", rng.choice((0, 0, 1, 2, 9, 20))),
+        heard_s=rng.choice((0.005, 0.9)),
+        accidents=_standstill(rng, start_s + 1.0) if rng.random() < 0.4 else (),
     )
 
 
+def _standstill(rng: Random, at_s: float) -> tuple[PlannedAccident, ...]:
+    """Returns a standstill of the router soon after `at_s`."""
+    duration_s = rng.choice((0.5, 2.0, 12.0, 20.0))
+    return (PlannedAccident(at_s + rng.uniform(0.0, 0.3), Accident.ROUTER_FREEZE, 0.0, duration_s),)
+
+
 def with_contest(rng: Random, scenario: Scenario) -> Scenario:
-    """Returns a scenario without faults in which two clients have more queued than one worker can serve: one
-    with short prompts, long outputs and two choices, one with long prompts and short outputs."""
-    long = [_plain_request(rng, f"long{number}", "long", 2.0, 60, 2) for number in range(40)]
-    short = [_plain_request(rng, f"short{number}", "short", 2.0, 5, 1, num_tokens=60) for number in range(80)]
-    weight = rng.choice((1.0, 1.0, 2.0))
+    """Returns a scenario without faults in which each of some clients has more queued than one worker can
+    serve: prompts, outputs, choices and weights differ from client to client."""
+    clients = [f"c{number}" for number in range(rng.choice((2, 2, 3)))]
+    weights = {client: rng.choice((1.0, 1.0, 2.0)) for client in clients}
+    requests: list[PlannedRequest] = []
+    for client in clients:
+        num_tokens, max_tokens, n = rng.choice(((9, 20, 2), (60, 5, 1), (30, 15, 1)))
+        cost = num_tokens + OUTPUT_TOKEN * max_tokens * n
+        # one that needs few turns for its share must not run out first
+        num_requests = int(2.0 * CONTEST_TOKENS * weights[client] / cost)
+        requests += [
+            _weighted(
+                _plain_request(rng, f"{client}.{number}", client, 2.0, max_tokens, n, num_tokens=num_tokens),
+                weights[client],
+            )
+            for number in range(num_requests)
+        ]
     return replace(
-        _staged(scenario, max_batch_size=4),
+        _staged(scenario, max_batch_size=2, step_s=0.01),
         pools=ONE_EACH,
         prefill_on_decode=False,
-        requests=tuple(
-            replace(
-                plan,
-                request=msgspec.structs.replace(
-                    plan.request, weight=weight if plan.request.client == "long" else 1.0
-                ),
-            )
-            for plan in (*long, *short)
-        ),
-        contest=("long", "short"),
+        requests=tuple(requests),
+        contest=tuple(clients),
+    )
+
+
+def _weighted(plan: PlannedRequest, weight: float) -> PlannedRequest:
+    return replace(plan, request=msgspec.structs.replace(plan.request, weight=weight))
+
+
+def with_crowd(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without faults in which three clients always have something queued, and one more
+    request comes: a small one of a fourth client, one of lower priority, or a large one of the first."""
+    start_s = 2.0
+    client, num_tokens, priority = rng.choice((("c3", 9, 0), ("c3", 9, 7), ("c0", 100, 0)))
+    crowd = [
+        _plain_request(rng, f"{name}.{number}", name, start_s + 2.0 * (number >= 5), rng.randint(3, 9), 1)
+        for name in ("c0", "c1", "c2")
+        for number in range(5 if name == client else 40)  # it would wait for its own
+    ]
+    one = _plain_request(rng, "one", client, start_s + rng.uniform(0.1, 1.0), 5, 1, num_tokens=num_tokens)
+    return replace(
+        _staged(scenario, num_blocks=30, max_batch_size=4, step_s=0.1),
+        pools=ONE_EACH,
+        prefill_on_decode=False,
+        requests=(*crowd, _prioritised(replace(one, is_counted=True), priority, None)),
+    )
+
+
+def with_large_bodies(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without other faults in which bodies arrive in a bunch, each of which takes the
+    head's loop for long, all together for so long that workers may hang up."""
+    at_s = 3.0
+    streams = [
+        _plain_request(rng, f"r{number}", f"c{number % 4}", rng.uniform(1.0, at_s), rng.choice((5, 40)), 1)
+        for number in range(10)
+    ]
+    bodies = [
+        replace(_plain_request(rng, f"large{number}", "large", at_s, 5, 1), body_s=rng.uniform(1.0, 2.5))
+        for number in range(rng.choice((2, 8)))
+    ]
+    return replace(
+        _staged(scenario, step_s=rng.choice((0.03, 0.12))),
+        pools={Role.PREFILL: rng.randint(1, 3), Role.DECODE: rng.randint(1, 3)},
+        requests=(*streams, *bodies),
     )
 
 

@@ -326,13 +326,16 @@ def simulate(
     processes: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Number of processes; by default one per core.")
     ] = None,
+    pools: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Workers in each pool; by default 1 to 8, by seed.")
+    ] = None,
 ) -> None:
     """Run the cluster's own decisions in virtual time, with faults everywhere.
 
     Exits with 1 if a promise was broken."""
     from .simulate import show_range, show_seed
 
-    num_broken = show_range(first_seed, seeds, processes) if seed is None else show_seed(seed)
+    num_broken = show_range(first_seed, seeds, processes, pools) if seed is None else show_seed(seed, pools)
     if num_broken:
         raise typer.Exit(1)
 

@@ -43,6 +43,7 @@ from .ledger import Ledger
 from .links import Links
 from .live_request import Job
 from .live_requests import LiveRequests
+from .pairs import Pairs
 from .placement import Placer
 from .prefix_index import PrefixIndex
 from .registry import RegisteredWorker, Registry, RoutingState
@@ -74,8 +75,9 @@ class Router:
         self._index = PrefixIndex()
         self._ledger = Ledger(self._registry)
         self._links = Links()
+        self._pairs = Pairs()
         self._health = Health(self._registry)
-        self._placer = Placer(self._registry, self._index, self.model, self._links, config)
+        self._placer = Placer(self._registry, self._index, self.model, self._links, self._pairs, config)
         self._queue = JobQueue(self._may_run)
         self._requests = LiveRequests(self._queue, self._ledger, config)
         self._reports = WorkerReports(
@@ -85,6 +87,7 @@ class Router:
             self._index,
             self.model,
             self._links,
+            self._pairs,
             self._health,
             self._queue.counters,
         )
@@ -92,6 +95,7 @@ class Router:
             self._registry,
             self._ledger,
             self._links,
+            self._pairs,
             self.model,
             self._placer,
             self._queue,
@@ -136,6 +140,7 @@ class Router:
         commands += self._requests.pass_time(now_s)
         commands += self._dispatcher.end_hopeless_waits(now_s)
         self._health.review(now_s)
+        self._pairs.review(now_s)
         commands += self._dispatcher.dispatch(event, now_s)
         return commands + self._probe_links(now_s)
 
@@ -315,6 +320,7 @@ class Router:
     ) -> list[RouterCommand]:
         self._registry.lose(worker)
         self._links.lost(worker)
+        self._pairs.lost(worker)
         self._health.lost(worker)
         self._index.remove_worker(worker.worker_id)
         return self._requests.lose_worker(worker, reason, cause, now_s)

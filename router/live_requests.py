@@ -23,6 +23,9 @@ from .status import Counters
 BY_DECISION = (FinishReason.CANCELLED, FinishReason.DEADLINE)
 
 
+LATE_S = 0.5  # by which only a router that stood still looks at what is due
+
+
 @dataclass(slots=True)
 class _Loss:
     """The dispatches that were at a lost worker, until it is known whether its process died."""
@@ -206,7 +209,13 @@ class LiveRequests:
         elapsed."""
         commands: list[RouterCommand] = []
         for loss in self._losses.values():
-            if not loss.is_overdue and loss.due_s <= now_s:
+            if loss.is_overdue or now_s < loss.due_s:
+                continue
+            if now_s > loss.due_s + LATE_S:  # we stood still ourselves: the verdict may have come meanwhile
+                loss.due_s = now_s + VERDICT_S
+                for dispatch in loss.dispatches:
+                    self._life.put_off(dispatch, loss.due_s, now_s)
+            else:
                 commands += self._judge(loss, False, now_s)
                 loss.is_overdue = True
         for live in self.deadlines.expired(now_s):

@@ -14,6 +14,7 @@ from .ledger import Ledger
 from .links import Links
 from .live_request import Dispatch, DispatchState
 from .live_requests import LiveRequests
+from .pairs import Pairs
 from .prefix_index import PrefixIndex
 from .registry import RegisteredWorker, Registry
 from .request_events import LastToken, Survived
@@ -32,6 +33,7 @@ class WorkerReports:
         index: PrefixIndex,
         model: LatencyModel,
         links: Links,
+        pairs: Pairs,
         health: Health,
         turns: TokenCounters,
     ) -> None:
@@ -41,6 +43,7 @@ class WorkerReports:
         self._index = index
         self._model = model
         self._links = links
+        self._pairs = pairs
         self._health = health
         self._turns = turns
         self.gaps = TokenGaps()
@@ -172,6 +175,7 @@ class WorkerReports:
         if event.leg is Leg.PREFILL and dispatch.decode is not None and not dispatch.is_served_by_one:
             if event.stats is not None:
                 self._links.worked(dispatch.prefill, dispatch.decode)
+                self._pairs.worked(dispatch.prefill, dispatch.decode)
             elif event.error is not None and not event.is_invalid and dispatch.state is DispatchState.RUNNING:
                 self._links.failed(dispatch.prefill, dispatch.decode, event.error, now_s)
         self._ledger.note_ending(dispatch, event)
@@ -195,5 +199,6 @@ class WorkerReports:
             if is_transfer and decode is not None and not dispatch.is_served_by_one:
                 self._health.failed(prefill, event.error, dispatch.dispatched_s, now_s, decode)
                 self._health.failed(decode, event.error, dispatch.dispatched_s, now_s, prefill)
+                self._pairs.failed(prefill, decode, dispatch.dispatched_s, now_s)
             else:
                 self._health.failed(worker, event.error, dispatch.dispatched_s, now_s)

@@ -416,10 +416,20 @@ class RequestLife:
         self._requeue(live, suspects, now_s)
         return commands
 
+    def put_off(self, dispatch: Dispatch, due_s: float, now_s: float) -> None:
+        """Lets the work of a dispatch wait longer for the verdict whether its worker has died."""
+        jobs = [job for job in dispatch.live.jobs if job.awaited is dispatch]
+        self._push_again(dispatch.live, jobs, due_s, now_s)
+
     def _requeue(self, live: LiveRequest, jobs: list[Job], now_s: float) -> None:
         """Makes jobs due, each in the place that it belongs to now."""
         for job in jobs:
-            job.awaited, job.ready_s = None, now_s
+            job.awaited = None
+        self._push_again(live, jobs, now_s, now_s)
+
+    def _push_again(self, live: LiveRequest, jobs: list[Job], ready_s: float, now_s: float) -> None:
+        for job in jobs:
+            job.ready_s = ready_s
         if live.state.is_served:
             for job in jobs:
                 self._queue.remove(job)

@@ -37,6 +37,7 @@ from .places import Places
 from .timetable import Timetable
 
 GENERATION_STRIDE = 10**9  # of incarnations and of attempts: those of the next head are above all of this one
+LATE_S = HEARTBEAT_S  # by which only a head that stood still looks at what is due
 STOP_TIMEOUT_S = 5.0  # a process that does not end by itself is killed after this
 # A worker that is away must be back within this many beats: a delay of our own counts as one.
 NUM_AWAY_BEATS = 6
@@ -385,6 +386,10 @@ class Supervisor(Generic[S]):
         for key in self._due.pop_due(now_s):
             process = self.processes[key]
             if process.state is ProcessState.ENDING:
+                if process.due_s is not None and now_s > process.due_s + LATE_S:
+                    # we stood still ourselves: it may have ended, and the news waits to be handled
+                    self._be_patient(key, now_s + HEARTBEAT_S)
+                    continue
                 process.state, process.due_s = ProcessState.KILLED, None
                 self._out.append(KillProcess(key))
             elif process.num_beats_left > 1:

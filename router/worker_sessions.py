@@ -15,7 +15,6 @@ Pure: the service feeds it from sockets, the simulator from its network. Connect
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf
 from typing import Generic, TypeVar
 
 from ..core.handshake import MAX_UNPROVEN
@@ -65,7 +64,7 @@ class Session:
     state: SessionState = SessionState.UNPROVEN
     key: Key | None = None
     held: tuple[HeldLeg, ...] = ()  # reported before Ready
-    late_s: float = -inf  # when a beat last came too late
+    num_beats_since_late: int | None = None  # since our last beat that came too late
     num_silent_beats: int = 0
     has_spoken: bool = False
     is_silent: bool = False  # the reason why we hung up
@@ -173,7 +172,9 @@ class WorkerSessions(Generic[C]):
         if session.state is SessionState.CLOSING:
             return []
         if now_s - session.beat_s > STOOD_STILL_S:
-            session.late_s = now_s
+            session.num_beats_since_late = 0
+        elif session.num_beats_since_late is not None:
+            session.num_beats_since_late += 1
         session.beat_s = now_s
         session.num_silent_beats += 1
         if session.num_silent_beats > MAX_SILENT_BEATS and session.state is not SessionState.ADMITTED:
@@ -210,9 +211,9 @@ class WorkerSessions(Generic[C]):
     def _is_our_doing(self, session: Session, now_s: float) -> bool:
         """Whether the worker may have hung up since it heard nothing from us: we stand still, or did until
         just now, and our first beat since then crossed its farewell."""
-        return (
-            now_s - session.beat_s > STOOD_STILL_S
-            or now_s - session.late_s < MAX_SILENT_BEATS * self.heartbeat_s
+        num_beats = session.num_beats_since_late
+        return now_s - session.beat_s > STOOD_STILL_S or (
+            num_beats is not None and num_beats < MAX_SILENT_BEATS
         )
 
     def _refuse(self, connection: C, refused: Refused) -> list[SessionCommand[C]]:

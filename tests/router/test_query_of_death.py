@@ -206,6 +206,20 @@ def test_an_unexplained_loss_delays_a_request_by_a_second_at_most() -> None:
     assert isinstance(cluster.last(other), Serve)
 
 
+def test_a_standstill_of_the_router_does_not_make_a_verdict_late() -> None:
+    cluster = Cluster("both-0", "both-1")
+    cluster.submit(make_request("a"))
+    (lost,) = [name for name, num in cluster.num_legs().items() if num]
+    other = "both-1" if lost == "both-0" else "both-0"
+    num_before = len(cluster.sent[other])
+    cluster.handle(WorkerLost(lost, 1, "connection reset", UNKNOWN))
+    cluster.tick(20.0)
+    assert len(cluster.sent[other]) == num_before
+    assert cluster.router.next_tick_s() == pytest.approx(cluster.now_s + VERDICT_S)
+    cluster.handle(WorkerLost(lost, 1, "SIGKILL", DIED))
+    assert cluster.router._registry.apart(), "it runs alone"
+
+
 def test_a_late_verdict_makes_a_suspect_of_a_stuck_request() -> None:
     cluster = Cluster("both-0", "both-1")
     cluster.submit(make_request("a", max_tokens=40))

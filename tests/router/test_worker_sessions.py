@@ -179,17 +179,24 @@ def test_a_worker_lost_to_our_own_standstill_is_away(
     assert ToRouter(WorkerReady(READY.info)) in sessions.received("b", READY)
 
 
-@pytest.mark.parametrize(("after_s", "is_away"), [(0.1, True), (2.9, True), (3.1, False)])
+@pytest.mark.parametrize("beat_s", [0.5, 6.5])  # moving again, or still in long turns
+@pytest.mark.parametrize(
+    ("num_beats", "is_away"), [(0, True), (MAX_SILENT_BEATS - 1, True), (MAX_SILENT_BEATS, False)]
+)
 def test_a_worker_may_hang_up_when_we_have_just_moved_again(
-    sessions: WorkerSessions[str], after_s: float, is_away: bool
+    sessions: WorkerSessions[str], beat_s: float, num_beats: int, is_away: bool
 ) -> None:
     sessions.received("a", HELLO)
     sessions.received("a", READY)
+    now_s = 110.0
     sessions.beat("a", 100.0)
-    sessions.beat("a", 110.0)
-    sessions.beat("a", 110.0 + after_s)
+    sessions.beat("a", now_s)
+    for _ in range(num_beats):
+        now_s += beat_s
+        sessions.heard("a")
+        sessions.beat("a", now_s)
     event = WorkerAway(*KEY) if is_away else WorkerLost(*KEY, CLOSED, LossCause.UNKNOWN)
-    assert sessions.closed("a", None, 110.0 + after_s)[0] == ToRouter(event)
+    assert sessions.closed("a", None, now_s)[0] == ToRouter(event)
 
 
 def test_a_worker_that_reports_its_failure_is_lost_for_that_reason(sessions: WorkerSessions[str]) -> None:

@@ -9,10 +9,13 @@ import msgspec
 
 from ..core.messages import Role
 from ..core.request import Request, SamplingParams
+from ..router.planner_desk import Mode
+from ..router.planning import Bounds, Ratio
 from ..worker.router_session import ROUTER_LOST_TIMEOUT_S
 from .faults import OF_ENGINES, OF_HOSTS, OF_THE_ROUTER, ORDERLY, Accident, FaultRates
 from .kv_model import VOCABULARY, expected_tokens
 from .simulated_hosts import PlannedHost
+from .simulated_planner import PlannedPlanner
 from .simulated_worker import WorkerShape
 
 MAX_MODEL_LEN = 128
@@ -94,6 +97,7 @@ class Scenario:
     max_running_per_client: int | None = None
     enforces_itl: bool = False
     keeps_streams: bool = False  # none may end for want of attempts
+    planner: PlannedPlanner | None = None
 
     def shape_of(self, role: Role, worker_id: str) -> WorkerShape:
         """Returns the limits of one worker; a slow one takes longer for each step."""
@@ -133,6 +137,7 @@ class Scenario:
             and all(plan.unread_after_tokens is None for plan in self.requests)
             and self.gray_worker is None
             and self.deadly is None
+            and self.planner is None
         )
 
 
@@ -218,7 +223,16 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
         unequal=_draw_unequal(Random(f"unequal workers of {seed}"), sum(pools.values())),
         max_running_per_client=special.choice((None, None, 1, 3)),
         enforces_itl=Random(f"objective of {seed}").random() < 0.1,
+        planner=_draw_planner(Random(f"planner of {seed}")) if Accident.SCALE in kinds else None,
     )
+
+
+def _draw_planner(rng: Random) -> PlannedPlanner | None:
+    if rng.random() >= 0.1:
+        return None
+    most = Ratio(rng.randint(2, 3), rng.randint(2, 3))
+    bounds = Bounds(Ratio(1, 1), most, rng.randint(3, 6))
+    return PlannedPlanner(rng.choice((Mode.AUTO, Mode.AUTO, Mode.ADVISE)), bounds)
 
 
 def _with_greedy_client(rng: Random, scenario: Scenario) -> Scenario:

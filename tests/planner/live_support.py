@@ -24,8 +24,8 @@ from pdserve.router.planning import (
 from .replay_support import DURATIONS, LAYOUT
 
 INTERVAL_S = 5.0
-DECODE = DecodeSeconds(0.05, 1e-6, 1e-3)
-SLOW = replace(DURATIONS, prefill_token_s=1e-3, decode=DECODE, decode_large=DECODE)
+DECODE = DecodeSeconds(0.2, 1e-6, 4e-3)
+SLOW = replace(DURATIONS, prefill_token_s=4e-3, decode=DECODE, decode_large=DECODE)
 LATENCY = LearntLatency(SLOW.priors, astuple(DECODE), 32)
 BOUNDS = Bounds(Ratio(1, 1), Ratio(3, 3), 4)
 
@@ -38,9 +38,9 @@ def terms(
         objective=objective,
         horizon_s=horizon_s,
         bounds=bounds,
-        ttft_slo_s=1.0,
-        itl_slo_s=0.2,
-        router=RouterConfig(prefill_on_decode_factor=None, itl_slo_s=0.2),
+        ttft_slo_s=4.0,
+        itl_slo_s=0.8,
+        router=RouterConfig(prefill_on_decode_factor=None, itl_slo_s=0.8),
         layout=LAYOUT,
         max_model_len=4096,
         prefill=limits,
@@ -68,8 +68,8 @@ class Load:
         return found
 
 
-PROMPTS = Load(15.0, 100, 5)
-OUTPUTS = Load(7.0, 10, 100)
+PROMPTS = Load(3.75, 100, 5)
+OUTPUTS = Load(6.0, 3, 25)
 
 
 @dataclass

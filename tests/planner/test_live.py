@@ -19,7 +19,7 @@ EVEN, MANY_PREFILL, MANY_DECODE = Ratio(2, 2), Ratio(3, 1), Ratio(1, 3)
 @pytest.mark.parametrize(("load", "wrong"), [(PROMPTS, MANY_DECODE), (OUTPUTS, MANY_PREFILL)])
 def test_a_wrong_ratio_is_changed_once_under_a_stationary_load(load: Load, wrong: Ratio) -> None:
     cluster = FollowedCluster(wrong)
-    changes = cluster.run(load, 24)
+    changes = cluster.run(load, 18)
     assert len(changes) == 1 and changes[0] != wrong
     assert cluster.advice[-1].candidates[0].ratio == cluster.ratio
 
@@ -38,7 +38,7 @@ def test_the_ratio_follows_a_load_that_turns_and_comes_back() -> None:
     assert to_prefill.num_prefill > 1
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     load=st.sampled_from((PROMPTS, OUTPUTS)),
     least=st.tuples(st.integers(0, 2), st.integers(0, 2)),
@@ -70,9 +70,9 @@ def test_a_change_that_takes_longer_than_the_horizon_is_not_made() -> None:
 
 
 def test_the_objective_cost_gives_idle_instances_back() -> None:
-    idle = Load(3.0, 50, 5)
+    idle = Load(2.5, 10, 2)
     assert not FollowedCluster(EVEN).run(idle, 12)
-    changes = FollowedCluster(EVEN, terms(Objective.COST)).run(idle, 24)
+    changes = FollowedCluster(EVEN, terms(Objective.COST)).run(idle, 12)
     assert changes and changes[-1].num_instances < EVEN.num_instances
 
 
@@ -96,7 +96,7 @@ def test_what_is_not_known_is_no_reason_to_change(
 def test_predictions_that_were_wrong_are_trusted_less() -> None:
     right, wrong = FollowedCluster(EVEN), FollowedCluster(EVEN, honesty=0.3)
     for cluster in (right, wrong):
-        cluster.run(PROMPTS, 24)
+        cluster.run(PROMPTS, 21)
     assert right.advice[-1].trust > 0.85 > 0.7 > wrong.advice[-1].trust
     (check, *_) = wrong.advice[-1].checks
     assert check.came < 0.5 * check.predicted
@@ -191,7 +191,7 @@ def test_a_slow_worker_counts_as_slow() -> None:
             (Role.DECODE, 1.0),
         )
     )
-    (changed, *_) = cluster.run(Load(15.0, 100, 5), 9, instances=slow)
+    (changed, *_) = cluster.run(PROMPTS, 9, instances=slow)
     assert changed.num_prefill == 3
 
 

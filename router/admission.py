@@ -27,6 +27,7 @@ class JobQueue:
 
     def __init__(self, may_run: Callable[[Job], bool] = lambda job: True) -> None:
         """`may_run`: whether a job's client may have it running now."""
+        self.may_run = may_run
         self.counters = TokenCounters()
         self.num_added = 0  # times that jobs were put among those that can be placed
         self._passed = PassedJobs()

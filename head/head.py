@@ -224,6 +224,7 @@ class Head:
         self._check_fits(config)
         if not dry_run:
             self._change_to(config)
+            self._configure_planner()
 
     def _change_to(self, config: ClusterConfig) -> None:
         """Puts a configuration into force, which fits."""
@@ -236,7 +237,6 @@ class Head:
         routed = self._service.router.status(asyncio.get_running_loop().time())
         num_legs = {worker.worker_id: worker.num_legs for worker in routed.workers}
         self._controller.handle(Apply(pool_sizes(config), num_legs))
-        self._configure_planner()
 
     def _check_fits(self, config: ClusterConfig) -> None:
         """Raises CapacityError."""
@@ -318,6 +318,7 @@ class Head:
                 raise InvalidRequest("worker_ids", worker_id, f"one of {', '.join(sorted(known)) or 'none'}")
         if shutdown:
             self._report_serving(False)  # before anything is refused
+            await self._planning.close()
             self._service.handle(Closing())
             self._controller.handle(Shutdown())
         else:
@@ -434,10 +435,7 @@ class _PlannedFleet:
         return pool_sizes(self._head._config)
 
     def is_settled(self) -> bool:
-        members = self._head._controller.fleet.status()
-        ready = Counter(member.role for member in members if member.state is MemberState.READY)
-        sizes = self.sizes()
-        return len(members) == sum(sizes.values()) and all(ready[role] == sizes[role] for role in sizes)
+        return self._head._controller.fleet.is_reconciled
 
     def start_s(self) -> float | None:
         known = [process.start_s for process in self._head._controller.processes.values()]

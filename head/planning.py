@@ -149,10 +149,12 @@ class Planning:
     def _advised(self, advice: Advice) -> None:
         now_s = self._loop.time()
         last = self.desk.records[-1] if self.desk.records else None
-        to = self.desk.receive(advice, now_s)
+        to = self.desk.receive(advice, now_s, is_settled=self._fleet.is_settled())
         if to is not None:
             try:
                 self._fleet.resize(to.sizes)
+                assert self.terms is not None
+                self.desk.configure(self.desk.mode, self.terms.bounds, self._ratio)
             except PdserveError as error:
                 self.desk.refuse(str(error), now_s)
         if self.desk.records and self.desk.records[-1] is not last:

@@ -26,7 +26,7 @@ class Deed(enum.Enum):
 
     CHANGED = "changed"
     ADVISED = "advised"  # nothing was done, as the mode says
-    LATE = "late"  # the ratio or the terms had changed since
+    LATE = "late"  # the ratio, the terms or the workers had changed since
     REFUSED = "refused"  # the ratio is not allowed
 
 
@@ -91,14 +91,15 @@ class PlannerDesk:
         self._next_number += 1
         return self._next_number - 1
 
-    def receive(self, advice: Advice, now_s: float) -> Ratio | None:
-        """Returns the ratio to change to; None where nothing is to be done."""
+    def receive(self, advice: Advice, now_s: float, *, is_settled: bool) -> Ratio | None:
+        """Returns the ratio to change to; None where nothing is to be done. `is_settled`: the workers are
+        those of the ratio in force, and all ready; a change would also bring back those that were drained."""
         if not self._last_number < advice.number < self._next_number or self.mode is Mode.OFF:
             return None
         self._last_number, self.latest = advice.number, advice
         if advice.to is None:
             return None
-        deed = self._judge(advice, advice.to)
+        deed = self._judge(advice, advice.to) if is_settled else Deed.LATE
         self._record(advice, advice.to, deed, advice.reason, now_s)
         if deed is not Deed.CHANGED:
             return None

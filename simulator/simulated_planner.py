@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Protocol
 
+from ..router.fleet import Fleet
 from ..router.planner_desk import Mode, PlannerDesk
 from ..router.planning import Advice, Bounds, Ratio, Window
 from .virtual_time import VirtualTime
@@ -29,6 +30,7 @@ class PlannedHead(Protocol):
     """The present head's part."""
 
     desk: PlannerDesk
+    fleet: Fleet
 
     @property
     def is_awake(self) -> bool:
@@ -98,7 +100,9 @@ class SimulatedPlanner:
         if draw < 0.1:
             to = WRONG_ROLE
         elif draw < 0.5:
-            to = self._rng.choice([one for one in self._allowed if one != self._ratio])
+            others = [one for one in self._allowed if one != self._ratio]
+            flips = [one for one in others if one.num_instances == self._ratio.num_instances]
+            to = self._rng.choice(flips if flips and draw < 0.4 else others)
         return Advice(
             number=number,
             at_s=self._time.now_s,
@@ -115,11 +119,13 @@ class SimulatedPlanner:
         head = self._head()
         if self._is_stopped or not head.is_awake:
             return
-        to = head.desk.receive(advice, self._time.now_s)
+        to = head.desk.receive(advice, self._time.now_s, is_settled=head.fleet.is_reconciled)
         if to is None:
             return
         if self._plan.mode is not Mode.AUTO:
             self._violation(f"a planner that is to {self._plan.mode.value} changes the ratio to {to}")
+        if not head.fleet.is_reconciled:
+            self._violation(f"advice {advice.number} is followed while the workers change")
         if advice.number not in self._fresh or advice.made_for != self._ratio:
             self._violation(f"advice {advice.number} for {advice.made_for} is followed at {self._ratio}")
         if to not in self._allowed:

@@ -104,7 +104,7 @@ def test_predictions_that_were_wrong_are_trusted_less() -> None:
 
 def test_distrust_prevents_a_change() -> None:
     cluster = FollowedCluster(EVEN, honesty=0.0)
-    cluster.run(PROMPTS, 36)
+    cluster.run(PROMPTS, 24)
     cluster.ratio = MANY_DECODE
     assert not cluster.run(PROMPTS, 6)
     assert "the latest predictions were wrong" in cluster.advice[-1].reason

@@ -22,15 +22,15 @@ def desk(mode: Mode = Mode.AUTO) -> PlannerDesk:
 def test_advice_is_followed_once() -> None:
     auto = desk()
     number = auto.number_summary()
-    assert auto.receive(advice(number), 1.0) == MORE_PREFILL
-    assert auto.receive(advice(number), 1.0) is None
+    assert auto.receive(advice(number), 1.0, is_settled=True) == MORE_PREFILL
+    assert auto.receive(advice(number), 1.0, is_settled=True) is None
     assert auto.num_changes == 1
 
 
 def test_advice_mode_never_acts() -> None:
     advising = desk(Mode.ADVISE)
     for _ in range(3):
-        assert advising.receive(advice(advising.number_summary()), 1.0) is None
+        assert advising.receive(advice(advising.number_summary()), 1.0, is_settled=True) is None
     (record,) = advising.records
     assert record.deed is Deed.ADVISED and advising.latest is not None
 
@@ -39,7 +39,7 @@ def test_advice_for_a_ratio_that_has_changed_is_late() -> None:
     auto = desk()
     number = auto.number_summary()
     auto.configure(Mode.AUTO, BOUNDS, Ratio(1, 3))
-    assert auto.receive(advice(number), 1.0) is None
+    assert auto.receive(advice(number), 1.0, is_settled=True) is None
     assert auto.records[-1].deed is Deed.LATE
 
 
@@ -48,30 +48,39 @@ def test_advice_is_late_even_when_its_ratio_is_in_force_again() -> None:
     number = auto.number_summary()
     auto.configure(Mode.AUTO, BOUNDS, Ratio(1, 3))
     auto.configure(Mode.AUTO, BOUNDS, EVEN)
-    assert auto.receive(advice(number), 1.0) is None
+    assert auto.receive(advice(number), 1.0, is_settled=True) is None
+
+
+def test_advice_is_late_while_workers_are_drained_or_start() -> None:
+    auto = desk()
+    assert auto.receive(advice(auto.number_summary()), 1.0, is_settled=False) is None
+    assert auto.records[-1].deed is Deed.LATE
 
 
 def test_a_ratio_outside_the_bounds_is_refused() -> None:
     auto = desk()
     for to in (Ratio(4, 0), Ratio(3, 3), Ratio(0, 0)):
-        assert auto.receive(advice(auto.number_summary(), to), 1.0) is None
+        assert auto.receive(advice(auto.number_summary(), to), 1.0, is_settled=True) is None
         assert auto.records[-1].deed is Deed.REFUSED
 
 
 def test_advice_from_summaries_that_were_never_made_is_ignored() -> None:
     auto = desk()
-    assert auto.receive(advice(7), 1.0) is None and auto.receive(advice(-1), 1.0) is None
+    assert (
+        auto.receive(advice(7), 1.0, is_settled=True) is None
+        and auto.receive(advice(-1), 1.0, is_settled=True) is None
+    )
     assert not auto.records
 
 
 def test_a_planner_that_is_off_is_not_heard() -> None:
     off = desk(Mode.OFF)
-    assert off.receive(advice(off.number_summary()), 1.0) is None and off.latest is None
+    assert off.receive(advice(off.number_summary()), 1.0, is_settled=True) is None and off.latest is None
 
 
 def test_a_change_that_proves_impossible_is_on_record_as_refused() -> None:
     auto = desk()
-    auto.receive(advice(auto.number_summary()), 1.0)
+    auto.receive(advice(auto.number_summary()), 1.0, is_settled=True)
     auto.refuse("no room", 2.0)
     assert (auto.records[-1].deed, auto.records[-1].reason, auto.num_changes) == (Deed.REFUSED, "no room", 0)
 
@@ -104,7 +113,7 @@ def test_no_order_of_events_acts_on_anything_but_fresh_allowed_advice(steps: lis
                 num_summaries += 1
             case ("advice", int(number), int(prefill), int(decode)):
                 to = Ratio(prefill, decode)
-                got = auto.receive(advice(number, to, ratio), 0.0)
+                got = auto.receive(advice(number, to, ratio), 0.0, is_settled=True)
                 may = number in oracle.valid and number > newest and BOUNDS.allow(to)
                 assert (got == to) if may else (got is None)
                 if number < num_summaries:

@@ -617,15 +617,25 @@ def follow_advice_for_a_ratio_that_has_changed() -> Planted:
     return patch.object(PlannerDesk, "_judge", judge)
 
 
-def follow_advice_for_a_ratio_that_has_come_back() -> Planted:
-    original = PlannerDesk.configure
+@contextmanager
+def follow_advice_for_a_ratio_that_has_come_back() -> Iterator[None]:
+    """Removes both checks: which advice has been overtaken, and what has changed since its summary."""
+    configure, receive = PlannerDesk.configure, PlannerDesk.receive
 
-    def configure(self: PlannerDesk, mode: Mode, bounds: Bounds, ratio: Ratio) -> None:
+    def on_configure(self: PlannerDesk, mode: Mode, bounds: Bounds, ratio: Ratio) -> None:
         valid_from = self._valid_from
-        original(self, mode, bounds, ratio)
+        configure(self, mode, bounds, ratio)
         self._valid_from = valid_from
 
-    return patch.object(PlannerDesk, "configure", configure)
+    def on_receive(self: PlannerDesk, advice: Advice, now_s: float, *, is_settled: bool) -> Ratio | None:
+        self._last_number = advice.number - 1
+        return receive(self, advice, now_s, is_settled=is_settled)
+
+    with (
+        patch.object(PlannerDesk, "configure", on_configure),
+        patch.object(PlannerDesk, "receive", on_receive),
+    ):
+        yield
 
 
 def follow_advice_though_it_is_only_asked_for() -> Planted:
@@ -636,6 +646,15 @@ def follow_advice_though_it_is_only_asked_for() -> Planted:
         return Deed.CHANGED if deed is Deed.ADVISED else deed
 
     return patch.object(PlannerDesk, "_judge", judge)
+
+
+def follow_advice_while_workers_change() -> Planted:
+    original = PlannerDesk.receive
+
+    def receive(self: PlannerDesk, advice: Advice, now_s: float, *, is_settled: bool) -> Ratio | None:
+        return original(self, advice, now_s, is_settled=True)
+
+    return patch.object(PlannerDesk, "receive", receive)
 
 
 def follow_advice_beyond_the_bounds() -> Planted:
@@ -711,10 +730,11 @@ FIRST_FOUND: dict[Mutation, int] = {
     plan_against_the_memory_that_living_workers_hold: 47,
     believe_what_a_host_said_before_a_worker_ended: 151,
     tell_of_a_crash_when_all_is_closed: 5,
-    follow_advice_for_a_ratio_that_has_changed: 149,
-    follow_advice_for_a_ratio_that_has_come_back: 149,
+    follow_advice_for_a_ratio_that_has_changed: 711,
+    follow_advice_for_a_ratio_that_has_come_back: 70,
     follow_advice_though_it_is_only_asked_for: 113,
-    follow_advice_beyond_the_bounds: 7,
+    follow_advice_beyond_the_bounds: 95,
+    follow_advice_while_workers_change: 7,
 }
 
 

@@ -209,23 +209,23 @@ class LimitsSection(ConfigSection):
     By default as many as there is room for."""
     max_wait_for_worker_s: PositiveFloat = 300.0
     """How long a request waits while workers start or are replaced and none of the others could ever serve
-    it; then it ends with UNAVAILABLE."""
+    it, or may, as it is likely to end the last one's process; then it ends with UNAVAILABLE."""
     max_unread_tokens: Positive = 1024
     """Tokens that a client may leave unread beside what its connection holds; then its stream pauses and
     leaves the workers until the client has read half of them."""
     max_unread_s: PositiveFloat = 60.0
     """How long a client may leave its stream unread altogether; then the stream ends."""
     max_open_calls: Positive = 8192
-    """Calls that each server works on, for one client half of those that the others leave; more are refused.
-    Fixed while the cluster runs."""
+    """Calls that each server works on, of one client half at most, and less the more others have; more are
+    refused. Fixed while the cluster runs."""
     max_connections: Annotated[int, Field(ge=16)] = 4096
     """Connections that each server holds, half of them from one address; a newcomer takes the place of the
-    oldest that has no call. Fewer where the process may not open so many descriptors. Fixed while the cluster
-    runs."""
+    oldest that has no call, or of an address with more than its part in use. Fewer where the process may not
+    open so many descriptors. Fixed while the cluster runs."""
     max_held_bytes: Annotated[int, Field(ge=1 << 20)] = 512 << 20
-    """Bytes of messages and bodies that are being received or worked on, of one client a quarter of what the
-    others leave; more are refused. As many again of answers that wait to be complete or to be read. At least
-    8 messages of `max_message_bytes`. Fixed while the cluster runs."""
+    """Bytes of messages and bodies that are being received or worked on, of one client a quarter at most, and
+    less the more others hold; more are refused. As many again of answers that wait to be complete or to be
+    read. At least 8 messages of `max_message_bytes`. Fixed while the cluster runs."""
     max_prompts: Positive = 64
     """Prompts of one HTTP request; a gRPC request has one."""
     max_prompt_tokens: Positive | None = None

@@ -72,6 +72,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""  # requests share cached prefixes only within one salt
     deadline_s: float | None = None  # on the router's monotonic clock
     client: str = ""  # whom it counts for when clients take turns
+    turn: str = ""  # its user or connection, which takes turns with the client's others
     weight: float = 1.0  # of its client: the share of the tokens that it gets beside others
     priority: int = 0  # the lower is served earlier
     user: str = ""  # as its client named it, for operators; changes nothing of what is done

@@ -78,9 +78,18 @@ class Dispatcher:
         commands: list[RouterCommand] = []
         limit_s = self._requests.config.max_wait_for_worker_s
         for job in self._queue.awaiting_since(now_s - limit_s):
-            if job.live.state.is_served and not self._registry.can_hold(job.num_total_tokens):
+            if not job.live.state.is_served:
+                continue
+            if not self._registry.can_hold(job.num_total_tokens):
                 error = f"no worker that can serve the request has become ready in {limit_s:g} s"
-                commands += self._requests.handle(job.live, End(FinishReason.ERROR, error), now_s)
+            elif self._isolation.risks_last(job):
+                error = (
+                    "workers died of requests like this one, which does not run on the last worker;"
+                    f" no other has become ready in {limit_s:g} s"
+                )
+            else:
+                continue
+            commands += self._requests.handle(job.live, End(FinishReason.ERROR, error), now_s)
         return commands
 
     def _dispatch_in_order(self, now_s: float) -> list[RouterCommand]:
@@ -151,6 +160,9 @@ class Dispatcher:
                     self._queue.await_worker(job, now_s)
                 else:
                     commands += self._end_unservable(job, now_s)
+                continue
+            if self._isolation.risks_last(job):
+                self._queue.await_worker(job, now_s)
                 continue
             worker = self._isolation.worker_for(job, self._registry.num_expected, now_s)
             if worker is not None:

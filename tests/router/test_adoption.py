@@ -123,7 +123,7 @@ def test_replayed_tokens_make_no_gaps_and_the_timeline_marks_the_take_over() -> 
 def test_a_client_that_comes_back_brings_its_user_along() -> None:
     request = make_request(max_tokens=5)
     cluster = Successor(held(Leg.DECODE, spec_of(request), 3, partner=False))
-    cluster.submit(msgspec.structs.replace(request, user="alice", client="id:alice"))
+    cluster.submit(msgspec.structs.replace(request, user="alice", client="key:alice"))
     assert cluster.tokens["r", 0] == [0, 1, 2]
     timeline = cluster.router.timeline("r", 0.0)
     assert timeline is not None and timeline.user == "alice"

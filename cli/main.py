@@ -21,7 +21,7 @@ from .ending import end_at_once
 from .entry import EXIT_SIGPIPE
 from .key import key_app
 from .options import File, Sets
-from .plan_command import plan
+from .plan_command import PlanOutput as PlannerOutput, plan
 from .terminal import show
 
 _MEANT = {  # what other tools call our commands
@@ -277,6 +277,23 @@ def scale(
 
     with connect_to_administer(address) as client:
         scale(client, changes, dry_run, wait)
+
+
+@app.command(cls=Command, rich_help_panel=OPERATING)
+def planner(
+    output: Annotated[
+        PlannerOutput, typer.Option("--output", "-o", help="How to print.")
+    ] = PlannerOutput.TEXT,
+    address: Address = NO_ADDRESS,
+) -> None:
+    """Show what the planner saw, considered, predicted and did.
+
+    `planner.mode` of the configuration turns it on."""
+    from .client import connect_to_administer
+    from .planner import show_planner
+
+    with connect_to_administer(address) as client:
+        show_planner(client, output.value)
 
 
 @app.command(cls=Command, rich_help_panel=OPERATING)

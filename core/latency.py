@@ -18,6 +18,7 @@ MAX_DROPPED = 8  # this many outliers in a row are no outliers but a change
 OUTLIER_RATIO = 4.0  # slower than predicted by this ratio
 WARM_UP = 8  # measurements taken before any can be an outlier
 FLOOR_S = 1e-9
+LEAST_S = 1e-18  # a coefficient that was learnt to be 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,15 @@ class LatencyPriors:
             transfer_s=step_overhead_s,
             transfer_byte_s=1 / link_bytes_per_s,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class LearntLatency:
+    """The coefficients in use, in the form of priors; those of decode are for small batches."""
+
+    small: LatencyPriors
+    decode_large: tuple[float, float, float]  # a step, a context token, a sequence: from `large_batch` on
+    large_batch: int
 
 
 class RecursiveLeastSquares:
@@ -202,6 +212,15 @@ class LatencyModel:
         """Whether predictions of prefills rest on measurements, and not on priors or on times that have
         changed since."""
         return self._prefill.is_warm
+
+    @property
+    def learnt(self) -> LearntLatency:
+        coefficients = (self._a, self._b, self._c, *self._small, self._alpha, self._byte_s)
+        return LearntLatency(
+            LatencyPriors(*(max(value, LEAST_S) for value in coefficients)),
+            (self._large[0], self._large[1], self._large[2]),
+            self._large_batch,
+        )
 
     def prefill_s(self, num_tokens: float, sum_squares: float, num_steps: int = 1) -> float:
         """Seconds of prefill steps over `num_tokens` new ones; `sum_squares` as in `StepTiming`."""

@@ -45,6 +45,7 @@ from .live_request import Job
 from .live_requests import LiveRequests
 from .pairs import Pairs
 from .placement import Placer
+from .planning import InstanceFacts
 from .prefix_index import PrefixIndex
 from .registry import RegisteredWorker, Registry, RoutingState
 from .reports import WorkerReports
@@ -201,6 +202,16 @@ class Router:
             num_expected=self._registry.num_expected,
             problems=(*self._links.problems(self._registry), *self._health.problems()),
             now_s=now_s,
+        )
+
+    def instance_facts(self) -> tuple[InstanceFacts, ...]:
+        """Returns the ready workers as a planner sees them."""
+        return tuple(
+            InstanceFacts(
+                worker.role, worker.info.num_blocks, worker.speed.prefill_factor, worker.speed.decode_factor
+            )
+            for worker in self._registry
+            if worker.state is RoutingState.READY
         )
 
     def num_running(self, client: str) -> int:

@@ -81,6 +81,8 @@ class SupervisedProcess(Generic[S]):
     end_reason: str | None = None  # why it is to end
     due_s: float | None = None  # ENDING: when patience ends; AWAY: the next beat
     num_beats_left: int = 0  # AWAY: until patience ends
+    start_s: float | None = None  # how long it took from its launch until it was ready; of our own ones
+    launched_s: float | None = None
 
     @property
     def is_expected(self) -> bool:
@@ -228,6 +230,8 @@ class Supervisor(Generic[S]):
             case WorkerReady(info):
                 process = self.processes.get((info.worker_id, info.incarnation))
                 if process is not None and process.is_expected:
+                    if process.launched_s is not None and process.start_s is None:
+                        process.start_s = now_s - process.launched_s
                     process.state, process.info = ProcessState.SERVING, info
                     process.phase, process.fraction = "", 1.0
                     self._be_patient((info.worker_id, info.incarnation), None)
@@ -257,6 +261,7 @@ class Supervisor(Generic[S]):
             key, placement = found
             process = self.processes[key]
             process.state, process.phase = ProcessState.STARTING, "starting a process"
+            process.launched_s = now_s
             self._out.append(LaunchProcess(process.spec, placement))
             self._act(self.fleet.handle(WorkerPlaced(*key), now_s), now_s)
             return self._out

@@ -8,6 +8,8 @@ import msgspec
 
 from ..core.messages import Role
 from ..core.request import Request, SamplingParams
+from ..router.planner_desk import Mode
+from ..router.planning import Bounds, Ratio
 from .faults import OF_ENGINES, OF_HOSTS, OF_THE_ROUTER, ORDERLY, Accident, FaultRates
 from .kv_model import VOCABULARY, expected_tokens
 from .scenario import (
@@ -21,6 +23,7 @@ from .scenario import (
     Scenario,
 )
 from .simulated_hosts import PlannedHost
+from .simulated_planner import PlannedPlanner
 from .simulated_worker import WorkerShape
 from .staged_scenarios import (
     with_contest,
@@ -143,7 +146,17 @@ def _draw_special(seed: int, scenario: Scenario, with_faults: bool) -> Scenario:
         unequal=_draw_unequal(Random(f"unequal workers of {seed}"), sum(scenario.pools.values())),
         max_running_per_client=special.choice((None, None, 1, 3)),
         enforces_itl=Random(f"objective of {seed}").random() < 0.1,
+        planner=_draw_planner(Random(f"planner of {seed}"), scenario),
     )
+
+
+def _draw_planner(rng: Random, scenario: Scenario) -> PlannedPlanner | None:
+    kinds = {accident.kind for accident in scenario.accidents}
+    if rng.random() >= 0.1 or (kinds and kinds <= set(OF_THE_ROUTER)):  # then each token is computed once
+        return None
+    most = Ratio(rng.randint(2, 3), rng.randint(2, 3))
+    bounds = Bounds(Ratio(1, 1), most, rng.randint(3, 6))
+    return PlannedPlanner(rng.choice((Mode.AUTO, Mode.AUTO, Mode.ADVISE)), bounds)
 
 
 def _widened(scenario: Scenario, pool_size: int) -> Scenario:

@@ -9,6 +9,7 @@ from ..core.request import Request
 from ..worker.router_session import ROUTER_LOST_TIMEOUT_S
 from .faults import OF_THE_ROUTER, Accident, FaultRates
 from .simulated_hosts import PlannedHost
+from .simulated_planner import PlannedPlanner
 from .simulated_worker import WorkerShape
 
 MAX_MODEL_LEN = 128
@@ -116,6 +117,7 @@ class Scenario:
     max_running_per_client: int | None = None
     enforces_itl: bool = False
     keeps_streams: bool = False  # none may end for want of attempts
+    planner: PlannedPlanner | None = None
 
     def shape_of(self, role: Role, worker_id: str) -> WorkerShape:
         """Returns the limits of one worker; a slow one takes longer for each step."""
@@ -162,4 +164,5 @@ class Scenario:
             and self.gray is None
             and self.severed is None
             and self.deadly is None
+            and self.planner is None
         )

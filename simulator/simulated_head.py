@@ -56,6 +56,7 @@ from ..router.hosts import (
 )
 from ..router.links import NUM_FAILURES
 from ..router.places import Places
+from ..router.planner_desk import PlannerDesk
 from ..router.registry import RoutingState
 from ..router.supervisor import (
     GENERATION_STRIDE,
@@ -136,6 +137,7 @@ class SimulatedHead:
         self._world = world
         self._join_timeout_s = join_timeout_s
         self._supervisor = Supervisor(self.fleet, self.places, _spec)
+        self.desk = PlannerDesk(generation * GENERATION_STRIDE)
         self._is_first = generation == 0
         self.clients: dict[str, SimulatedStream] = {}
         self.on_dispatch: Callable[[], object] = lambda: None
@@ -150,6 +152,11 @@ class SimulatedHead:
         self._tick: Timer | None = None
         self._slice_due_s: float | None = None  # of a take-over; later events do not put it off
         self._fleet_tick: Timer | None = None
+
+    @property
+    def is_awake(self) -> bool:
+        """Whether it is alive and not frozen."""
+        return self.process.is_alive and not self.process.is_frozen
 
     def start(self, pools: Mapping[Role, int], survivors: Iterable[SimulatedWorker]) -> None:
         """Starts workers to match the pools. `survivors` are processes that an earlier head started, oldest

@@ -17,6 +17,7 @@ from ..router.cores import Placement
 from ..router.fleet import FleetConfig
 from ..router.fleet_events import Apply, Drain
 from ..router.fleet_member import MemberState
+from ..router.planning import Ratio
 from .faults import ORDERLY, Accident, Faults
 from .leftovers import leftovers
 from .network import ConnectionEnd, Network
@@ -34,6 +35,7 @@ from .simulated_client import CONVICTED, SimulatedClient
 from .simulated_head import SimulatedHead
 from .simulated_hosts import SimulatedHost, SimulatedHosts
 from .simulated_link import SimulatedDial
+from .simulated_planner import SimulatedPlanner
 from .simulated_worker import InstanceSpec, SimulatedWorker
 from .virtual_time import VirtualProcess, VirtualTime
 
@@ -44,6 +46,7 @@ MAX_TURNS = 40  # of others, while a request is the first of its client: a large
 MAX_EVENTS = 5_000_000
 SIZES = ((1, 1), (2, 1), (1, 2), (3, 2), (0, 1), (1, 0), (0, 2), (2, 0))  # the last is not drawn
 MAX_SIZE = 3  # of those; larger pools are resized to multiples
+FOLLOWED = "ratio changed by the planner"
 TOLD_S = 0.2  # within which the router hears of a crash
 TAKE_OVER_TOKENS = 64  # so few that a take-over takes many turns
 
@@ -91,6 +94,7 @@ class Simulation:
         self._generation = 0
         self._num_displaced_before = 0  # dispatches, by earlier heads
         self.head = self._make_head()
+        self._planner = self._make_planner()
         self._ids: dict[str, SimulatedClient] = {}
         self.clients = [
             SimulatedClient(
@@ -154,6 +158,9 @@ class Simulation:
 
     def _run(self) -> None:
         self.head.start(self._pools, ())
+        if self._planner is not None:
+            self._planner.configure(_ratio(self._pools))
+            self._planner.start()
         if self._scenario.contest:
             self.time.call_at(2.5, self._check_shares)
         for accident in self._scenario.accidents:
@@ -161,6 +168,9 @@ class Simulation:
         while self.time.step(CALM_S):
             pass
         self.faults.calm()
+        if self._planner is not None:
+            self._planner.stop()
+            self._client_counts[FOLLOWED] += self._planner.num_followed
         for host in self.hosts.hosts:
             host.is_listed = True
         self._apply(self._scenario.pools)  # drained workers come back
@@ -226,6 +236,19 @@ class Simulation:
             self._generation,
         )
 
+    def _make_planner(self) -> SimulatedPlanner | None:
+        plan = self._scenario.planner
+        if plan is None:
+            return None
+        return SimulatedPlanner(
+            self.time,
+            Random(f"advice of {self._scenario.seed}"),
+            plan,
+            lambda: self.head,
+            lambda ratio: self._apply(ratio.sizes),
+            self.violation,
+        )
+
     def _apply(self, pools: dict[Role, int]) -> None:
         self._pools = pools
         head = self.head
@@ -235,6 +258,8 @@ class Simulation:
             if head.fleet.is_settled:
                 head.expect_hosts()
             head.manage(Apply(pools))
+            if self._planner is not None:
+                self._planner.configure(_ratio(pools))
 
     @property
     def _num_displaced(self) -> int:
@@ -248,6 +273,8 @@ class Simulation:
         self.head = self._make_head()
         self.note("the router is back")
         self.head.start(self._pools, self._alive())
+        if self._planner is not None:
+            self._planner.configure(_ratio(self._pools))
 
     def _wait_for(self, condition: Callable[[], bool]) -> bool:
         limit_s = self._scenario.end_of_faults_s + PATIENCE_S
@@ -477,3 +504,7 @@ class Simulation:
     def _check_told(self, worker: SimulatedWorker) -> None:
         if worker.spec.key in self.head.connected():
             self.violation(f"the router has not heard of the crash of {worker.spec}")
+
+
+def _ratio(pools: dict[Role, int]) -> Ratio:
+    return Ratio(pools[Role.PREFILL], pools[Role.DECODE])

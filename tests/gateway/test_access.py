@@ -89,6 +89,7 @@ async def test_every_call_except_a_health_check_needs_a_key(
         admin.WatchStatus(pb.WatchStatusRequest()),
         admin.Apply(pb.ApplyRequest()),
         admin.Scale(pb.ScaleRequest()),
+        admin.Planner(pb.PlannerRequest()),
         admin.Drain(pb.DrainRequest()),
         reflection.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")])),
         channel.unary_unary("/no.such.Service/Method", None, None)(b""),

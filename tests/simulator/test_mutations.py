@@ -53,6 +53,8 @@ from pdserve.router.links import Links
 from pdserve.router.live_request import Dispatch, Job, LiveRequest
 from pdserve.router.pairs import Pairs
 from pdserve.router.places import Places
+from pdserve.router.planner_desk import Deed, Mode, PlannerDesk
+from pdserve.router.planning import Advice, Bounds, Ratio
 from pdserve.router.registry import RegisteredWorker, Registry
 from pdserve.router.reports import WorkerReports
 from pdserve.router.request_life import RequestLife
@@ -645,10 +647,64 @@ def tell_of_a_crash_when_all_is_closed() -> Iterator[None]:
         yield
 
 
+def follow_advice_for_a_ratio_that_has_changed() -> Planted:
+    original = PlannerDesk._judge
+
+    def judge(self: PlannerDesk, advice: Advice, to: Ratio) -> Deed:
+        self._valid_from, self._ratio = 0, advice.made_for
+        return original(self, advice, to)
+
+    return patch.object(PlannerDesk, "_judge", judge)
+
+
+@contextmanager
+def follow_advice_for_a_ratio_that_has_come_back() -> Iterator[None]:
+    """Removes both checks: which advice has been overtaken, and what has changed since its summary."""
+    configure, receive = PlannerDesk.configure, PlannerDesk.receive
+
+    def on_configure(self: PlannerDesk, mode: Mode, bounds: Bounds, ratio: Ratio) -> None:
+        valid_from = self._valid_from
+        configure(self, mode, bounds, ratio)
+        self._valid_from = valid_from
+
+    def on_receive(self: PlannerDesk, advice: Advice, now_s: float, *, is_settled: bool) -> Ratio | None:
+        self._last_number = advice.number - 1
+        return receive(self, advice, now_s, is_settled=is_settled)
+
+    with (
+        patch.object(PlannerDesk, "configure", on_configure),
+        patch.object(PlannerDesk, "receive", on_receive),
+    ):
+        yield
+
+
+def follow_advice_though_it_is_only_asked_for() -> Planted:
+    original = PlannerDesk._judge
+
+    def judge(self: PlannerDesk, advice: Advice, to: Ratio) -> Deed:
+        deed = original(self, advice, to)
+        return Deed.CHANGED if deed is Deed.ADVISED else deed
+
+    return patch.object(PlannerDesk, "_judge", judge)
+
+
+def follow_advice_while_workers_change() -> Planted:
+    original = PlannerDesk.receive
+
+    def receive(self: PlannerDesk, advice: Advice, now_s: float, *, is_settled: bool) -> Ratio | None:
+        return original(self, advice, now_s, is_settled=True)
+
+    return patch.object(PlannerDesk, "receive", receive)
+
+
+def follow_advice_beyond_the_bounds() -> Planted:
+    return patch.object(Bounds, "allow", lambda self, ratio: ratio != Ratio(0, 0))
+
+
 FIRST_FOUND: dict[Mutation, int] = {
     forget_which_links_between_hosts_are_broken: 69,
     leave_links_untried_until_a_request_needs_them: 2,
-    place_workers_on_a_host_that_has_died: 7,
+    place_workers_on_a_host_that_has_died: 28,
     forget_that_a_lost_host_is_asked_for: 72,
     forget_running_instances_when_a_host_is_opened: 33,
     place_workers_in_the_order_in_which_they_ask: 16,
@@ -719,6 +775,11 @@ FIRST_FOUND: dict[Mutation, int] = {
     plan_against_the_memory_that_living_workers_hold: 47,
     believe_what_a_host_said_before_a_worker_ended: 151,
     tell_of_a_crash_when_all_is_closed: 5,
+    follow_advice_for_a_ratio_that_has_changed: 711,
+    follow_advice_for_a_ratio_that_has_come_back: 70,
+    follow_advice_though_it_is_only_asked_for: 113,
+    follow_advice_beyond_the_bounds: 95,
+    follow_advice_while_workers_change: 7,
 }
 
 

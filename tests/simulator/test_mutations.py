@@ -759,7 +759,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     take_each_lost_connection_for_a_death: 13,
     reassign_the_cores_of_a_process_before_it_is_gone: 6,
     forget_a_process_that_ends_by_itself: 75,
-    hide_a_broken_connection_from_the_supervisor: 10,
+    hide_a_broken_connection_from_the_supervisor: 13,
     keep_only_the_last_frame_of_held_legs: 589,
     greet_only_the_first_router: 82,
     report_what_is_cached_to_the_first_router_alone: 9,

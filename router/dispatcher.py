@@ -17,6 +17,7 @@ from .ledger import Ledger
 from .links import Links
 from .live_request import Job
 from .live_requests import LiveRequests
+from .pairs import Pairs
 from .placement import Placer
 from .registry import Registry
 from .request_events import Displaced, End, Placed
@@ -37,6 +38,7 @@ class Dispatcher:
         registry: Registry,
         ledger: Ledger,
         links: Links,
+        pairs: Pairs,
         model: LatencyModel,
         placer: Placer,
         queue: JobQueue,
@@ -46,6 +48,7 @@ class Dispatcher:
         self._registry = registry
         self._ledger = ledger
         self._links = links
+        self._pairs = pairs
         self._model = model
         self._placer = placer
         self._queue = queue
@@ -78,9 +81,18 @@ class Dispatcher:
         commands: list[RouterCommand] = []
         limit_s = self._requests.config.max_wait_for_worker_s
         for job in self._queue.awaiting_since(now_s - limit_s):
-            if job.live.state.is_served and not self._registry.can_hold(job.num_total_tokens):
+            if not job.live.state.is_served:
+                continue
+            if not self._registry.can_hold(job.num_total_tokens):
                 error = f"no worker that can serve the request has become ready in {limit_s:g} s"
-                commands += self._requests.handle(job.live, End(FinishReason.ERROR, error), now_s)
+            elif self._isolation.risks_last(job):
+                error = (
+                    "workers died of requests like this one, which does not run on the last worker;"
+                    f" no other has become ready in {limit_s:g} s"
+                )
+            else:
+                continue
+            commands += self._requests.handle(job.live, End(FinishReason.ERROR, error), now_s)
         return commands
 
     def _dispatch_in_order(self, now_s: float) -> list[RouterCommand]:
@@ -151,6 +163,9 @@ class Dispatcher:
                     self._queue.await_worker(job, now_s)
                 else:
                     commands += self._end_unservable(job, now_s)
+                continue
+            if self._isolation.risks_last(job):
+                self._queue.await_worker(job, now_s)
                 continue
             worker = self._isolation.worker_for(job, self._registry.num_expected, now_s)
             if worker is not None:
@@ -226,4 +241,5 @@ class Dispatcher:
             self._queue.counters.charge(request.client, placement.num_new_tokens / request.weight)
         if placement.decode is not None and placement.decode is not placement.prefill:
             self._links.started(placement.prefill, placement.decode, now_s)
+            self._pairs.started(placement.prefill, placement.decode, now_s)
         return self._requests.handle(job.live, Placed(job, placement, attempt), now_s)

@@ -305,13 +305,13 @@ async def test_answers_are_bounded_while_they_are_put_together(
 def test_clients_that_hold_all_they_may_leave_calls_for_the_next_one() -> None:
     calls = OpenCalls(1024)
     with ExitStack() as held:
-        for client, part in (("mallory", 512), ("mike", 256), ("max", 128)):
+        for client, part in (("mallory", 512), ("mike", 170), ("max", 86)):
             for _ in range(part):
                 held.enter_context(calls.enter(client))
             with pytest.raises(NoPlace, match=f"{part} calls of one client"):
                 held.enter_context(calls.enter(client))
         with calls.enter("alice"):
-            assert len(calls) == 512 + 256 + 128 + 1
+            assert len(calls) == 512 + 170 + 86 + 1
     assert not len(calls)
 
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from pdserve.simulator.drawing import draw_scenario
 from pdserve.simulator.run import simulate
-from pdserve.simulator.scenario import draw_scenario
 from pdserve.simulator.simulation import Simulation
 
 NUM_SEEDS = 400

@@ -13,7 +13,7 @@ from ..router.planner_desk import Mode, PlannerDesk
 from ..router.planning import Advice, Bounds, Ratio, Window
 from .virtual_time import VirtualTime
 
-SUMMARIES_S = 0.1  # of summaries
+SUMMARIES_S = 0.1  # between two summaries
 AGAIN_S = 1.0  # until another process has started
 WRONG_ROLE = Ratio(9, 0)  # never allowed
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pdserve.kernels import AttentionBatch, KernelRequirements, Kernels, load_kernels
-from pdserve.kernels.native import why_unavailable
+from pdserve.kernels.levels import LEVELS, usable_levels
 from pdserve.kernels.triton.kernels import TritonKernels
 
 MakeKernels = Callable[..., Kernels]
@@ -29,11 +29,9 @@ def make_subject(name: str, dtype: torch.dtype, num_threads: int = 1) -> Subject
     requirements = KernelRequirements(dtype, head_dim=64, block_size=16)
     if name == "triton":
         return Subject(TritonKernels(requirements), "cuda" if torch.cuda.is_available() else "cpu")
-    if name == "native" and (reason := why_unavailable(requirements)):
-        pytest.skip(reason)
-    return Subject(
-        load_kernels("cpu", requirements, "native" if name == "native" else "torch", num_threads), "cpu"
-    )
+    if name in LEVELS and name not in usable_levels(dtype):
+        pytest.skip(f"{name} kernels do not compute {dtype} on this machine")
+    return Subject(load_kernels("cpu", requirements, name, num_threads), "cpu")  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
@@ -41,12 +39,12 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def native() -> MakeKernels:
-    """Returns native(dtype, num_threads=1): the native kernels; skips the test where this machine has
-    none."""
+@pytest.fixture(params=LEVELS)
+def native(request: pytest.FixtureRequest) -> MakeKernels:
+    """Returns native(dtype, num_threads=1): the native kernels of one level after the other; skips the test
+    where this machine does not run it."""
 
-    return lambda dtype, num_threads=1: make_subject("native", dtype, num_threads).kernels
+    return lambda dtype, num_threads=1: make_subject(request.param, dtype, num_threads).kernels
 
 
 def halves(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,12 +20,15 @@ _LEVEL = ("linear.cpp", "attention.cpp", "rowwise.cpp", "transfer.cpp")  # compi
 # Products and sums are fused where the source says so and nowhere else: the same sums in every kernel.
 _FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off"]
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
+_AVX512_BF16 = [*_AVX512, "-mavx512bf16"]
+TILE_MODEL = [*_AVX512_BF16, "-DPD_TILES=2"]  # amx with its tiles in software, for tests
 LEVELS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "x86_64": {
         "portable": [],
         "avx2": ["-mavx2", "-mfma"],
         "avx512": _AVX512,
-        "avx512_bf16": [*_AVX512, "-mavx512bf16"],
+        "avx512_bf16": _AVX512_BF16,
+        "amx": [*_AVX512_BF16, "-DPD_TILES=1"],
     },
     "aarch64": {"portable": []},
 }

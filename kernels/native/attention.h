@@ -47,7 +47,7 @@ struct Rows {
 struct Partial {
   float *max, *sum, *out;
   static int64_t floats(int64_t rows, int64_t padded_dim) {
-    return ceil_div(rows, kLanes) * kLanes + rows * (kLanes + padded_dim);
+    return ceil_div(rows, kLanes) * kLanes + rows * kLanes + (rows + kSlackRows) * padded_dim;
   }
   Partial(float* memory, int64_t rows) : max(memory), sum(max + ceil_div(rows, kLanes) * kLanes), out(sum + rows * kLanes) {}
   void clear(int64_t rows, int64_t padded_dim) {
@@ -88,9 +88,7 @@ class RowAttention {
  public:
   static size_t bytes(const Attention& a, int64_t rows) {
     const int64_t dim = a.padded_dim();
-    // the last tile may be read and written below its last row
-    return 4 * ((rows + kProductRows) * dim + 2 * dim * kKeys + kProductRows * kKeys * 2 +
-                2 * Partial::floats(rows + kProductRows, dim));
+    return 4 * ((rows + kSlackRows) * dim + 2 * dim * kKeys + kProductRows * kKeys * 2 + 2 * Partial::floats(rows, dim));
   }
 
   // `next` are the rows this thread will probably do next: their first keys are prefetched at the end of
@@ -108,8 +106,8 @@ class RowAttention {
         scores_(reinterpret_cast<float*>(values_ + dim_ * kKeys)),
         weights_(reinterpret_cast<uint32_t*>(scores_ + kProductRows * kKeys)),
         queries_(weights_ + kProductRows * kKeys),
-        total_(reinterpret_cast<float*>(queries_ + (num_rows_ + kProductRows) * dim_), num_rows_),
-        segment_(total_.max + Partial::floats(num_rows_ + kProductRows, dim_), num_rows_) {
+        total_(reinterpret_cast<float*>(queries_ + (num_rows_ + kSlackRows) * dim_), num_rows_),
+        segment_(total_.max + Partial::floats(num_rows_, dim_), num_rows_) {
     const T* q = static_cast<const T*>(a.q) + (rows.token * a.heads + rows.kv_head * a.group()) * a.head_dim;
     for (int64_t r = 0; r < num_rows_; ++r) {
       const T* from = q + (r / a.group() * a.heads + r % a.group()) * a.head_dim;
@@ -164,9 +162,9 @@ class RowAttention {
       const int64_t row = product_row(tile, tiles, num_rows_), next = product_row(tile + 1, tiles, num_rows_);
       const int64_t first = rows_.position + row / a_.group(), last = rows_.position + (next - 1) / a_.group();
       if (key > last || key + num_keys <= first - a_.window + 1) continue;  // no row of the tile sees a key of the block
-      score<E>(queries_ + row * stride_, stride_, depth_, keys_, next - row, scores_);
+      score<E>(tiles_, queries_ + row * stride_, stride_, depth_, keys_, next - row, scores_);
       for (int64_t i = 0; i < next - row; ++i) softmax_row(i, row + i, key, num_keys, to);
-      add_values<E>(weights_, values_, next - row, dim_, to.out + row * dim_);
+      add_values<E>(tiles_, weights_, values_, next - row, dim_, to.out + row * dim_);
     }
   }
 
@@ -234,6 +232,7 @@ class RowAttention {
   uint32_t *weights_, *queries_;
   Partial total_, segment_;
   KeyBlock<T> ahead_;
+  Tiles tiles_;
 };
 
 }  // namespace pd

@@ -8,7 +8,10 @@
 
 namespace pd {
 
+struct Tiles {};  // vector registers need no set-up
+
 constexpr int kProductRows = kTileRows;
+constexpr int kSlackRows = 0;
 constexpr int kFewRows = std::min(4, kTileRows);  // up to here a key block is multiplied as it is read, without being packed
 
 // Tile `tile` of nearly equal tiles begins here.
@@ -21,7 +24,7 @@ constexpr int product_vecs(int rows) { return 2 * rows <= kTileRows ? 2 * kTileV
 
 // scores[i][k] = queries[i] . key k, for 64 keys [depth, 64].
 template <class E>
-inline void score(const uint32_t* queries, int64_t stride, int64_t depth, const uint32_t* keys, int64_t num_rows,
+inline void score(Tiles&, const uint32_t* queries, int64_t stride, int64_t depth, const uint32_t* keys, int64_t num_rows,
                   float* scores) {
   with_rows<kTileRows>(num_rows, [&](auto rows) {
     constexpr int kRows = rows.value, kVecs = product_vecs(kRows);
@@ -46,7 +49,8 @@ PD_INLINE void add_value_columns(const uint32_t* weights, const uint32_t* values
 
 // out[i] += weights[i] . values, for 64 keys; rows of `out` and `values` are `dim` apart.
 template <class E>
-inline void add_values(const uint32_t* weights, const uint32_t* values, int64_t num_rows, int64_t dim, float* out) {
+inline void add_values(Tiles&, const uint32_t* weights, const uint32_t* values, int64_t num_rows, int64_t dim,
+                       float* out) {
   with_rows<kTileRows>(num_rows, [&](auto rows) {
     constexpr int kRows = rows.value, kVecs = product_vecs(kRows);
     int64_t d = 0;

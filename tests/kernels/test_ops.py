@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from pdserve.kernels import AttentionBatch
-from pdserve.kernels.levels import LEVELS
 from pdserve.kernels.reference import TorchKernels
 
-from .conftest import assert_close, halves, make_subject, paged_batch
+from .conftest import NATIVE, assert_close, halves, make_subject, paged_batch
 
 DTYPES = [torch.float32, torch.bfloat16]
-NAMES = [*LEVELS, "triton"]
+NAMES = [*NATIVE, "triton"]
 reference = TorchKernels()
 
 
@@ -128,7 +127,7 @@ ATTENTION_BATCHES = [  # query lengths, context lengths, sliding window
 ATTENTION_SUBJECTS = [  # name, type, threads, shape
     *(
         (level, dtype, num_threads, shape)
-        for level in LEVELS
+        for level in NATIVE
         for dtype in DTYPES
         for shape in ATTENTION_SHAPES
         for num_threads in (1, 3)

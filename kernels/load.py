@@ -4,29 +4,30 @@ import logging
 
 import torch
 
-from ..core.devices import KERNELS, KernelChoice
 from .interface import KernelRequirements, Kernels
-from .levels import UnavailableError, load_level
+from .levels import LEVELS, UnavailableError, load_level
 from .native import NativeKernels
 from .reference import TorchKernels
 
 _logger = logging.getLogger(__name__)
 
+_CHOICES = {"cpu": ("auto", "native", *LEVELS, "torch"), "cuda": ("auto", "triton")}
+
 
 def load_kernels(
     device: str,
     requirements: KernelRequirements,
-    choice: KernelChoice,
+    choice: str,
     num_threads: int,
 ) -> Kernels:
     """Returns the kernels for `device`, "cpu" or "cuda"; a `choice` other than "auto" is binding.
 
     Raises ValueError for an unknown device, choice or thread count, and where the chosen kernels cannot run.
     """
-    if device not in KERNELS:
+    if device not in _CHOICES:
         raise ValueError(f"device: {device!r} has no kernels, expected 'cpu' or 'cuda'")
-    if choice not in KERNELS[device]:
-        expected = ", ".join(map(repr, KERNELS[device]))
+    if choice not in _CHOICES[device]:
+        expected = ", ".join(map(repr, _CHOICES[device]))
         raise ValueError(f"kernels: {choice!r} is not a choice for {device!r}, expected one of {expected}")
     if num_threads < 1:
         raise ValueError(f"num_threads: {num_threads} is not valid, expected at least 1")

@@ -75,18 +75,21 @@ class Case:
     run: Callable[[Kernels], object]
 
 
-def in_threads(num_threads: int, call: Callable[[], object]) -> float:
+Clock = Callable[[], float]
+
+
+def in_threads(num_threads: int, call: Callable[[], object], clock: Clock) -> float:
     """Seconds until every thread has made the call (ctypes lets them run at once)."""
     threads = [threading.Thread(target=call) for _ in range(num_threads)]
-    start = time.perf_counter()
+    start = clock()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def measure_peak(level: str, dtype: torch.dtype, num_threads: int) -> Peak:
+def measure_peak(level: str, dtype: torch.dtype, num_threads: int, clock: Clock) -> Peak:
     machine = platform.machine()
     with tempfile.TemporaryDirectory() as tmp:
         source, library = Path(tmp) / "peak.cpp", Path(tmp) / "peak.so"
@@ -101,12 +104,13 @@ def measure_peak(level: str, dtype: torch.dtype, num_threads: int) -> Peak:
     c.multiply.argtypes, c.read.argtypes = [ctypes.c_int, ctypes.c_long], [ctypes.c_void_p, ctypes.c_long]
     count, memory = 5_000_000, torch.ones(24 << 20)
     flops, num_bytes = count * c.flops_per_round(bf16), memory.numel() * 4
-    return Peak(
-        num_threads * flops / min(in_threads(num_threads, lambda: c.multiply(bf16, count)) for _ in range(8)),
-        num_threads
-        * num_bytes
-        / min(in_threads(num_threads, lambda: c.read(memory.data_ptr(), memory.numel())) for _ in range(8)),
-    )
+
+    def best_s(call: Callable[[], object]) -> float:
+        return min(in_threads(num_threads, call, clock) for _ in range(8))
+
+    multiply_s = best_s(lambda: c.multiply(bf16, count))
+    read_s = best_s(lambda: c.read(memory.data_ptr(), memory.numel()))
+    return Peak(num_threads * flops / multiply_s, num_threads * num_bytes / read_s)
 
 
 def linear_case(dtype: torch.dtype, num_out: int, num_in: int, num_tokens: int) -> Case:
@@ -174,21 +178,23 @@ def cases(dtype: torch.dtype) -> list[Case]:
     return [*linears, *attentions, transfer_case(dtype)]
 
 
-def compare(case: Case, contestants: list[Kernels], num_threads: int, num_rounds: int) -> list[float]:
+def compare(
+    case: Case, contestants: list[Kernels], num_threads: int, num_rounds: int, clock: Clock
+) -> list[float]:
     """Median seconds of each, taking turns so that a disturbance hits all."""
     times: list[list[float]] = [[] for _ in contestants]
     for _ in range(num_rounds):
         for kernels, mine in zip(contestants, times, strict=True):
             kernels.set_num_threads(num_threads)
             time.sleep(0.02)  # the others' threads still spin for a moment, waiting for work
-            mine.append(min(_seconds(case, kernels) for _ in range(4)))
+            mine.append(min(_seconds(case, kernels, clock) for _ in range(4)))
     return [statistics.median(mine) for mine in times]
 
 
-def _seconds(case: Case, kernels: Kernels) -> float:
-    start = time.perf_counter()
+def _seconds(case: Case, kernels: Kernels, clock: Clock) -> float:
+    start = clock()
     case.run(kernels)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def main() -> None:
@@ -198,12 +204,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--kernels", nargs="+", help="kinds of kernel; by default all that run here")
     parser.add_argument("--case", default="", help="only the cases with this in their name")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="by processor time, beside other programs; for one thread"
+    )
     options = parser.parse_args()
+    if options.cpu_time and options.threads != 1:
+        parser.error(f"--cpu-time: got --threads {options.threads}, expected --threads 1")
+    clock = time.process_time if options.cpu_time else time.perf_counter
     dtype = getattr(torch, options.dtype)
     requirements = KernelRequirements(dtype, head_dim=64, block_size=16)
     kinds = options.kernels or usable_levels(dtype)
     contestants = [load_kernels("cpu", requirements, kind, options.threads) for kind in ("torch", *kinds)]
-    peaks = {kind: measure_peak(kind, dtype, options.threads) for kind in kinds}
+    peaks = {kind: measure_peak(kind, dtype, options.threads, clock) for kind in kinds}
     print(describe())
     for kind, peak in peaks.items():
         limits = f"{peak.flops / 1e9:.0f} GFLOP/s, {peak.bytes / 1e9:.0f} GB/s at most"
@@ -214,7 +226,7 @@ def main() -> None:
     for case in cases(dtype):
         if options.case not in case.name:
             continue
-        torch_s, *times_s = compare(case, contestants, options.threads, options.rounds)
+        torch_s, *times_s = compare(case, contestants, options.threads, options.rounds, clock)
         for (kind, peak), seconds in zip(peaks.items(), times_s, strict=True):
             share = max(case.flops / seconds / peak.flops, case.bytes / seconds / peak.bytes)
             print(

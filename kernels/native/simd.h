@@ -126,7 +126,7 @@ struct BF16 {
   static PD_INLINE V dot(V acc, I a, I b) { return fma((V)a, (V)b, acc); }
 };
 
-// Two in a dword, as weights are packed; a product widens first the even ones, then the odd ones.
+// Two in a dword, as weights are packed: a product of widened rows takes first the even ones, then the odd ones.
 struct BF16Pairs {
   using T = uint16_t;
   static constexpr int kPerDword = 2;

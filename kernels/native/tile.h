@@ -23,7 +23,7 @@ constexpr int kTileRows = 3, kTileVecs = 4;
 #endif
 
 struct Tile {
-  const uint32_t* a;  // rows of dwords, `lda` apart
+  const uint32_t* a;  // rows of dwords, `lda` apart; for an element type with halves, of two floats for each dword of b
   int64_t lda;
   const uint32_t* b;  // [depth, ldb] dwords
   int64_t ldb;
@@ -52,7 +52,7 @@ PD_INLINE void multiply(const Tile& t, V (&acc)[ROWS][VECS]) {
         for (int j = 0; j < VECS; ++j) bv[j] = E::template half<half.value>(load_as<I>(b + kLanes * j));
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; ++i) {
-          const V av = E::template half<half.value>(set1(group[i / 4][(i % 4) * lda + d]));
+          const V av = (V)set1(group[i / 4][(i % 4) * lda + 2 * d + half.value]);
 #pragma GCC unroll 4
           for (int j = 0; j < VECS; ++j) acc[i][j] = fma(av, bv[j], acc[i][j]);
         }

@@ -42,7 +42,7 @@ def make_subject(name: str, dtype: torch.dtype, num_threads: int = 1) -> Subject
         return Subject(_tile_model(requirements, num_threads), "cpu")
     if name in LEVELS and name not in usable_levels(dtype):
         pytest.skip(f"{name} kernels do not compute {dtype} on this machine")
-    return Subject(load_kernels("cpu", requirements, name, num_threads), "cpu")  # type: ignore[arg-type]
+    return Subject(load_kernels("cpu", requirements, name, num_threads), "cpu")
 
 
 def _tile_model(requirements: KernelRequirements, num_threads: int) -> Kernels:

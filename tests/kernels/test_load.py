@@ -36,7 +36,7 @@ def test_auto_takes_the_fastest_level_left_as_each_is_switched_off(
             with pytest.raises(
                 ValueError, match=f"kernels: '{level}' cannot run here: {dtype} has .*portable"
             ):
-                load_kernels("cpu", requirements, level, 1)  # type: ignore[arg-type]
+                load_kernels("cpu", requirements, level, 1)
 
 
 def test_a_level_without_float32_refuses_it() -> None:
@@ -86,7 +86,7 @@ def test_a_missing_library_is_an_error_when_native_is_configured(monkeypatch: py
 )
 def test_bad_choices_are_refused(device: str, choice: str, num_threads: int, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        load_kernels(device, REQUIREMENTS, choice, num_threads)  # type: ignore[arg-type]
+        load_kernels(device, REQUIREMENTS, choice, num_threads)
 
 
 @pytest.mark.parametrize("choice", ["auto", "triton"])
@@ -170,5 +170,6 @@ def test_native_operations_refuse_arguments_they_would_misread(native: MakeKerne
 
 
 def test_the_choices_a_configuration_accepts_are_those_that_exist() -> None:
+    assert load._CHOICES == KERNELS
     choices = {choice for of_device in KERNELS.values() for choice in of_device}
     assert choices == set(get_args(KernelChoice)) == {"auto", "native", *LEVELS, "torch", "triton"}

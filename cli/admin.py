@@ -8,6 +8,8 @@ import grpc
 from rich.console import Console
 from rich.live import Live
 
+from ..core.bounded_file import read_bounded
+from ..core.config_file import MAX_FILE_BYTES
 from ..proto import pdserve_pb2 as pb
 from .client import Client, CommandFailed, is_gone
 from .interruptible import interruptible
@@ -40,7 +42,7 @@ def apply(client: Client, file: Path, dry_run: bool, wait: bool) -> None:
     """Print what changed, a line a key, and which drained workers start again; with `wait`, return when all
     instances are ready and none drains."""
     try:
-        text = file.read_text("utf-8")
+        text = read_bounded(file, MAX_FILE_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise CommandFailed(f"{file}: cannot be read: {reason}") from error

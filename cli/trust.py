@@ -11,10 +11,12 @@ from typing import Any
 
 import grpc
 
+from ..core.bounded_file import read_bounded
 from ..core.errors import PdserveError
 
 API_KEY = "PDSERVE_API_KEY"  # only there: what stands in options is seen by others
 TLS_CA, TLS_CERT, TLS_KEY = "PDSERVE_TLS_CA", "PDSERVE_TLS_CERT", "PDSERVE_TLS_KEY"
+MAX_FILE_BYTES = 4 << 20  # all public authorities have a quarter of a MiB
 PUBLIC = "public"  # in place of a file: the authorities that gRPC comes with
 
 
@@ -120,6 +122,6 @@ def _read(option: str, path: str | None) -> bytes | None:
     if path is None:
         return None
     try:
-        return Path(path).expanduser().read_bytes()
+        return read_bounded(Path(path).expanduser(), MAX_FILE_BYTES)
     except OSError as error:
         raise BadTrust(f"{option}: {path!r} cannot be read: {error.strerror}") from error

@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..core.bounded_file import read_bounded
 from ..loadgen.arrivals import make_arrivals
 from ..loadgen.errors import LoadError
 from ..loadgen.lengths import parse_lengths
 from ..loadgen.trace import parse_trace
 from ..loadgen.workload import Drawn, Replayed, SharedPrefixes, Workload
+
+MAX_FILE_BYTES = 1 << 29  # of a trace; Azure's of a week have some 400 MB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,8 @@ def make_workload(load: WorkloadOptions) -> Workload:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        return read_bounded(Path(path), MAX_FILE_BYTES).decode()
+    except OSError as error:
+        raise LoadError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise LoadError(f"{path} cannot be read: {error}") from error

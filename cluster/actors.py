@@ -104,8 +104,13 @@ async def outcome_of(run: Awaitable[None]) -> Outcome:
 
 
 def is_up(node_id: str) -> bool:
-    """Whether Ray runs on the host. When it ends there, it ends its actors, and tells of the host first."""
-    return any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
+    """Whether Ray is known to run on the host. When it ends there, it ends its actors, and tells of the host
+    first."""
+    try:
+        return any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
+    except Exception as error:  # the end of a worker is reported all the same
+        log.warning("Ray does not list its hosts: %s: %s", type(error).__name__, error)
+        return False
 
 
 @dataclass

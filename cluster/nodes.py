@@ -8,7 +8,7 @@ from math import inf
 from typing import Any
 
 import ray
-from ray.exceptions import NodeDiedError, RayError, TaskUnschedulableError
+from ray.exceptions import NodeDiedError, RayError, TaskUnschedulableError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .. import __version__
@@ -97,6 +97,11 @@ class RayNodes:
             )
         except (TaskUnschedulableError, NodeDiedError):
             return "it has left; it is used again once Ray runs there again (`ray up` starts it)"
+        except WorkerCrashedError as error:
+            return (
+                f"processes end as they start there ({reason_of(error)}); make room in its memory and in"
+                " Ray's folder, which is in ~/.pdserve with `ray up`, or see Ray's logs in that"
+            )
         except (RayError, KeyError, TypeError, AttributeError, ImportError) as error:
             reason = reason_of(error) if isinstance(error, RayError) else f"{type(error).__name__}: {error}"
             return (

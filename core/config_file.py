@@ -14,12 +14,14 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from .bounded_file import read_bounded
 from .config import ClusterConfig
 from .errors import ConfigError
 from .hosts import ExpectedHosts
 from .yaml_lines import Document, KeyPath, parse_yaml
 
 ROOT: KeyPath = ("metadata", "pdserve")
+MAX_FILE_BYTES = 1 << 20
 _KEY = re.compile(r"[a-z_]+(\.[a-z_]+)*")
 
 
@@ -119,7 +121,7 @@ def _with(values: Any, path: KeyPath, override: Override) -> Any:
 
 def _read_text(path: Path) -> str:
     try:
-        data = path.expanduser().read_bytes()
+        data = read_bounded(path.expanduser(), MAX_FILE_BYTES)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except OSError as error:

@@ -173,11 +173,11 @@ class DuplicateRequest(PdserveError):
 
 
 class KillsWorkers(PdserveError):
-    """Workers' processes have died of a request like this one, of the same client."""
+    """Workers' processes have died of a request like this one, of the same client, or of several others."""
 
-    def __init__(self, retry_after_s: float) -> None:
+    def __init__(self, what: str, retry_after_s: float) -> None:
         super().__init__(
-            "workers died of this request before, one of them while it was there alone; it is served again in"
+            f"workers died of {what} before, while nothing else was there; it is served again in"
             f" {retry_after_s:.0f} s at the earliest"
         )
 

@@ -276,9 +276,9 @@ class DecodeScheduler:
     def _by_claim(self) -> deque[Sequence]:
         """Returns the running sequences, beginning with those that keep their blocks longest: of high
         priority, of clients with few sequences, and the oldest."""
-        num_running = Counter(seq.spec.client for seq in self._running)
-        if len(num_running) <= 1 and len({seq.priority for seq in self._running}) <= 1:
+        if len({(seq.priority, seq.spec.client) for seq in self._running}) <= 1:
             return deque(self._running)
+        num_running = Counter(seq.spec.client for seq in self._running)
         return deque(sorted(self._running, key=lambda seq: (seq.priority, num_running[seq.spec.client])))
 
     def _grow(self, seq: Sequence, num_tokens: int, order: deque[Sequence]) -> bool:

@@ -16,7 +16,7 @@ from ..core.held_bytes import Shares
 from .auth.access import Caller
 from .places import NAMES_KEPT, FairPlaces, NoPlace, address_group
 
-CALLS_OF_ONE_CLIENT = 0.5  # of what the others leave
+CALLS_SPARE = 1  # one client may have half of them
 READS_OF_ONE_CLIENT = 0.25
 MESSAGE_TIMEOUT_S = 60.0  # for a whole message, or the whole body of an HTTP request
 QUICK_S = 0.1  # a message that takes longer than this needs one of the places for slow ones
@@ -30,8 +30,8 @@ class TooSlow(PdserveError):
 
 
 def client_of(caller: Caller | None, host: str) -> str:
-    """Returns the client that open calls, held bytes and work ahead of the queue count for. Nothing that a
-    client sends can change it."""
+    """Returns the client that everything counts for: requests in their queue, open calls, held bytes and work
+    ahead of the queue. Nothing that a client sends can change it."""
     return f"address:{address_group(host)}" if caller is None else caller.client
 
 
@@ -56,7 +56,7 @@ class OpenCalls:
     not."""
 
     def __init__(self, max_calls: int) -> None:
-        self._shares = Shares(max_calls, CALLS_OF_ONE_CLIENT)
+        self._shares = Shares(max_calls, CALLS_SPARE)
 
     def __len__(self) -> int:
         return self._shares.total
@@ -65,7 +65,7 @@ class OpenCalls:
     def enter(self, client: str) -> Iterator[None]:
         """Wraps a call. Raises NoPlace."""
         if not self._shares.take(client, 1):
-            raise NoPlace("calls of one client", self._shares.limit_of(client))
+            raise NoPlace("calls of one client", self._shares.of(client))
         try:
             yield
         finally:

@@ -117,7 +117,8 @@ class Intake:
             eos_token_ids=self._model.eos_token_ids,
             cache_salt=message.cache_salt,
             deadline_s=deadline_s,
-            client=_client(message, peer, caller),
+            client=worked_for,
+            turn=message.client_id or peer,
             priority=priority,
             weight=1.0 if caller is None else caller.weight,
             user=message.client_id,
@@ -264,13 +265,6 @@ def shown_id(request: Request) -> str:
     """Returns a request's id as its client knows it."""
     kind, _, name = request.client.partition(":")
     return request.request_id.removeprefix(f"{name}/") if kind == "key" else request.request_id
-
-
-def _client(message: pb.GenerateRequest, peer: str, caller: Caller | None) -> str:
-    """Returns the client that a request counts for. With keys, nothing in the message affects it."""
-    if caller is not None:
-        return caller.client
-    return f"id:{message.client_id}" if message.client_id else peer
 
 
 def _seed_of(request_id: str) -> int:

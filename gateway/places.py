@@ -3,8 +3,8 @@ its place for it. Pure.
 
 Connections and keyless calls are holders; the addresses they come from are groups. When places run out, a new
 holder takes the place of the oldest evictable one in the group that has most of these. So clients that take
-many places lose them to those that take few, and none can keep others out by holding places without using
-them."""
+many places lose them to those that take few. Holders that are in use keep their places within their group's
+share of them; so none can keep others out, neither by holding places without using them nor by using all."""
 
 import ipaddress
 from collections import Counter
@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Generic, TypeVar
 
 from ..core.errors import PdserveError
+from ..core.held_bytes import Shares
 
 Holder = TypeVar("Holder", bound=Hashable)
 NAMES_KEPT = 1024  # of hosts and connections: each call of a client asks for its own again
@@ -29,8 +30,8 @@ class NoPlace(PdserveError):
 
 
 class FairPlaces(Generic[Holder]):
-    """Holders are evictable unless they are in use, in the order in which they arrived or were last in
-    use."""
+    """Holders are evictable, in the order in which they arrived or were last in use, unless they are kept: in
+    use, and within their group's share of `Shares` when that began."""
 
     def __init__(self, what: str, max_places: int, max_per_group: int) -> None:
         assert 0 < max_per_group <= max_places
@@ -40,6 +41,8 @@ class FairPlaces(Generic[Holder]):
         self._group_of: dict[Holder, str] = {}
         self._num_held: dict[str, int] = {}  # by group, including those in use
         self._num_uses: Counter[Holder] = Counter()
+        self._kept: set[Holder] = set()
+        self._shares = Shares(max_places, num_spare=1)  # of those kept, by group
         self._evictable: dict[str, dict[Holder, None]] = {}  # by group, oldest first; no group is empty
         self._by_size: dict[int, dict[str, None]] = {}  # groups by their number of evictable holders
         self._largest = 0  # an upper bound of the keys of `_by_size`
@@ -71,9 +74,9 @@ class FairPlaces(Generic[Holder]):
 
     @contextmanager
     def in_use(self, holder: Holder) -> Iterator[None]:
-        """Wraps a use of the place, of which there may be several at once: meanwhile it cannot be evicted.
-        Afterwards it is evictable again, as the youngest of its group. The holder need not have a place yet,
-        and may have lost it."""
+        """Wraps a use of the place, of which there may be several at once: meanwhile it is not evicted unless
+        its group has more in use than its share. Afterwards it is evictable again, as its group's youngest.
+        The holder need not have a place yet, and may have lost it."""
         self._num_uses[holder] += 1
         self._settle(holder)
         try:
@@ -92,7 +95,9 @@ class FairPlaces(Generic[Holder]):
         group = self._group_of.get(holder)
         if group is None:
             return
-        if holder in self._evictable.get(group, ()):
+        if holder in self._kept:
+            self._release(group, holder)
+        else:
             self._remove_evictable(group, holder)
         del self._group_of[holder]
         self._num_held[group] -= 1
@@ -111,17 +116,32 @@ class FairPlaces(Generic[Holder]):
         assert self._largest >= max(sizes.values(), default=0)
         for group, holders in self._evictable.items():
             assert all(self._group_of[holder] == group for holder in holders)
+        assert self._kept <= self._num_uses.keys()
+        assert self._kept | {h for holders in self._evictable.values() for h in holders} == set(
+            self._group_of
+        )
+        assert Counter(self._group_of[holder] for holder in self._kept) == {
+            group: self._shares.of(group) for group in self._num_held if self._shares.of(group)
+        }
 
     def _settle(self, holder: Holder) -> None:
-        """A holder is evictable if it has a place and does not use it."""
+        """Keeps a holder with a place that has come into use; one whose use is over becomes evictable, as the
+        youngest."""
         group = self._group_of.get(holder)
-        if group is None:
+        if group is None or (holder in self._kept and self._num_uses.get(holder)):
             return
-        is_evictable = holder in self._evictable.get(group, ())
-        if is_evictable and self._num_uses.get(holder):
+        if holder in self._kept:
+            self._release(group, holder)
+        elif holder in self._evictable.get(group, ()):
             self._remove_evictable(group, holder)
-        elif not is_evictable and not self._num_uses.get(holder):
+        if self._num_uses.get(holder) and self._shares.take(group, 1):
+            self._kept.add(holder)
+        else:
             self._add_evictable(group, holder)
+
+    def _release(self, group: str, holder: Holder) -> None:
+        self._kept.remove(holder)
+        self._shares.give_back(group, 1)
 
     def _oldest(self, group: str | None, limit: int) -> Holder:
         if group is None or group not in self._evictable:

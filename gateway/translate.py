@@ -188,19 +188,24 @@ async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterat
         raise asyncio.CancelledError from None
 
 
-async def write(
-    context: grpc.aio.ServicerContext[Any, Any], message: object, max_unread_s: float | None = None
-) -> None:
-    """Sends a message to a client. Raises ClientStalled if it has no room for it within `max_unread_s`,
-    ClientGone if the call is over."""
+async def write(context: grpc.aio.ServicerContext[Any, Any], message: object) -> None:
+    """Sends a message to a client, however long it takes to have room. Raises ClientGone if the call is
+    over."""
     try:
-        async with asyncio.timeout(max_unread_s):
-            await context.write(message)
-    except TimeoutError:
-        assert max_unread_s is not None
-        raise ClientStalled(max_unread_s) from None
+        await context.write(message)
     except grpc.aio.InternalError:  # a write that was waiting when its call was cancelled
         raise ClientGone from None
+
+
+async def write_within(
+    context: grpc.aio.ServicerContext[Any, Any], message: object, max_unread_s: float
+) -> None:
+    """Sends a message as `write` does. Raises ClientStalled if the client has no room for it in time."""
+    try:
+        async with asyncio.timeout(max_unread_s):
+            await write(context, message)
+    except TimeoutError:
+        raise ClientStalled(max_unread_s) from None
 
 
 def _shortened(text: str) -> str:

@@ -47,7 +47,9 @@ class GrammarChecker:
             return self._known[digest]
         question = self._questions.get((client, grammar))
         if question is None:
-            if self._num_questions[client] >= MAX_QUESTIONS_EACH or len(self._questions) >= MAX_QUESTIONS:
+            # one place in eight is reserved for clients that have none
+            limit = MAX_QUESTIONS * 7 // 8 if self._num_questions[client] else MAX_QUESTIONS
+            if self._num_questions[client] >= MAX_QUESTIONS_EACH or len(self._questions) >= limit:
                 raise QueueFull(MAX_QUESTIONS_EACH, RETRY_S)
             self._num_questions[client] += 1
             question = asyncio.get_running_loop().create_task(self._find_out(grammar, client))

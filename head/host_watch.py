@@ -12,13 +12,14 @@ from ..core.config import ClusterConfig
 from ..core.devices import DeviceKind
 from ..core.hosts import ExpectedHosts, HostState
 from ..engine.gpu import Node
-from ..router.cores import Key
+from ..router.cores import Capacity, Key
 from ..router.fleet_events import HostJoined
 from ..router.hosts import (
     WATCH_INTERVAL_S,
     CheckHost,
     ExpectHosts,
     HostChanged,
+    HostChecked,
     HostEvent,
     HostRefused,
     Hosts,
@@ -131,7 +132,13 @@ class HostWatch:
         return ExpectedHosts() if self._is_alone else replace(config.hosts, resolved=self._resolved)
 
     async def _check(self, node_id: str) -> None:
-        self.handle(await self._nodes.check(node_id, self._config, self._device))
+        try:
+            checked = await self._nodes.check(node_id, self._config, self._device)
+        except Exception as error:  # without an answer the host would be in doubt for good
+            log.exception("the check of host %s failed", self.hosts.names.get(node_id, node_id))
+            failure = f"its check failed ({type(error).__name__}: {error}); it is repeated"
+            checked = HostChecked(node_id, Capacity(0), failure)
+        self.handle(checked)
 
     async def _follow(self) -> None:
         while True:

@@ -9,7 +9,7 @@ from .compare import Ratio, compare
 from .errors import LoadError, LoadRequestFailed
 from .records import Round
 from .report import Report, make_report
-from .runner import LoadRunner, OfferedLoad
+from .runner import LoadRunner, RoundLoad
 from .slo import Slo
 from .target import LoadRequest, ModelFacts, Target
 from .workload import Drawn, Prompts, ScheduledRequest, Workload, limited
@@ -101,7 +101,7 @@ class _TargetTurns:
             await self.contender.prepare()
         await self._warm_up(index)
         return await self.runner.measured(
-            OfferedLoad(
+            RoundLoad(
                 jobs=limited(plan.workload.jobs(plan.seed, index), plan.max_requests, plan.duration_s),
                 make_request=lambda job: self._request(job, index),
                 concurrency=plan.concurrency,

@@ -35,7 +35,7 @@ class RealClock:
 
 
 @dataclass(frozen=True)
-class OfferedLoad:
+class RoundLoad:
     """The load of one round: jobs with send times, or `concurrency` clients that share them."""
 
     jobs: Iterator[ScheduledRequest]
@@ -52,14 +52,14 @@ class LoadRunner:
         self._target = target
         self._clock = clock or RealClock()
 
-    async def run(self, load: OfferedLoad) -> tuple[RequestRecord, ...]:
+    async def run(self, load: RoundLoad) -> tuple[RequestRecord, ...]:
         """Runs until every request has ended; returns records in the order of sending."""
         records: list[RequestRecord] = []
         send = self._open_loop if load.concurrency is None else self._closed_loop
         await send(load, records)
         return tuple(sorted(records, key=lambda record: record.sent_s))
 
-    async def measured(self, load: OfferedLoad) -> Round:
+    async def measured(self, load: RoundLoad) -> Round:
         """Like `run`, with the generator's own load."""
         lags_s: list[float] = []
         cpu_s, start_s = time.process_time(), time.perf_counter()
@@ -74,7 +74,7 @@ class LoadRunner:
             async with asyncio.timeout(timeout_s):
                 await self._target.send(request, lambda num_tokens: None)
 
-    async def _open_loop(self, load: OfferedLoad, records: list[RequestRecord]) -> None:
+    async def _open_loop(self, load: RoundLoad, records: list[RequestRecord]) -> None:
         start_s = self._clock.now_s()
         async with asyncio.TaskGroup() as tasks:
             for job in load.jobs:
@@ -84,7 +84,7 @@ class LoadRunner:
                 tasks.create_task(self._record(job, request, due_s, load.timeout_s, records))
                 await asyncio.sleep(0)  # it is sent before the next one's prompt is made
 
-    async def _closed_loop(self, load: OfferedLoad, records: list[RequestRecord]) -> None:
+    async def _closed_loop(self, load: RoundLoad, records: list[RequestRecord]) -> None:
         assert load.concurrency is not None
         end_s = None if load.duration_s is None else self._clock.now_s() + load.duration_s
 

@@ -122,7 +122,7 @@ def make_plan(
     device = resolve_device(config, nodes)
     sizes = _Sizes(config, checkpoint, device)
     packing = Packing(
-        [sizes.demand(role, pool) for role, pool in config.pools.items() for _ in range(pool.instances)],
+        [sizes.demand(role, pool) for role, pool in config.pools.items() for _ in range(pool.num_instances)],
         nodes,
     )
     left = packing.gpu_kv_bytes(GPU_MEMORY_FRACTION) if device == "cuda" else {}
@@ -226,7 +226,7 @@ class _Sizes:
     def _link_bytes(self, pool: PoolSection) -> int:
         """Memory of the links to the instances of the other pools that the runtime's does not include, as
         large as between hosts."""
-        num_peers = sum(other.instances for _, other in self._config.pools.items() if other is not pool)
+        num_peers = sum(other.num_instances for _, other in self._config.pools.items() if other is not pool)
         num_links = min(num_peers, TransferConfig.max_links)
         ring_bytes = TransferConfig.ring_slots * CHUNK_BYTES["nccl" if self._on_gpu else "gloo"].largest
         return max(0, num_links - FIRST_LINKS) * ring_bytes
@@ -250,7 +250,7 @@ class _Sizes:
         kv_cache_bytes = num_blocks * self._block_bytes
         return PoolPlan(
             role=role,
-            instances=pool.instances,
+            instances=pool.num_instances,
             num_cpus=pool.num_cpus,
             num_threads=pool.num_threads,
             gpu_share=pool.gpu_share if self._on_gpu else None,

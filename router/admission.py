@@ -27,11 +27,14 @@ class JobQueue:
 
     def __init__(self, may_run: Callable[[Job], bool] = lambda job: True) -> None:
         """`may_run`: whether a job's client may have it running now."""
+        self.may_run = may_run
         self.counters = TokenCounters()
         self.num_added = 0  # times that jobs were put among those that can be placed
         self._passed = PassedJobs()
         self._front = FrontJobs()
-        self._fair: PriorityQueue[Job] = PriorityQueue(self.counters, may_run)
+        self._fair: PriorityQueue[Job] = PriorityQueue(
+            self.counters, may_run, user_of=lambda job: job.live.request.turn
+        )
         # ordered sets
         self._returning: dict[Job, None] = {}  # in front at the next `wake`, in this order
         self._stranded: dict[Job, None] = {}

@@ -12,11 +12,11 @@ from ..core.errors import NoWorkerAvailable, Overloaded, TokensTooSlow
 from ..core.histogram import TokenGaps
 from ..core.latency import LatencyModel
 from ..core.messages import LegEnded, Probe, Probed, StepReport
-from ..core.request import FinishReason, Request
+from ..core.request import Request
 from .admission import JobQueue, retry_delay_s
 from .adoption import Adoption
-from .candidates import RoutingDecision
 from .config import RouterConfig
+from .dispatcher import CLOSING, Dispatcher
 from .events import (
     Adopted,
     Cancel,
@@ -39,26 +39,20 @@ from .events import (
     WorkersExpected,
 )
 from .health import Health
-from .isolation import Isolation
 from .ledger import Ledger
 from .links import Links
 from .live_request import Job
-from .live_requests import LiveRequests, is_same
+from .live_requests import LiveRequests
+from .pairs import Pairs
 from .placement import Placer
+from .planning import InstanceFacts
 from .prefix_index import PrefixIndex
 from .registry import RegisteredWorker, Registry, RoutingState
 from .reports import WorkerReports
-from .request_events import Displaced, End, Placed
-from .reservation import Reservation
 from .reunion import Reunion
-from .room import RoomMaker
 from .status import Counters, RouterStatus, snapshot
 from .take_over import TakeOver
-from .waiting import Waiting
 
-CLOSING = "the cluster is shutting down"
-# a prediction may exceed the actual prefill time by this factor before a request is given up wrongly
-CAUTION = 2.0
 STARTING_S = 1.0  # assumed between dispatches, in retry delays for clients, while no worker is ready
 
 
@@ -82,13 +76,10 @@ class Router:
         self._index = PrefixIndex()
         self._ledger = Ledger(self._registry)
         self._links = Links()
+        self._pairs = Pairs()
         self._health = Health(self._registry)
-        self._placer = Placer(self._registry, self._index, self.model, self._links, config)
-        self._reservation = Reservation(self._registry, self._ledger)
-        self._isolation = Isolation(self._registry, self._ledger)
+        self._placer = Placer(self._registry, self._index, self.model, self._links, self._pairs, config)
         self._queue = JobQueue(self._may_run)
-        self._room = RoomMaker(self._registry, self._ledger, self._queue.counters)
-        self._waiting = Waiting(self._registry, self._ledger, self._queue, self._room)
         self._requests = LiveRequests(self._queue, self._ledger, config)
         self._reports = WorkerReports(
             self._registry,
@@ -97,14 +88,23 @@ class Router:
             self._index,
             self.model,
             self._links,
+            self._pairs,
             self._health,
             self._queue.counters,
         )
-        self._next_attempt = first_attempt
+        self._dispatcher = Dispatcher(
+            self._registry,
+            self._ledger,
+            self._links,
+            self._pairs,
+            self.model,
+            self._placer,
+            self._queue,
+            self._requests,
+            first_attempt,
+        )
         self._adoption = Adoption() if adopts else None
         self._take_over: TakeOver | None = None  # while it is under way
-        self._num_expected = 0
-        self._is_closing = False
 
     @property
     def config(self) -> RouterConfig:
@@ -113,7 +113,7 @@ class Router:
     def configure(self, config: RouterConfig) -> None:
         """Applies new limits and a new SLO to subsequent events."""
         self._requests.config = self._placer.config = config
-        self._waiting.end()
+        self._dispatcher.reconsider()
 
     @property
     def num_live(self) -> int:
@@ -139,14 +139,10 @@ class Router:
             if self._adoption is not None:
                 return commands
         commands += self._requests.pass_time(now_s)
-        commands += self._end_hopeless_waits(now_s)
+        commands += self._dispatcher.end_hopeless_waits(now_s)
         self._health.review(now_s)
-        if not (
-            isinstance(event, StepReport | LegEnded)
-            and self._waiting.goes_on(event, now_s, self.config.max_prefill_backlog_tokens)
-        ):
-            commands += self._dispatch(now_s)
-            self._waiting.begin(now_s)
+        self._pairs.review(now_s)
+        commands += self._dispatcher.dispatch(event, now_s)
         return commands + self._probe_links(now_s)
 
     def _react(self, event: RouterEvent, now_s: float) -> list[RouterCommand]:
@@ -174,10 +170,10 @@ class Router:
             case WorkerRole():
                 self._on_worker_role(event)
             case WorkersExpected():
-                self._num_expected = event.num_workers
+                self._registry.num_expected = event.num_workers
                 self._queue.unstrand()
             case Closing():
-                self._is_closing = True
+                self._dispatcher.is_closing = True
             case Tick() | Adopted():
                 pass
         return []
@@ -203,9 +199,19 @@ class Router:
             self.counters,
             num_requests=self.num_live,
             num_queued=len(self._queue),
-            num_expected=self._num_expected,
+            num_expected=self._registry.num_expected,
             problems=(*self._links.problems(self._registry), *self._health.problems()),
             now_s=now_s,
+        )
+
+    def instance_facts(self) -> tuple[InstanceFacts, ...]:
+        """Returns the ready workers as a planner sees them."""
+        return tuple(
+            InstanceFacts(
+                worker.role, worker.info.num_blocks, worker.speed.prefill_factor, worker.speed.decode_factor
+            )
+            for worker in self._registry
+            if worker.state is RoutingState.READY
         )
 
     def num_running(self, client: str) -> int:
@@ -238,13 +244,13 @@ class Router:
 
     def _on_submit(self, request: Request, now_s: float) -> list[RouterCommand]:
         adopted = self._requests.adopted(request)
-        if adopted is not None and is_same(adopted.request, request):
+        if adopted is not None and adopted.is_held_for(request):
             return self._requests.claim(adopted, request, now_s)
-        if self._is_closing:
+        if self._dispatcher.is_closing:
             raise NoWorkerAvailable(CLOSING)
         self._requests.deaths.num_under(request, now_s)
         num_tokens = len(request.prompt_token_ids) + request.sampling.max_tokens
-        if not (self._registry.can_hold(num_tokens) or self._is_worker_expected):
+        if not (self._registry.can_hold(num_tokens) or self._registry.is_worker_expected):
             raise NoWorkerAvailable(
                 f"no worker is ready that can hold the {num_tokens} tokens of the request"
             )
@@ -270,163 +276,6 @@ class Router:
             / num_workers
         )
 
-    def _dispatch(self, now_s: float) -> list[RouterCommand]:
-        """Places jobs in order until the first that has to wait, and that others may not pass."""
-        self._queue.reconsider()
-        commands = self._dispatch_alone(now_s)
-        commands += self._dispatch_passed(now_s)
-        makes_room = False
-        while (job := self._queue.head()) is not None:
-            self._reservation.bind(job)
-            placement = self._place(job)
-            if placement is not None and self._comes_too_late(job, placement, now_s):
-                commands += self._give_up(job, now_s)
-            elif placement is not None:
-                commands += self._start(self._queue.pop(now_s), placement, now_s)
-            elif self._registry.can_hold(job.num_total_tokens):
-                if not self._room.waits_for_decode(job):
-                    level = self._room.level(job, self._queue.candidates())
-                    other = next((other for other in level if self._has_place(other)), None)
-                    if other is None:
-                        break
-                    self._queue.favour(other)
-                    continue
-                if self._room.may_take(job):
-                    commands += self._make_room(job, now_s)
-                    if makes_room or not self._pass(job, now_s):
-                        break
-                    makes_room = True
-                    continue
-                newcomer = self._room.newcomer(job, self._queue.candidates())
-                if newcomer is not None:
-                    self._queue.favour(newcomer)
-                elif not self._pass(job, now_s):
-                    break
-            elif self._is_worker_expected:
-                self._queue.strand_head(now_s)
-            else:
-                commands += self._end_unservable(job, now_s)
-        return commands
-
-    def _place(self, job: Job) -> RoutingDecision | None:
-        """Returns the place for a job; None when it has to wait."""
-        placement = self._placer.place(job)
-        if placement is None and self._room.waits_for_decode(job):
-            host = self._room.host(job)
-            if host is not None:
-                placement = self._placer.place(job, host)
-        return placement
-
-    def _has_place(self, job: Job) -> bool:
-        self._reservation.bind(job)
-        return self._placer.place(job) is not None
-
-    def _end_unservable(self, job: Job, now_s: float) -> list[RouterCommand]:
-        error = CLOSING if self._is_closing else "no worker is left that can serve the request"
-        return self._requests.handle(job.live, End(FinishReason.ERROR, error), now_s)
-
-    def _end_hopeless_waits(self, now_s: float) -> list[RouterCommand]:
-        """Ends requests for which workers have been expected for too long."""
-        commands: list[RouterCommand] = []
-        limit_s = self.config.max_wait_for_worker_s
-        for job in self._queue.awaiting_since(now_s - limit_s):
-            if job.live.state.is_served and not self._registry.can_hold(job.num_total_tokens):
-                error = f"no worker that can serve the request has become ready in {limit_s:g} s"
-                commands += self._requests.handle(job.live, End(FinishReason.ERROR, error), now_s)
-        return commands
-
-    def _dispatch_alone(self, now_s: float) -> list[RouterCommand]:
-        """Places jobs under which a worker died, each at a worker that has no other; one of a request at a
-        time."""
-        commands: list[RouterCommand] = []
-        if not self._queue.suspects and not self._registry.apart():
-            return commands
-        self._isolation.begin()
-        for job in list(self._queue.suspects):
-            if job not in self._queue.suspects or any(one.is_alone for one in job.live.running()):
-                continue
-            if not self._registry.can_hold(job.num_total_tokens):
-                if self._is_worker_expected:
-                    self._queue.await_worker(job, now_s)
-                else:
-                    commands += self._end_unservable(job, now_s)
-                continue
-            worker = self._isolation.worker_for(job, self._num_expected, now_s)
-            if worker is not None:
-                placement = self._placer.alone(job, worker)
-                commands += self._start(self._queue.pop_suspect(job, now_s), placement, now_s)
-            elif self._isolation.is_exhausted:
-                break
-        self._isolation.end()
-        return commands
-
-    def _dispatch_passed(self, now_s: float) -> list[RouterCommand]:
-        """Places large jobs that others have passed; holds room for the first that has to wait still."""
-        commands: list[RouterCommand] = []
-        while (job := self._queue.first_passed(self._ledger.num_running)) is not None:
-            if not self._may_run(job):
-                self._queue.defer_passed(job)
-                continue
-            self._reservation.lift()
-            placement = self._place(job)
-            if placement is None:
-                if self._room.waits_for_decode(job) and self._room.may_take(job):
-                    commands += self._make_room(job, now_s)
-                if not self._reservation.hold(job, now_s):
-                    self._queue.return_passed()
-                    break
-                return commands
-            if self._comes_too_late(job, placement, now_s):
-                commands += self._give_up(job, now_s)
-            else:
-                commands += self._start(self._queue.pop_passed(job, now_s), placement, now_s)
-        self._reservation.release()
-        return commands
-
-    def _pass(self, job: Job, now_s: float) -> bool:
-        """Lets others pass the head of the queue if it is large; returns False when they may not."""
-        if not self._reservation.may_be_passed(job):
-            return False
-        self._queue.pass_head()
-        if self._queue.first_passed(self._ledger.num_running) is job:
-            self._reservation.hold(job, now_s)
-        return True
-
-    def _make_room(self, head: Job, now_s: float) -> list[RouterCommand]:
-        """Takes back a dispatch of a client that runs much, to make room for the head of the queue."""
-        victim = self._room.victim(head)
-        return [] if victim is None else self._requests.handle(victim.live, Displaced(victim), now_s)
-
-    def _comes_too_late(self, job: Job, placement: RoutingDecision, now_s: float) -> bool:
-        """Whether the first token would miss the deadline, by a prediction that errs in the client's favour:
-        the model has learnt, half of its prediction is already too long, and the worker has reported all that
-        it caches. A worker without prompts accepts any: that delays nobody, and the measurement corrects a
-        model that has become too pessimistic."""
-        live = job.live
-        if (
-            live.request.deadline_s is None
-            or live.first_token_s is not None
-            or not placement.prefill.num_prefilling
-            or placement.prefill.load.num_unreported_blocks
-        ):
-            return False
-        return self.model.knows_prefill and now_s + placement.ttft_s / CAUTION > live.request.deadline_s
-
-    def _give_up(self, job: Job, now_s: float) -> list[RouterCommand]:
-        self.counters.hopeless += 1
-        end = End(FinishReason.DEADLINE, "the first token would come after the deadline")
-        return self._requests.handle(job.live, end, now_s)
-
-    def _start(self, job: Job, placement: RoutingDecision, now_s: float) -> list[RouterCommand]:
-        attempt = self._next_attempt
-        self._next_attempt += 1
-        request = job.live.request
-        if not job.live.dispatches or job.was_unread:  # whatever else comes back has been charged
-            self._queue.counters.charge(request.client, placement.num_new_tokens / request.weight)
-        if placement.decode is not None and placement.decode is not placement.prefill:
-            self._links.started(placement.prefill, placement.decode, now_s)
-        return self._requests.handle(job.live, Placed(job, placement, attempt), now_s)
-
     def _may_run(self, job: Job) -> bool:
         """Whether the job keeps to the bound on what its client may have running. One request may exceed it
         alone."""
@@ -439,11 +288,6 @@ class Router:
             for source, target in self._links.probes(self._registry, now_s)
         ]
 
-    @property
-    def _is_worker_expected(self) -> bool:
-        """Whether requests may wait for workers to come, or to come back."""
-        return bool(self._num_expected or self._registry.num_away)
-
     def _on_worker_ready(self, event: WorkerReady, now_s: float) -> list[RouterCommand]:
         known = self._registry.get(event.info.worker_id)
         if known is not None and known.is_away and known.incarnation == event.info.incarnation:
@@ -454,7 +298,7 @@ class Router:
         commands = [] if known is None else self._lose(known, "replaced", LossCause.GONE, now_s)
         self._registry.add(event.info, event.num_cached_blocks)
         self._links.workers_changed()
-        self._num_expected = max(0, self._num_expected - 1)
+        self._registry.num_expected = max(0, self._registry.num_expected - 1)
         self._queue.unstrand()
         return commands
 
@@ -479,7 +323,7 @@ class Router:
         if worker is None:
             return self._requests.explain_loss(event, now_s)
         if worker.state is not RoutingState.DRAINING:
-            self._num_expected += 1  # until the shell reports otherwise
+            self._registry.num_expected += 1  # until the shell reports otherwise
         return self._lose(worker, event.reason, event.cause, now_s)
 
     def _lose(
@@ -487,6 +331,7 @@ class Router:
     ) -> list[RouterCommand]:
         self._registry.lose(worker)
         self._links.lost(worker)
+        self._pairs.lost(worker)
         self._health.lost(worker)
         self._index.remove_worker(worker.worker_id)
         return self._requests.lose_worker(worker, reason, cause, now_s)

@@ -7,7 +7,10 @@
 Each client's counter holds the tokens that it has had, divided by its weight, and the client that has had
 least is next. So clients that always have something queued get shares of the tokens as their weights are,
 however many requests they send, however long and with however many choices; a client that is alone never
-waits for its own turn."""
+waits for its own turn.
+
+Within a client its users take turns, one item each: names of users are what requests say, and give a client
+no more than its share."""
 
 from bisect import insort
 from collections import Counter, OrderedDict
@@ -55,24 +58,57 @@ class TokenCounters:
 
 
 class _Lane(Generic[T]):
-    """The items that one client has queued, in order."""
+    """The items that one client has queued."""
 
-    __slots__ = ("items", "number")
+    __slots__ = ("number", "of_users")
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.items: OrderedDict[int, T] = OrderedDict()  # by id
+        # user -> id of an item -> item; each in order, and none empty
+        self.of_users: OrderedDict[str, OrderedDict[int, T]] = OrderedDict()
+
+    def __iter__(self) -> Iterator[T]:
+        for items in self.of_users.values():
+            yield from items.values()
+
+    def push(self, user: str, item: T, is_first: bool) -> None:
+        items = self.of_users.setdefault(user, OrderedDict())
+        items[id(item)] = item
+        if is_first:
+            items.move_to_end(id(item), last=False)
+            self.of_users.move_to_end(user, last=False)
+
+    def first(self) -> T:
+        return next(iter(self))
+
+    def remove(self, user: str, item: T) -> bool:
+        """Takes an item out, after which the user's others wait for the other users; returns False when it is
+        absent."""
+        items = self.of_users.get(user)
+        if items is None or items.pop(id(item), None) is None:
+            return False
+        if items:
+            self.of_users.move_to_end(user)
+        else:
+            del self.of_users[user]
+        return True
 
 
 class FairQueue(Generic[T]):
     """Items of many clients. Push, pop and removal take constant time; `head` the logarithm of the number of
     clients."""
 
-    def __init__(self, counters: TokenCounters, may_go: Callable[[T], bool] = lambda item: True) -> None:
+    def __init__(
+        self,
+        counters: TokenCounters,
+        may_go: Callable[[T], bool] = lambda item: True,
+        user_of: Callable[[T], str] = lambda item: "",
+    ) -> None:
         """`may_go`: whether an item may be taken out now; its client is passed over while its first may
         not."""
         self._counters = counters
         self._may_go = may_go
+        self._user_of = user_of
         self._lanes: OrderedDict[str, _Lane[T]] = OrderedDict()
         # (counter when it was entered, number of the lane, client): counters only grow
         self._order: list[tuple[float, int, str]] = []
@@ -84,11 +120,11 @@ class FairQueue(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         for lane in self._lanes.values():
-            yield from lane.items.values()
+            yield from lane
 
     def firsts(self) -> Iterator[T]:
         """Yields each client's first item, if it may go."""
-        firsts = (next(iter(lane.items.values())) for lane in self._lanes.values())
+        firsts = (lane.first() for lane in self._lanes.values())
         return (item for item in firsts if self._may_go(item))
 
     def push(self, client: str, item: T, *, is_first: bool = False) -> None:
@@ -99,15 +135,13 @@ class FairQueue(Generic[T]):
             self._counters.enter(client, None if first is None else self._counters.of(first))
             lane = self._lanes[client] = _Lane(next(self._numbers))
             heappush(self._order, (self._counters.of(client), lane.number, client))
-        lane.items[id(item)] = item
-        if is_first:
-            lane.items.move_to_end(id(item), last=False)
+        lane.push(self._user_of(item), item, is_first)
 
     def head(self) -> T | None:
         """Returns the first item of the client that has had least, of those that may go."""
         while (client := self._first()) is not None:
             lane = self._lanes[client]
-            item = next(iter(lane.items.values()))
+            item = lane.first()
             if self._may_go(item):
                 return item
             heappop(self._order)
@@ -130,16 +164,16 @@ class FairQueue(Generic[T]):
     def reconsider(self) -> None:
         """Returns clients to the order that were passed over."""
         for client, lane in list(self._held.items()):
-            if self._may_go(next(iter(lane.items.values()))):
+            if self._may_go(lane.first()):
                 del self._held[client]
                 heappush(self._order, (self._counters.of(client), lane.number, client))
 
     def remove(self, client: str, item: T) -> bool:
         """Takes an item out; returns False when it is absent."""
         lane = self._lanes.get(client)
-        if lane is None or lane.items.pop(id(item), None) is None:
+        if lane is None or not lane.remove(self._user_of(item), item):
             return False
-        if not lane.items:
+        if not lane.of_users:
             del self._lanes[client]
             self._held.pop(client, None)
         return True
@@ -149,9 +183,15 @@ class PriorityQueue(Generic[T]):
     """A `FairQueue` for each priority, the lowest number first, except for one place in `FLOOR`: that goes to
     the priority behind it that has waited longest."""
 
-    def __init__(self, counters: TokenCounters, may_go: Callable[[T], bool] = lambda item: True) -> None:
+    def __init__(
+        self,
+        counters: TokenCounters,
+        may_go: Callable[[T], bool] = lambda item: True,
+        user_of: Callable[[T], str] = lambda item: "",
+    ) -> None:
         self._counters = counters
         self._may_go = may_go
+        self._user_of = user_of
         self._queues: dict[int, FairQueue[T]] = {}
         self._priorities: list[int] = []  # sorted
         self._size = 0
@@ -183,7 +223,7 @@ class PriorityQueue(Generic[T]):
     def push(self, priority: int, client: str, item: T, *, is_first: bool = False) -> None:
         """Adds an item; `is_first`: ahead of the others of its client and priority."""
         if priority not in self._queues:
-            self._queues[priority] = FairQueue(self._counters, self._may_go)
+            self._queues[priority] = FairQueue(self._counters, self._may_go, self._user_of)
             insort(self._priorities, priority)
             self._popped[priority] = self._num_popped
         self._queues[priority].push(client, item, is_first=is_first)

@@ -33,11 +33,14 @@ class Isolation:
         self._idle = [worker for worker in free if not worker.open_legs]
         self._emptying = [worker for worker in free if worker.open_legs]
 
+    def risks_last(self, job: Job) -> bool:
+        """Whether the job is likely to kill the last worker that serves while others are expected."""
+        if not self._registry.num_expected or not job.live.is_likely_deadly:
+            return False
+        return sum(worker.takes_work for worker in self._registry) + len(self._registry.apart()) < 2
+
     def worker_for(self, job: Job, num_expected: int, now_s: float) -> RegisteredWorker | None:
-        """Returns an idle worker for the job alone; None when it has to wait for one. A job that is likely to
-        kill another does not get the last one while others start."""
-        if num_expected and job.live.is_likely_deadly and self._num_serving() < 2:
-            return None
+        """Returns an idle worker for the job alone; None when it has to wait for one."""
         for worker in self._idle:
             if worker.capacity_tokens >= job.num_total_tokens:
                 self._idle.remove(worker)
@@ -62,9 +65,6 @@ class Isolation:
         for worker in (*self._idle, *self._emptying):
             self._registry.readmit(worker)
         self._idle, self._emptying = [], []
-
-    def _num_serving(self) -> int:
-        return sum(worker.takes_work for worker in self._registry) + len(self._registry.apart())
 
     def _has_suspect(self, worker: RegisteredWorker) -> bool:
         return any(

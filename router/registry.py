@@ -281,6 +281,7 @@ class Registry:
         self._unranked: dict[RegisteredWorker, None] = {}  # whose room has changed since it was ranked
         self._roomier: dict[RegisteredWorker, None] = {}  # since `take_roomier`
         self._apart: dict[str, RegisteredWorker] = {}
+        self.num_expected = 0  # workers that start, and will be ready
 
     def __iter__(self) -> Iterator[RegisteredWorker]:
         return iter(self._workers.values())
@@ -362,6 +363,11 @@ class Registry:
     @property
     def num_away(self) -> int:
         return sum(worker.is_away for worker in self)
+
+    @property
+    def is_worker_expected(self) -> bool:
+        """Whether requests may wait for workers to come, or to come back."""
+        return bool(self.num_expected or self.num_away)
 
     def limit(self, worker: RegisteredWorker, num_dispatches: int | None) -> None:
         """Bounds the dispatches that may be open at the worker at once; None lifts the bound."""

@@ -26,7 +26,7 @@ from typing import Any, Literal
 FOLDER = "PDSERVE_ORDEAL_GRAY"  # the variable that names it
 TARGET = "pdserve.worker.process"  # no other process of a cluster imports it
 SendFault = Literal["gather", "send"]
-_DEADLY = re.compile(r"^deadly after (\d+)/")
+_DEADLY = re.compile(r"(?:[\w-]+/)?deadly after (\d+)/")  # behind the name of a key
 
 
 def deadly_name(num_tokens: int, name: str) -> str:

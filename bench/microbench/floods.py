@@ -1,16 +1,17 @@
 """Floods a server on loopback, and reports the effect on new clients.
 
     pdserve up & python -m bench.microbench.floods [KIND ...] [--seconds 8] [--grpc 127.0.0.1:50051] [--http
-    127.0.0.1:8000] python -m bench.microbench.floods unread --flood-key FILE --key FILE
+    127.0.0.1:8000] python -m bench.microbench.floods unread --flood-key FILE ... --key FILE
 
 grpc, http: connections that say nothing, as many as this process can hold and then new ones for the oldest.
 chunks: 40 HTTP bodies at a time, in chunks of one byte. cancels: 8 HTTP requests at a time, whose clients
 hang up at once. calls: 50 gRPC connections at a time, each of which sends 20,000 calls of 17 bytes as fast as
 --megabytes a second allow, reads nothing and hangs up. headers: the same with calls of 4,000 references to
-one header. unread: 1,000 gRPC streams of --max-tokens each on one connection, which reads nothing; the server
-needs keys, and --flood-key and --key name files with one of two clients each. Meanwhile newcomers connect one
-after the other and ask for one token (unread: 8, which takes a place where streams are decoded); each line
-has their times. Only for a server on this machine, the others one without keys, and for a bounded time."""
+one header. unread: 1,000 gRPC streams of --max-tokens each for each key in the files of --flood-key, on one
+connection each, which read nothing; the server needs keys, and --key names a file with the newcomers'.
+Meanwhile newcomers connect one after the other and ask for one token (unread: 8, which takes a place where
+streams are decoded); each line has their times. Only for a server on this machine, the others one without
+keys, and for a bounded time."""
 
 import argparse
 import json
@@ -21,7 +22,8 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -105,8 +107,17 @@ def calling(address: Address, until_s: float, data: bytes, bytes_per_s: float) -
     return count
 
 
-def unread(address: Address, until_s: float, key: str, max_tokens: int) -> int:
-    """Streams of one connection that reads nothing; how many there were."""
+def unread(address: Address, until_s: float, keys: Sequence[str], max_tokens: int) -> int:
+    """Streams of a connection for each key, which reads nothing; how many there were."""
+    with ExitStack() as connections:
+        for key in keys:
+            sock = connections.enter_context(socket.create_connection(address))
+            sock.sendall(streams(key, max_tokens))
+        time.sleep(max(0.0, until_s - time.monotonic()))
+    return NUM_UNREAD * len(keys)
+
+
+def streams(key: str, max_tokens: int) -> bytes:
     names = {b":method": b"POST", b":scheme": b"http", b":path": STREAM, b":authority": b"localhost"}
     names |= {
         b"te": b"trailers",
@@ -121,10 +132,7 @@ def unread(address: Address, until_s: float, key: str, max_tokens: int) -> int:
     sent = [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", frame(4, 0, 0), frame(4, 1, 0)]
     for index in range(NUM_UNREAD):
         sent += [frame(1, 4, 1 + 2 * index, again if index else headers), frame(0, 1, 1 + 2 * index, message)]
-    with socket.create_connection(address) as sock:
-        sock.sendall(b"".join(sent))
-        time.sleep(max(0.0, until_s - time.monotonic()))
-    return NUM_UNREAD
+    return b"".join(sent)
 
 
 def silent(address: Address, until_s: float) -> int:
@@ -203,14 +211,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--megabytes", type=float, default=20.0, help="of calls or headers, a second")
     parser.add_argument("--max-tokens", type=int, default=2000, help="of each stream that is not read")
-    parser.add_argument("--flood-key", type=Path, metavar="FILE", help="whose streams are not read")
+    parser.add_argument(
+        "--flood-key", type=Path, nargs="+", metavar="FILE", help="whose streams are not read"
+    )
     parser.add_argument("--key", type=Path, metavar="FILE", help="of the newcomers")
     parser.add_argument("--grpc", default="127.0.0.1:50051")
     parser.add_argument("--http", default="127.0.0.1:8000")
     args = parser.parse_args()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    key, flood_key = (path.read_text().strip() if path else "" for path in (args.key, args.flood_key))
+    key = args.key.read_text().strip() if args.key else ""
+    flood_keys = [path.read_text().strip() for path in args.flood_key or ()]
     for flood in args.floods:
         if flood not in (*KINDS, "unread"):
             parser.error(f"{flood!r} is no kind of flood, expected one of {', '.join((*KINDS, 'unread'))}")
@@ -233,7 +244,7 @@ def main() -> None:
         until_s = time.monotonic() + min(args.seconds, 60.0)
         sent: list[int] = []
         attack = {
-            "unread": partial(unread, key=flood_key, max_tokens=args.max_tokens),
+            "unread": partial(unread, keys=flood_keys, max_tokens=args.max_tokens),
             "chunks": partial(sending, data=CHUNKS, num_at_once=40),
             "cancels": partial(sending, data=REQUEST, num_at_once=8),
             "calls": partial(calling, data=calls(20_000, 0), bytes_per_s=args.megabytes * 1e6),

@@ -42,6 +42,7 @@ static float multiply(long n) {
     }
   }
   V sum{};
+#pragma GCC unroll 16
   for (int j = 0; j < kSums; ++j) sum += acc[j];
   return reduce_add(sum);
 }

@@ -32,7 +32,7 @@ from ..call_bounds import (
 from ..connections import GrpcConnections
 from ..offload.offload import SMALL_BYTES
 from ..places import NAMES_KEPT, connection_name
-from ..translate import translated, write
+from ..translate import translated, write_within
 
 MAX_HEADERS = 128  # metadata entries per call: HPACK references expand to more, to exhaust memory
 ANSWER: ContextVar[Holding] = ContextVar("answer")  # what the call holds of its answer until that is sent
@@ -167,7 +167,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
                 if behaviour is None:
                     requests = _parsed(messages, handler.request_deserializer)
                     async for response in handler.stream_stream(requests, context):
-                        await write(context, response, self.bounds.max_unread_s)
+                        await write_within(context, response, self.bounds.max_unread_s)
                     return
                 data = await self._receive(context, client)
                 with (
@@ -179,7 +179,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
                     del data
                     response = await behaviour(request, context)
                     if not handler.response_streaming:
-                        await write(context, response, self.bounds.max_unread_s)
+                        await write_within(context, response, self.bounds.max_unread_s)
 
         return grpc.stream_stream_rpc_method_handler(call, None, handler.response_serializer)
 

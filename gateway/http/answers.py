@@ -201,7 +201,7 @@ class Version(ResponseModel):
     version: str
 
 
-class Health(ResponseModel):
+class ClusterHealth(ResponseModel):
     """The health of the cluster."""
 
     status: str

@@ -137,7 +137,7 @@ class HttpServer:
             sock.close()
             return
         if evicted is not None:
-            peer_log.warning("listen.http: the oldest unused connection lost its place to a newcomer")
+            peer_log.warning("listen.http: the oldest connection lost its place to a newcomer")
             self._end(evicted)
         loop = asyncio.get_running_loop()
         self._sockets[number], self._silent[number] = sock, loop.time()

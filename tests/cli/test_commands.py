@@ -155,6 +155,8 @@ def test_chat_keeps_the_conversation(run: Run, cluster: ScriptedCluster) -> None
         (["apply", "no-such-file.yaml"], "no-such-file.yaml: cannot be read"),
         (["validate", "no-such-file.yaml"], "no-such-file.yaml: no such file"),
         (["plan", "no-such-file.yaml"], "no-such-file.yaml: no such file"),
+        (["apply", "/dev/zero"], "/dev/zero: cannot be read: neither a regular file nor a pipe"),
+        (["validate", "/dev/zero"], "/dev/zero: cannot be read: neither a regular file nor a pipe"),
         (["up", "no-such-file.yaml"], "no-such-file.yaml: no such file"),
         (["up", "{no_model}"], "{no_model}:1: metadata.pdserve.model.path: /no/such/model: no such file or"),
         (

@@ -71,5 +71,7 @@ def test_a_command_without_the_right_certificates_says_so(
     assert run(guarded, "--tls-ca", trust.PUBLIC)[0] == 1
     code, said = run(guarded, "--tls-ca", str(tmp_path / "none"))
     assert code == 1 and "cannot be read: No such file or directory" in said
+    code, said = run(guarded, "--tls-ca", "/dev/zero")
+    assert code == 1 and "cannot be read: neither a regular file nor a pipe" in said
     code, said = run(guarded, "--tls-ca", "public", "--cert", "/c")
     assert code == 1 and "--cert and --key: got one without the other" in said

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import AsyncMock
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 import ray
@@ -138,6 +138,18 @@ async def test_a_process_that_may_have_ended_with_its_host_has_not_died_by_itsel
     workers.is_host_up = is_host_up
     workers.ends["decode-0"].set_exception(error)
     assert (await end).has_died is has_died
+
+
+async def test_an_end_is_reported_when_ray_does_not_list_its_hosts(
+    workers: FakeWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "nodes", Mock(side_effect=ConnectionError("Ray's head is busy")))
+    keeper = RayKeeper(Handle(keeper_actor()))
+    keeper.start(spec_of(0), PLACEMENT)
+    end = asyncio.create_task(keeper.ended(spec_of(0).key))
+    await until(lambda: bool(workers.ends))
+    workers.ends["decode-0"].set_exception(RayError("lost"))
+    assert await end == Outcome("lost", has_died=False)
 
 
 async def test_an_end_is_not_lost_on_a_head_that_asks_late(workers: FakeWorkers) -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import TaskUnschedulableError
+from ray.exceptions import TaskUnschedulableError, WorkerCrashedError
 
 from pdserve.cluster import nodes as nodes_module
 from pdserve.cluster.nodes import RayNodes
@@ -101,6 +101,7 @@ async def test_a_host_has_the_resources_that_it_reports_and_ray_was_given(machin
         (None, "has not answered within 0.05 s"),
         ({"version": "0.0.1"}, "see whether pdserve 0.1.0 is installed there"),
         (ModuleNotFoundError("No module named 'pdserve'"), "No module named 'pdserve'"),
+        (WorkerCrashedError(), "make room in its memory and in Ray's folder"),
         (
             TaskUnschedulableError("the node does not exist any more"),
             "it has left; it is used again once Ray",

@@ -72,7 +72,7 @@ slo:
         f"c.yaml:12: {at}.slo: got nothing, expected a mapping with keys of ttft_ms, itl_ms, enforce",
         (
             f"c.yaml:13: {at}.1: unknown key, expected one of model, pools, slo, kv, routing, limits, listen,"
-            " observability, kernels, device, drain_timeout_s, join_timeout_s"
+            " planner, observability, kernels, device, drain_timeout_s, join_timeout_s"
         ),
     ]
 

@@ -89,6 +89,7 @@ async def test_every_call_except_a_health_check_needs_a_key(
         admin.WatchStatus(pb.WatchStatusRequest()),
         admin.Apply(pb.ApplyRequest()),
         admin.Scale(pb.ScaleRequest()),
+        admin.Planner(pb.PlannerRequest()),
         admin.Drain(pb.DrainRequest()),
         reflection.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")])),
         channel.unary_unary("/no.such.Service/Method", None, None)(b""),
@@ -144,7 +145,7 @@ async def test_clients_take_turns_by_key_name_not_by_client_id(
         await generation.Generate(request(client_id=client_id, request_id=client_id), metadata=as_key(ROOT))
     await generation.Generate(request(client_id="root"), metadata=as_key(BOB))
     await local.Generate(request(client_id="root"))
-    assert [made.client for made in cluster.requests] == ["key:root"] * 4 + ["key:bob", "id:root"]
+    assert [made.client for made in cluster.requests] == ["key:root"] * 4 + ["key:bob", "address:unix"]
     assert [made.user for made in cluster.requests] == ["", "key:bob", "bob", "another", "root", "root"]
 
 
@@ -160,6 +161,7 @@ async def test_clients_of_two_keys_may_choose_the_same_request_id(
     assert first.sampling.seed == second.sampling.seed
 
 
+@pytest.mark.usefixtures("standing_rates")
 async def test_an_exhausted_rate_is_reported_with_the_retry_delay(
     generation: "pdserve_pb2_grpc.GenerationAsyncStub",
     details: Callable[[grpc.aio.AioRpcError], dict[str, Any]],

@@ -161,6 +161,17 @@ def test_the_sandbox_holds(source: str) -> None:
         assert ChatTemplate(source, {}).render(CHAT) == "", "what it asked for is undefined"
 
 
+CODE = "{{ 7 * 7 }}{% for i in range(10 ** 9) %}x{% endfor %}{# gone #}{0.__class__.__mro__}%(a)s"
+
+
+def test_what_clients_say_is_never_code_of_the_template() -> None:
+    source = "{{ messages[0].content }}|{{ tools[0].name }}|{{ documents[0].text }}|{{ said }}"
+    options = TemplateOptions(documents=[{"text": CODE}], kwargs={"said": CODE})
+    chat = [{"role": "user", "content": CODE}]
+    rendered = ChatTemplate(source, {}).render(chat, tools=[{"name": CODE}], options=options)
+    assert rendered == "|".join([CODE] * 4)
+
+
 def test_a_template_failing_on_a_conversation_is_the_clients_error() -> None:
     with pytest.raises(InvalidRequest, match=r"prompt.chat: .*user"):
         ChatTemplate("{{ messages[0].content + 1 }}", {}).render(CHAT)

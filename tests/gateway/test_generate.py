@@ -153,7 +153,7 @@ async def test_a_deadline_travels_with_the_request_and_ends_it(
     assert cluster.requests[0].deadline_s is not None
 
 
-async def test_a_request_counts_for_its_named_client_or_its_connection(
+async def test_without_keys_connections_and_users_of_an_address_take_turns_within_it(
     generation: Stub, server: GatewayServer, cluster: ScriptedCluster
 ) -> None:
     named = ask()
@@ -164,9 +164,10 @@ async def test_a_request_counts_for_its_named_client_or_its_connection(
         f"127.0.0.1:{server.port}", (("grpc.use_local_subchannel_pool", 1),)
     ) as other:
         await pdserve_pb2_grpc.GenerationStub(other).Generate(ask())
-    first, again, alice, elsewhere = (request.client for request in cluster.requests)
+    assert {request.client for request in cluster.requests} == {"address:loopback"}
+    first, again, alice, elsewhere = (request.turn for request in cluster.requests)
     assert first == again
-    assert alice == "id:alice"
+    assert alice == "alice"
     assert len({first, alice, elsewhere}) == 3
 
 

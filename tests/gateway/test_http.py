@@ -295,12 +295,13 @@ async def test_a_request_keeps_its_clients_id(http: httpx.AsyncClient, cluster: 
     assert len(set(nameless)) == 2
 
 
-async def test_a_request_counts_for_its_user_or_for_its_host(
+async def test_without_keys_a_request_counts_for_its_address_whatever_its_user(
     http: httpx.AsyncClient, cluster: ScriptedCluster
 ) -> None:
     for extra in ({"user": "alice"}, {}):
         await http.post("/v1/completions", json={"prompt": "hello"} | extra)
-    assert [request.client for request in cluster.requests] == ["id:alice", "http:127.0.0.1"]
+    assert [request.client for request in cluster.requests] == ["address:loopback"] * 2
+    assert [request.turn for request in cluster.requests] == ["alice", "http:127.0.0.1"]
 
 
 async def test_fields_without_effect_are_accepted(http: httpx.AsyncClient) -> None:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from pdserve.core.held_bytes import Shares
 from pdserve.gateway.places import FairPlaces, NoPlace, address_group
 
 
@@ -37,13 +38,28 @@ def test_a_newcomer_does_not_take_from_a_smaller_group() -> None:
 
 
 def test_holders_in_use_keep_their_places() -> None:
-    places = full(max_places=6)
+    places = full(max_places=3, max_per_group=1, attacker=0)
     with ExitStack() as uses:
-        for holder in (0, 1, 2, 4, 5):
+        for holder, group in enumerate("abc"):
+            places.take(group, holder)
+        for holder in (0, 2):
             uses.enter_context(places.in_use(holder))
-        with places.in_use(3), pytest.raises(NoPlace, match="6 connections are open already"):
+        with places.in_use(1), pytest.raises(NoPlace, match="3 connections are open already"):
             places.take("alice", 100)
-        assert places.take("alice", 100) == 3
+        assert places.take("alice", 100) == 1
+
+
+def test_groups_that_use_all_their_places_do_not_keep_others_out() -> None:
+    places: FairPlaces[int] = FairPlaces("connections", 12, 6)
+    with ExitStack() as uses:
+        for holder in range(12):
+            places.take("ab"[holder % 2], holder)
+            uses.enter_context(places.in_use(holder))
+        for newcomer in range(100, 104):
+            evicted = places.take(f"alice{newcomer}", newcomer)
+            assert evicted is not None and evicted < 12
+            uses.enter_context(places.in_use(newcomer))
+        assert all(newcomer in places for newcomer in range(100, 104))
 
 
 def test_a_holder_that_was_used_is_the_youngest_afterwards() -> None:
@@ -98,6 +114,8 @@ class PlacesBesideModel(RuleBasedStateMachine):
         self.model: dict[int, str] = {}
         self.order: list[int] = []  # evictable ones, oldest first
         self.uses: dict[int, list[AbstractContextManager[None]]] = {}
+        self.kept: set[int] = set()
+        self.shares = Shares(7, 1)
         self.next = 0
 
     @rule(group=st.sampled_from("abcd"))
@@ -128,19 +146,29 @@ class PlacesBesideModel(RuleBasedStateMachine):
     @rule(data=st.data(), what=st.sampled_from(("begin", "end", "leave")))
     def change(self, data: st.DataObject, what: str) -> None:
         holder = data.draw(st.sampled_from(sorted(self.model)))
+        uses = self.uses.setdefault(holder, [])
+        if what == "end" and not uses:
+            return
         if what == "leave":
             self.places.leave(holder)
-            del self.model[holder]
         elif what == "begin":
-            use = self.places.in_use(holder)
-            use.__enter__()
-            self.uses.setdefault(holder, []).append(use)
-        elif self.uses.get(holder):
-            self.uses[holder].pop().__exit__(None, None, None)
-            if not self.uses[holder]:
-                self.order.append(holder)
-        if what != "end" and holder in self.order:
+            uses.append(self.places.in_use(holder))
+            uses[-1].__enter__()
+        else:
+            uses.pop().__exit__(None, None, None)
+        if what != "leave" and uses and holder in self.kept:
+            return
+        if holder in self.kept:
+            self.kept.remove(holder)
+            self.shares.give_back(self.model[holder], 1)
+        else:
             self.order.remove(holder)
+        if what == "leave":
+            del self.model[holder]
+        elif uses and self.shares.take(self.model[holder], 1):
+            self.kept.add(holder)
+        else:
+            self.order.append(holder)
 
     @invariant()
     def holds_together(self) -> None:

@@ -1,6 +1,7 @@
 """The real process: it dies of grammars that would take for ever, and only their owners are affected."""
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -12,7 +13,7 @@ from pdserve.grammar.checker import MAX_QUESTIONS_EACH, GrammarChecker
 from pdserve.grammar.lanes import GrammarLanes
 from pdserve.grammar.messages import GrammarSetup
 from pdserve.grammar.process import GrammarProcess
-from pdserve.grammar.sources import regex_grammar
+from pdserve.grammar.sources import json_schema_grammar, regex_grammar
 from pdserve.grammar.thread import GrammarThread
 
 from ..processes import await_end
@@ -179,6 +180,26 @@ async def test_the_checker_separates_good_grammars_from_bad_ones(checker: Gramma
     assert await checker.check(regex_grammar("ab"), "me") is None
 
 
+HUGE = {
+    "a pattern of many expressions": json_schema_grammar(
+        '{"type": "string", "pattern": "^((a+)+)+$", "minLength": 5000}'
+    ),
+    "choices multiplied": json_schema_grammar(
+        json.dumps(
+            {"allOf": [{"oneOf": [{"required": [f"p{i}"]}, {"required": [f"q{i}"]}]} for i in range(24)]}
+        )
+    ),
+    "rules doubled": "start: r0\n" + "\n".join(f"r{i}: r{i + 1} r{i + 1}" for i in range(60)) + '\nr60: "a"',
+    "many alternatives": "start: " + " | ".join(f'"a{i}"' for i in range(5000)),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+async def test_a_grammar_that_grows_without_end_is_refused(checker: GrammarChecker, name: str) -> None:
+    assert await checker.check(HUGE[name], "mallory")
+    assert await checker.check(regex_grammar("ab"), "alice") is None
+
+
 async def test_many_costly_grammars_of_one_client_do_not_delay_others(
     checker: GrammarChecker,
 ) -> None:
@@ -201,6 +222,18 @@ async def test_a_client_over_its_grammar_quota_is_refused_alone(
         *checks, checker.check(regex_grammar("b"), "other"), return_exceptions=True
     )
     assert [type(result) for result in results if result is not None] == [QueueFull]
+
+
+async def test_clients_with_many_questions_leave_places_for_newcomers(
+    checker: GrammarChecker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pdserve.grammar.checker.MAX_QUESTIONS", 16)
+    asked = [("mallory", 10), ("mike", 10), ("alice", 1), ("bob", 1), ("carol", 1)]
+    checks = [checker.check(regex_grammar(f"{name}{{{i}}}"), name) for name, num in asked for i in range(num)]
+    results = await asyncio.gather(*checks, return_exceptions=True)
+    assert [type(result) for result in results] == [type(None)] * 14 + [QueueFull] * 6 + [type(None)] * 2 + [
+        QueueFull
+    ]
 
 
 async def test_a_client_never_waits_for_another_clients_question(

@@ -14,7 +14,8 @@ from pdserve.engine.gpu import Node
 from pdserve.head import host_watch as host_watch_module
 from pdserve.head.host_watch import HostWatch
 from pdserve.router.cores import Capacity, Placement
-from pdserve.router.hosts import HostChecked, Hosts, SeenHost
+from pdserve.router.events import Tick
+from pdserve.router.hosts import CHECK_AGAIN_S, HostChecked, Hosts, SeenHost
 from pdserve.router.places import Places
 
 HEAD = SeenHost("n1", "10.0.0.1", "head", is_head=True)
@@ -110,6 +111,22 @@ async def test_a_suspected_host_is_checked_without_reporting_a_change() -> None:
     await nodes.answer("n2")
     assert states(watch)["10.0.0.2"] == "joined"
     assert changes
+    await watch.close()
+
+
+async def test_a_host_whose_check_fails_is_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_watch_module, "WATCH_INTERVAL_S", 0.0)
+    nodes = FakeNodes(HEAD, B)
+    watch = watch_of(nodes)
+    await watch.start(WITH_B)
+    await nodes.answer("n1")
+    nodes.answers.pop("n2").set_exception(ConnectionError("Ray's head is busy"))
+    await nodes.look_again()
+    assert "10.0.0.2: its check failed (ConnectionError: Ray's head is busy)" in (
+        watch.hosts.problems() or ""
+    )
+    watch.hosts.handle(Tick(), asyncio.get_running_loop().time() + CHECK_AGAIN_S)
+    assert states(watch)["10.0.0.2"] == "checking"
     await watch.close()
 
 

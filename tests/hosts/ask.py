@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 URL, TYPE = "http://127.0.0.1:8000/v1/completions", {"content-type": "application/json"}
 BODY = {"prompt": "The with statement", "max_tokens": 400, "temperature": 0, "stream": True}
-SILENT_S = 60.0
+SILENT_S = 240.0
 
 
 def ask() -> str:

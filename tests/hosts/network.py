@@ -34,7 +34,7 @@ NEEDED = {  # a command, and the packages of Debian and of Fedora that have it
 NOBODYS_MAC = "02:00:00:00:00:00"  # packets to this address reach nobody
 LOGIN = ("HOME=/root", "USER=root", "LOGNAME=root", "SHELL=/bin/bash", "LANG=C.UTF-8")
 NEW_NAMESPACES = ("--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child")
-BOOT_TIMEOUT_S = 30.0
+BUSY_S = 240.0  # for a host to boot, or a command to end, on a busy machine
 CLONE_NEWNET = 0x40000000
 MIN_BURST_BYTES = 256 << 10  # a veth passes segments of 64 KiB
 
@@ -106,7 +106,7 @@ class Hosts:
         login = ["env", "-i", *LOGIN, "bash", "-lc", f"cd; {command}"]
         return ["nsenter", f"--target={self._first(host)}", "-m", "-u", "-i", "-n", "-p", *login]
 
-    def run(self, host: str, command: str, timeout_s: float = 60.0) -> str:
+    def run(self, host: str, command: str, timeout_s: float = BUSY_S) -> str:
         """Returns the command's output. Raises HostsError, with the whole output, when it fails."""
         done = subprocess.run(
             self.command(host, command),
@@ -226,7 +226,7 @@ class Hosts:
         assert first.stdout is not None
         self._booted[host] = first
         with first.stdout as ready:
-            is_up = bool(select.select([ready], [], [], BOOT_TIMEOUT_S)[0]) and ready.readline() == b"ready\n"
+            is_up = bool(select.select([ready], [], [], BUSY_S)[0]) and ready.readline() == b"ready\n"
         if not is_up:
             raise HostsError(f"{host} does not boot: {(folder / 'boot.log').read_text()[-1000:]}")
 

@@ -26,7 +26,6 @@ NUM_DECODE = (os.cpu_count() or 1) + 1  # each host has all of the machine's cor
 UP = "ray up -y cluster.yaml"
 LINK = "1gbit"
 STEP_S = 400.0  # on a busy machine
-NOTICE_S = 45.0  # by itself, an agent of a Ray whose head has gone would try for a minute to report it
 
 
 @contextmanager
@@ -82,7 +81,7 @@ def await_end(pids: dict[int, str]) -> None:
     for pid, name in pids.items():
         with suppress(ProcessLookupError):
             descriptor = os.pidfd_open(pid)
-            ended = select.select([descriptor], [], [], NOTICE_S)[0]
+            ended = select.select([descriptor], [], [], STEP_S)[0]
             os.close(descriptor)
             assert ended, f"{name} lives on"
 

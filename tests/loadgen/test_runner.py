@@ -10,7 +10,7 @@ from pdserve.loadgen.arrivals import Constant
 from pdserve.loadgen.campaign import CampaignPlan, Contender, run_campaign, summed_up
 from pdserve.loadgen.errors import LoadError
 from pdserve.loadgen.lengths import Fixed
-from pdserve.loadgen.runner import LoadRunner, OfferedLoad
+from pdserve.loadgen.runner import LoadRunner, RoundLoad
 from pdserve.loadgen.slo import Slo
 from pdserve.loadgen.target import LoadRequest
 from pdserve.loadgen.workload import Drawn, ScheduledRequest
@@ -47,7 +47,7 @@ async def test_an_open_load_is_sent_when_due_regardless_of_answers(
     instants = [0.0, 0.5, 0.5, 2.0, 7.25]
     target.on_send = lambda: target.answer_all() if len(target.requests) == len(instants) else None
     clock.at_s = 100.0
-    records = await LoadRunner(target, clock).run(OfferedLoad(due(*instants), make_request))
+    records = await LoadRunner(target, clock).run(RoundLoad(due(*instants), make_request))
     assert target.max_open == len(instants)
     assert target.sent_s == [100.0 + instant for instant in instants]
     assert [record.lateness_s for record in records] == [0.0] * len(instants)
@@ -63,7 +63,7 @@ async def test_a_late_generator_sends_at_once_and_records_its_lateness(
         clock.at_s += 1.0  # making a request takes longer than the gap
         return make_request(job)
 
-    records = await LoadRunner(target, clock).run(OfferedLoad(due(0.0, 0.5, 5.0), slow))
+    records = await LoadRunner(target, clock).run(RoundLoad(due(0.0, 0.5, 5.0), slow))
     assert [record.lateness_s for record in records] == [pytest.approx(1.0), pytest.approx(1.5), 0.0]
 
 
@@ -72,7 +72,7 @@ async def test_a_closed_load_has_so_many_requests_open_and_no_more(
 ) -> None:
     target.at_once = True
     records = await LoadRunner(target, clock).run(
-        OfferedLoad(islice(endless(), 20), make_request, concurrency=3)
+        RoundLoad(islice(endless(), 20), make_request, concurrency=3)
     )
     assert target.max_open == 3
     assert [request.token_ids[0] for request in target.requests] == list(range(20))
@@ -86,7 +86,7 @@ async def test_a_closed_load_sends_nothing_after_its_time(clock: ManualClock, ta
         clock.at_s += 1.0
 
     target.on_send = pass_time
-    await LoadRunner(target, clock).run(OfferedLoad(endless(), make_request, concurrency=1, duration_s=4.5))
+    await LoadRunner(target, clock).run(RoundLoad(endless(), make_request, concurrency=1, duration_s=4.5))
     assert len(target.requests) == 5
 
 
@@ -94,14 +94,14 @@ async def test_a_failed_request_is_recorded_by_kind_without_stopping_the_load(
     clock: ManualClock, target: ManualTarget
 ) -> None:
     target.at_once, target.fails_with = True, "http 429"
-    records = await LoadRunner(target, clock).run(OfferedLoad(due(0.0, 1.0), make_request))
+    records = await LoadRunner(target, clock).run(RoundLoad(due(0.0, 1.0), make_request))
     assert [(record.error, record.message, record.answer) for record in records] == [
         ("http 429", "on purpose", None)
     ] * 2
 
 
 async def test_a_request_that_takes_too_long_is_a_timeout(clock: ManualClock, target: ManualTarget) -> None:
-    (record,) = await LoadRunner(target, clock).run(OfferedLoad(due(0.0), make_request, timeout_s=0.0))
+    (record,) = await LoadRunner(target, clock).run(RoundLoad(due(0.0), make_request, timeout_s=0.0))
     assert (record.error, target.num_open) == ("timeout", 0)
 
 
@@ -110,7 +110,7 @@ async def test_a_load_that_is_cancelled_leaves_no_request_open(
 ) -> None:
     sent = asyncio.Event()
     target.on_send = sent.set
-    task = asyncio.create_task(LoadRunner(target, clock).run(OfferedLoad(due(0.0), make_request)))
+    task = asyncio.create_task(LoadRunner(target, clock).run(RoundLoad(due(0.0), make_request)))
     await sent.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -247,11 +247,11 @@ def test_running_requests_of_a_scope_are_listed_newest_first() -> None:
 
 def test_only_a_running_request_has_a_timeline() -> None:
     cluster = Cluster("both-0")
-    cluster.submit(msgspec.structs.replace(make_request("r"), user="alice", client="id:alice"))
+    cluster.submit(msgspec.structs.replace(make_request("r"), user="alice", client="key:alice"))
     timeline = cluster.router.timeline("r", 1.0)
     assert timeline is not None
     assert (timeline.outcome, timeline.ended_s, timeline.num_prompt_tokens) == (None, 1.0, 20)
-    assert (timeline.user, timeline.client) == ("alice", "id:alice")
+    assert (timeline.user, timeline.client) == ("alice", "key:alice")
     cluster.handle(Cancel("r"))
     cluster.leg_ended("both-0", Leg.DECODE, "aborted")
     assert cluster.router.timeline("r", 2.0) is None

@@ -107,6 +107,44 @@ def test_removing_an_item_leaves_the_others(backlog: dict[str, list[int]], rng) 
     assert {turns.take() for _ in range(len(turns.queue))} == set(turns.items) - removed
 
 
+@given(st.integers(1, 12), st.integers(0, 12), st.integers(1, 300))
+def test_made_up_users_get_a_client_no_more_than_its_share(
+    num_honest: int, num_users: int, cost: int
+) -> None:
+    """Each of its requests names another user; with 0 they name none. It has the largest backlog, and sends
+    more for each that it gets."""
+    counters = TokenCounters()
+    queue: PriorityQueue[Item] = PriorityQueue(counters, user_of=lambda item: f"user{item[1]}")
+    honest = [f"alice{number}" for number in range(num_honest)]
+    for number in range(10 + 100 * num_users):
+        queue.push(0, "mallory", ("mallory", number if num_users else 0, cost))
+    for client in honest:
+        for _ in range(20):
+            queue.push(0, client, (client, 0, cost))
+    had: Counter[str] = Counter()
+    for number in range(20 * num_honest):
+        item = queue.head()
+        assert item is not None
+        queue.pop(0, item[0], item)
+        counters.charge(item[0], cost)
+        had[item[0]] += 1
+        if item[0] == "mallory":
+            queue.push(0, "mallory", ("mallory", 10_000 + number, cost))
+        assert had["mallory"] <= min(had[client] for client in honest) + 1
+
+
+def test_users_of_one_client_take_turns() -> None:
+    queue: PriorityQueue[Item] = PriorityQueue(TokenCounters(), user_of=lambda item: "ab"[item[1] // 10])
+    for number in (0, 1, 2, 3, 10, 11):
+        queue.push(0, "c", ("c", number, 1))
+    queue.push(0, "c", ("c", 4, 1), is_first=True)
+    taken = []
+    while (item := queue.head()) is not None:
+        queue.pop(0, "c", item)
+        taken.append(item[1])
+    assert taken == [4, 10, 0, 11, 1, 2, 3]
+
+
 def test_a_client_is_passed_over_while_its_first_item_may_not_go() -> None:
     held: set[str] = {"a"}
     queue: FairQueue[str] = FairQueue(TokenCounters(), lambda item: item not in held)

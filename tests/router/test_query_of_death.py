@@ -10,9 +10,10 @@ from pdserve.core.errors import KillsWorkers
 from pdserve.core.failures import FailureKind
 from pdserve.core.messages import Leg, Prefill, Reserve, Serve, StepReport, TokenOutput, WorkerLoad
 from pdserve.core.request import FinishReason, Request, SequenceSpec
+from pdserve.core.token_ids import digest
 from pdserve.router.config import RouterConfig
-from pdserve.router.deaths import MAX_KEPT, REFUSED_S, Deaths
-from pdserve.router.events import Cancel, LossCause, WorkerDraining, WorkerLost
+from pdserve.router.deaths import MAX_CONVICTIONS, MAX_KEPT, REFUSED_S, Deaths
+from pdserve.router.events import Cancel, LossCause, WorkerDraining, WorkerLost, WorkersExpected
 from pdserve.router.registry import RoutingState
 from pdserve.router.request_life import VERDICT_S
 
@@ -105,7 +106,7 @@ def of(name: str, index: int = 0) -> Callable[[SequenceSpec, int], bool]:
 
 def crowd(cluster: Cluster, num: int = 8) -> list[Request]:
     requests = [
-        make_request(f"user{n}", 20, max_tokens=40, client=f"id:u{n}", first_token=1000 * n)
+        make_request(f"user{n}", 20, max_tokens=40, client=f"key:u{n}", first_token=1000 * n)
         for n in range(num)
     ]
     for request in requests:
@@ -122,7 +123,7 @@ def test_a_deadly_request_kills_two_workers_and_ends_alone(workers: tuple[str, .
     cluster = DeadlyCluster(*workers, is_deadly=of("poison", index))
     users = crowd(cluster)
     cluster.run(3)
-    cluster.submit(make_request("poison", 20, max_tokens=40, client="id:x", first_token=10**6))
+    cluster.submit(make_request("poison", 20, max_tokens=40, client="key:x", first_token=10**6))
     cluster.run(400)
     assert len(cluster.deaths) == 2
     assert cluster.deaths[1] == {"poison"}, "nobody else was there"
@@ -137,20 +138,20 @@ def test_a_deadly_request_kills_two_workers_and_ends_alone(workers: tuple[str, .
 
 def test_a_client_that_sends_it_again_is_refused() -> None:
     cluster = DeadlyCluster(*PAIRS, is_deadly=lambda spec, _: spec.prompt_token_ids[0] == 10**6)
-    cluster.submit(make_request("poison", client="id:x", first_token=10**6))
+    cluster.submit(make_request("poison", client="key:x", first_token=10**6))
     cluster.run()
     for name in ("poison", "other-name"):
         with pytest.raises(KillsWorkers):
-            cluster.submit(make_request(name, client="id:x", first_token=10**6))
+            cluster.submit(make_request(name, client="key:x", first_token=10**6))
     assert len(cluster.deaths) == 2
-    cluster.submit(make_request("poison-too", client="id:y", first_token=5))
+    cluster.submit(make_request("poison-too", client="key:y", first_token=5))
     cluster.run()
     assert cluster.ends["poison-too"][0].finish_reason is None
 
 
 def test_a_convict_that_comes_back_runs_alone_and_is_refused_for_longer() -> None:
     cluster = DeadlyCluster(*PAIRS, is_deadly=of("poison"))
-    request = make_request("poison", client="id:x")
+    request = make_request("poison", client="key:x")
     cluster.submit(request)
     cluster.run()
     cluster.tick(REFUSED_S)
@@ -166,7 +167,7 @@ def test_a_convict_that_comes_back_runs_alone_and_is_refused_for_longer() -> Non
 
 def test_a_request_cancelled_after_a_death_is_a_suspect_next_time() -> None:
     cluster = DeadlyCluster(*PAIRS, is_deadly=of("poison"))
-    request = make_request("poison", client="id:x")
+    request = make_request("poison", client="key:x")
     crowd(cluster)
     cluster.submit(request)
     while not cluster.deaths:
@@ -203,6 +204,20 @@ def test_an_unexplained_loss_delays_a_request_by_a_second_at_most() -> None:
     assert cluster.router.next_tick_s() == pytest.approx(cluster.now_s + VERDICT_S)
     cluster.tick(VERDICT_S)
     assert isinstance(cluster.last(other), Serve)
+
+
+def test_a_standstill_of_the_router_does_not_make_a_verdict_late() -> None:
+    cluster = Cluster("both-0", "both-1")
+    cluster.submit(make_request("a"))
+    (lost,) = [name for name, num in cluster.num_legs().items() if num]
+    other = "both-1" if lost == "both-0" else "both-0"
+    num_before = len(cluster.sent[other])
+    cluster.handle(WorkerLost(lost, 1, "connection reset", UNKNOWN))
+    cluster.tick(20.0)
+    assert len(cluster.sent[other]) == num_before
+    assert cluster.router.next_tick_s() == pytest.approx(cluster.now_s + VERDICT_S)
+    cluster.handle(WorkerLost(lost, 1, "SIGKILL", DIED))
+    assert cluster.router._registry.apart(), "it runs alone"
 
 
 def test_a_late_verdict_makes_a_suspect_of_a_stuck_request() -> None:
@@ -298,13 +313,59 @@ def test_a_client_that_kills_with_a_new_request_each_time_soon_kills_beside_nobo
         cluster.tokens.clear()
         cluster.choice_ends.clear()
     assert [len(at) > 1 for at in cluster.deaths] == [True, False] * 3 + [False] * 3
+    with pytest.raises(KillsWorkers, match="6 requests of this client"):
+        cluster.submit(make_request("harmless", client="key:x", first_token=5))
+
+
+def test_a_client_that_goes_on_killing_is_refused_for_twice_as_long_each_time() -> None:
+    deaths, now_s, num_killed, begins_s = Deaths(), 0.0, 0, []
+    while now_s < 86_400.0:
+        new = make_request(f"r{num_killed}", client="key:x", first_token=50 * num_killed)
+        try:
+            deaths.num_under(new, now_s)
+        except KillsWorkers:
+            now_s += 60.0
+            continue
+        if num_killed % MAX_CONVICTIONS == 0:
+            begins_s.append(now_s)
+        convict(deaths, new, now_s)
+        num_killed += 1
+    assert begins_s == [0.0] + [REFUSED_S * (2.0**k - 1) for k in range(1, 8)]
+    assert num_killed == 48
+
+
+def test_a_likely_killer_ends_when_no_second_worker_has_come_in_time() -> None:
+    cluster = DeadlyCluster("both-0", is_deadly=lambda spec, at: False)
+    cluster.handle(WorkersExpected(1))
+    for number in range(3):
+        request = make_request(f"r{number}", client="key:x", first_token=50 * number)
+        convict(cluster.router._requests.deaths, request, 0.0)
+    cluster.submit(make_request("again", client="key:x", first_token=5000))
+    (user,) = crowd(cluster, 1)
+    limit_s = cluster.router.config.max_wait_for_worker_s
+    cluster.run()
+    assert cluster.ends[user.request_id] and not cluster.ends["again"]
+    due_s = cluster.router.next_tick_s()
+    assert due_s is not None and due_s <= limit_s
+    cluster.tick(limit_s)
+    (end,) = cluster.ends["again"]
+    assert end.finish_reason is FinishReason.ERROR
+    assert end.error == (
+        "workers died of requests like this one, which does not run on the last worker;"
+        f" no other has become ready in {limit_s:g} s"
+    )
+    assert not cluster.num_legs()["both-0"]
+
+
+def convict(deaths: Deaths, request: Request, now_s: float) -> None:
+    deaths.convict(request, digest(request.prompt_token_ids), now_s)
 
 
 def test_the_last_worker_is_not_risked_for_a_likely_killer_while_another_starts() -> None:
     cluster = DeadlyCluster("both-0", "both-1", is_deadly=lambda spec, at: False)
     deaths = cluster.router._requests.deaths
     for number in range(3):
-        deaths.convict(make_request(f"r{number}", client="key:x", first_token=50 * number), 0.0)
+        convict(deaths, make_request(f"r{number}", client="key:x", first_token=50 * number), 0.0)
     cluster.die("both-0")
     cluster.submit(make_request("again", client="key:x", first_token=5000))
     (user,) = crowd(cluster, 1)
@@ -319,17 +380,24 @@ def test_the_last_worker_is_not_risked_for_a_likely_killer_while_another_starts(
 def test_a_clients_convictions_are_forgotten_in_time_and_concern_no_other() -> None:
     deaths = Deaths()
     for number in range(3):
-        deaths.convict(make_request(f"r{number}", client="key:x", first_token=50 * number), float(number))
+        convict(deaths, make_request(f"r{number}", client="key:x", first_token=50 * number), float(number))
     new = make_request("new", client="key:x", first_token=5000)
     assert deaths.num_under(new, 10.0) == 3
     assert deaths.num_under(make_request("new", client="key:y", first_token=5000), 10.0) == 0
     assert deaths.num_under(new, REFUSED_S) == 0
 
 
+def test_an_address_is_not_refused_for_what_one_behind_it_sends() -> None:
+    deaths = Deaths()
+    for number in range(2 * MAX_CONVICTIONS):
+        convict(deaths, make_request(f"r{number}", client="address:10.0.0.1", first_token=50 * number), 0.0)
+    assert deaths.num_under(make_request("new", client="address:10.0.0.1", first_token=5000), 1.0) == 0
+
+
 def test_memory_of_deaths_is_bounded() -> None:
     deaths = Deaths()
     for number in range(3 * MAX_KEPT):
-        deaths.convict(make_request(f"r{number}", first_token=number), 0.0)
+        convict(deaths, make_request(f"r{number}", first_token=number), 0.0)
     assert len(deaths._records) == 2 * MAX_KEPT
     with pytest.raises(KillsWorkers):
         deaths.num_under(make_request(f"r{3 * MAX_KEPT - 1}"), 1.0)
@@ -338,8 +406,8 @@ def test_memory_of_deaths_is_bounded() -> None:
 
 def test_a_client_is_recognised_by_its_key_and_not_by_its_address() -> None:
     deaths = Deaths()
-    deaths.convict(make_request("a", client="key:one"), 0.0)
-    deaths.convict(make_request("b", client="ipv4:10.0.0.1:4711", first_token=50), 0.0)
+    convict(deaths, make_request("a", client="key:one"), 0.0)
+    convict(deaths, make_request("b", client="ipv4:10.0.0.1:4711", first_token=50), 0.0)
     assert deaths.num_under(make_request("a", client="key:two"), 1.0) == 0
     with pytest.raises(KillsWorkers):
         deaths.num_under(make_request("b", client="ipv4:10.0.0.1:4712", first_token=99), 1.0)

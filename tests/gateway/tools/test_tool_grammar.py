@@ -186,6 +186,15 @@ BAD_SCHEMAS: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown type": ({"properties": {"a": {"type": "text"}}}, "Invalid type"),
     "a reference to nothing": ({"$ref": "#/$defs/a"}, "does not exist"),
     "a pattern that is none": ({"properties": {"a": {"type": "string", "pattern": "("}}}, "regex"),
+    "a reference to itself alone": ({"$ref": "#"}, "circular references"),
+    "combinations without end": (
+        {
+            "allOf": [
+                {"anyOf": [{"properties": {f"p{i}": {"const": j}}} for j in range(6)]} for i in range(12)
+            ]
+        },
+        "too large",
+    ),
     "nothing that fits": ({"properties": {"a": False}, "required": ["a"]}, "nsatisfiable"),
 }
 
@@ -203,6 +212,11 @@ def test_a_schema_that_cannot_be_followed_is_named(name: str) -> None:
     refusal = refused(OfferedTool(name="bad", description="", parameters=schema, is_strict=False))
     assert refusal.startswith("tools[2].parameters: ")
     assert why in refusal
+
+
+def test_a_schema_that_contains_itself_can_be_followed() -> None:
+    schema = {"properties": {"next": {"$ref": "#"}, "value": {"type": "integer"}}}
+    assert refused(OfferedTool(name="list", description="", parameters=schema, is_strict=True)) == ""
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.timeout(1200)  # it computes for a minute on two quiet cores
 def test_every_kernel_compiles_for_every_target_without_spilling() -> None:
     # In a process of its own: in this one the kernels are the interpreter's.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

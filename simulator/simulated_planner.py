@@ -13,7 +13,7 @@ from ..router.planner_desk import Mode, PlannerDesk
 from ..router.planning import Advice, Bounds, Ratio, Window
 from .virtual_time import VirtualTime
 
-INTERVAL_S = 0.1  # of summaries
+SUMMARIES_S = 0.1  # of summaries
 AGAIN_S = 1.0  # until another process has started
 WRONG_ROLE = Ratio(9, 0)  # never allowed
 
@@ -64,7 +64,7 @@ class SimulatedPlanner:
         self.num_followed = 0
 
     def start(self) -> None:
-        self._time.call_later(INTERVAL_S, self._sum_up)
+        self._time.call_later(SUMMARIES_S, self._sum_up)
 
     def stop(self) -> None:
         self._is_stopped = True
@@ -78,7 +78,7 @@ class SimulatedPlanner:
     def _sum_up(self) -> None:
         if self._is_stopped:
             return
-        self._time.call_later(INTERVAL_S, self._sum_up)
+        self._time.call_later(SUMMARIES_S, self._sum_up)
         head = self._head()
         if not head.is_awake:
             return

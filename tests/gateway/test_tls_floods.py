@@ -105,7 +105,7 @@ class Client:
 
 async def test_half_a_client_hello_costs_only_its_bytes(https: HttpServer, trusting: ssl.SSLContext) -> None:
     hello = Client(trusting).hello()
-    opened = await connect(https.address, WAIT_S)
+    opened = await connect(https.address, 30)
     for _, writer in opened:
         writer.write(hello[: len(hello) // 2])
     assert await is_live(https, trusting)

@@ -758,7 +758,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     kill_what_has_ended_while_we_stood_still: 493,
     take_each_lost_connection_for_a_death: 13,
     reassign_the_cores_of_a_process_before_it_is_gone: 6,
-    forget_a_process_that_ends_by_itself: 75,
+    forget_a_process_that_ends_by_itself: 88,
     hide_a_broken_connection_from_the_supervisor: 13,
     keep_only_the_last_frame_of_held_legs: 589,
     greet_only_the_first_router: 82,

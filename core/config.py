@@ -23,7 +23,7 @@ from .config_types import (
     Instances,
     expected,
 )
-from .devices import DeviceKind
+from .devices import DeviceKind, KernelChoice
 from .hosts import ExpectedHosts
 from .messages import Role
 
@@ -304,9 +304,10 @@ class ClusterConfig(ConfigSection):
     listen: ListenSection = ListenSection()
     planner: PlannerSection = PlannerSection()
     observability: ObservabilitySection = ObservabilitySection()
-    kernels: Literal["auto", "native", "torch", "triton"] = "auto"
-    """Compute kernels: on CPU the compiled ones (native), or torch only; on GPUs triton. auto: native where
-    it is there, and triton."""
+    kernels: KernelChoice = "auto"
+    """Compute kernels: on CPU the compiled ones (native: the fastest kind that the processor runs; or one
+    kind by name, which then every worker has to run, so that all compute the same bits), or torch only; on
+    GPUs triton. auto: native where it is there, and triton."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """The device that instances compute on; auto: GPUs where the cluster has some that torch can use, else
     CPU. Decided when the cluster starts."""

@@ -414,6 +414,7 @@ class Head:
             node=hosts.get(self._places.cores.node_of((member.worker_id, member.incarnation)) or "", ""),
             pid=info.pid if info else 0,
             devices=info.devices if info else (),
+            kernels=info.kernels if info else "",
             num_running=routed.load.num_running if routed else 0,
             num_waiting=routed.load.num_waiting if routed else 0,
             num_free_blocks=routed.load.num_free_blocks if routed else 0,

@@ -214,7 +214,8 @@ class _Sizes:
         model = self._model
         # CPU kernels lay out the output's matrix in their own way
         is_copied = model.tie_word_embeddings and not self._on_gpu
-        packed_head = model.vocab_size * model.hidden_size if is_copied else 0
+        panels, depth = -(-model.vocab_size // 32), -(-model.hidden_size // 32)  # both are filled up
+        packed_head = panels * 32 * depth * 32 if is_copied else 0
         per_token = 3 * model.hidden_size + model.q_size + 2 * model.kv_size + 2 * model.intermediate_size
         activations = (packed_head + pool.max_batch_tokens * per_token) * self._item_bytes
         runtime_bytes = GPU_RUNTIME_BYTES if self._on_gpu else RUNTIME_BYTES

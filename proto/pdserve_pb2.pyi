@@ -1785,6 +1785,7 @@ class WorkerStatus(_message.Message):
     TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     AGE_S_FIELD_NUMBER: _builtins.int
     NUM_RESTARTS_FIELD_NUMBER: _builtins.int
+    KERNELS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     role: _builtins.str
     """"prefill", "decode" or "both"."""
@@ -1811,6 +1812,10 @@ class WorkerStatus(_message.Message):
     """Since this process was started."""
     num_restarts: _builtins.int
     """How often it has been replaced after a failure."""
+    kernels: _builtins.str
+    """The kind of kernel it computes with, such as "avx512_bf16"; empty until it is ready. Workers of one kind compute the
+    same bits.
+    """
     @_builtins.property
     def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Such as "cpu:3"."""
@@ -1834,10 +1839,11 @@ class WorkerStatus(_message.Message):
         tokens_per_s: _builtins.float = ...,
         age_s: _builtins.float = ...,
         num_restarts: _builtins.int = ...,
+        kernels: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "devices", b"devices", "fraction", b"fraction", "message", b"message", "node", b"node", "num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_restarts", b"num_restarts", "num_running", b"num_running", "num_waiting", b"num_waiting", "phase", b"phase", "pid", b"pid", "role", b"role", "state", b"state", "tokens_per_s", b"tokens_per_s", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "devices", b"devices", "fraction", b"fraction", "kernels", b"kernels", "message", b"message", "node", b"node", "num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_restarts", b"num_restarts", "num_running", b"num_running", "num_waiting", b"num_waiting", "phase", b"phase", "pid", b"pid", "role", b"role", "state", b"state", "tokens_per_s", b"tokens_per_s", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -242,6 +242,7 @@ def _worker(worker: WorkerStatus) -> pb.WorkerStatus:
         tokens_per_s=worker.tokens_per_s,
         age_s=worker.age_s,
         num_restarts=worker.num_restarts,
+        kernels=worker.kernels,
     )
 
 

@@ -80,8 +80,14 @@ slo:
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("kernels: cuda", "kernels: got 'cuda', expected one of 'auto', 'native', 'torch' or 'triton'"),
-        ("kernels: null", "kernels: got nothing, expected one of 'auto', 'native', 'torch' or 'triton'"),
+        (
+            "kernels: cuda",
+            "kernels: got 'cuda', expected one of 'auto', 'native', 'amx', 'avx512_bf16', 'avx512', 'avx2', 'portable', 'torch' or 'triton'",
+        ),
+        (
+            "kernels: null",
+            "kernels: got nothing, expected one of 'auto', 'native', 'amx', 'avx512_bf16', 'avx512', 'avx2', 'portable', 'torch' or 'triton'",
+        ),
         (
             "kv: {transport: rdma}",
             "kv.transport: got 'rdma', expected one of 'auto', 'shm', 'gloo', 'cuda_ipc' or 'nccl'",

@@ -1,6 +1,6 @@
 """Remembers requests under which workers' processes have died, for when their clients send them again.
 
-A request is recognised by its id or its prompt, with keys by its client as well; a key whose requests have
+A request is recognised by its id or its prompt, with keys by its client as well; a client whose requests have
 new ones each time by its convictions. Pure and bounded: the oldest are forgotten first, and all with their
 router."""
 
@@ -15,7 +15,9 @@ MAX_KEPT = 1024  # requests, at two marks each
 REFUSED_S = 600.0  # the first time; doubles with each process that dies of the request again
 MAX_REFUSED_S = 86_400.0
 CONVICTIONS = 3  # of one client; all that it sends then runs alone first, until the first of them is over
-MAX_CONVICTIONS = 6  # all that it sends is refused then; each six of them last twice as long as those before
+MAX_CONVICTIONS = (
+    6  # all that a key sends is refused then; each six of them last twice as long as those before
+)
 
 
 _Mark = tuple[str, bytes]
@@ -52,7 +54,7 @@ class Deaths:
         record.num_deaths += 1
         record.num_proven += 1
         record.refused_until_s = now_s + _refused_s(record.num_proven - 1)
-        if client := _key(request):
+        if client := request.client:
             convict = self._convicts.setdefault(client, _Convict())
             over_s = now_s + _refused_s(convict.num_convictions // MAX_CONVICTIONS)
             convict.over_s.append(max(over_s, record.refused_until_s))
@@ -64,14 +66,15 @@ class Deaths:
     def num_under(self, request: Request, now_s: float) -> int:
         """Returns how many processes have died under requests like this one, or of a client whose requests
         kill one after the other: it has to run alone first if any has. Raises KillsWorkers for a convicted
-        request, or one of a client with too many of these, until its time is over."""
+        request, or one of a key with too many of these, until its time is over. An address may be that of
+        many, as a proxy's is, and is not refused."""
         records = self._known(_marks(request, digest(request.prompt_token_ids))) if self._records else []
         refused_until_s = max((record.refused_until_s for record in records), default=now_s)
         if now_s < refused_until_s:
             raise KillsWorkers("this request", refused_until_s - now_s)
-        convict = self._convicts.get(_key(request))
+        convict = self._convicts.get(request.client)
         in_force_s = [over_s for over_s in convict.over_s if now_s < over_s] if convict else []
-        if len(in_force_s) == MAX_CONVICTIONS:
+        if len(in_force_s) == MAX_CONVICTIONS and _key(request):
             raise KillsWorkers(f"{MAX_CONVICTIONS} requests of this client", min(in_force_s) - now_s)
         num_deaths = len(in_force_s) if len(in_force_s) >= CONVICTIONS else 0
         return max((record.num_deaths for record in records), default=0) or num_deaths

@@ -387,11 +387,12 @@ def test_a_clients_convictions_are_forgotten_in_time_and_concern_no_other() -> N
     assert deaths.num_under(new, REFUSED_S) == 0
 
 
-def test_an_address_is_not_refused_for_what_one_behind_it_sends() -> None:
+def test_an_address_runs_alone_first_and_is_not_refused_for_one_behind_it() -> None:
     deaths = Deaths()
     for number in range(2 * MAX_CONVICTIONS):
         convict(deaths, make_request(f"r{number}", client="address:10.0.0.1", first_token=50 * number), 0.0)
-    assert deaths.num_under(make_request("new", client="address:10.0.0.1", first_token=5000), 1.0) == 0
+    assert deaths.num_under(make_request("new", client="address:10.0.0.1", first_token=5000), 1.0) > 0
+    assert deaths.num_under(make_request("new", client="address:10.0.0.2", first_token=5000), 1.0) == 0
 
 
 def test_memory_of_deaths_is_bounded() -> None:

@@ -21,7 +21,7 @@ from .ending import end_at_once
 from .entry import EXIT_SIGPIPE
 from .key import key_app
 from .options import File, Sets
-from .plan_command import plan
+from .plan_command import PlanOutput as PlannerOutput, plan
 from .terminal import show
 
 _MEANT = {  # what other tools call our commands
@@ -280,6 +280,23 @@ def scale(
 
 
 @app.command(cls=Command, rich_help_panel=OPERATING)
+def planner(
+    output: Annotated[
+        PlannerOutput, typer.Option("--output", "-o", help="How to print.")
+    ] = PlannerOutput.TEXT,
+    address: Address = NO_ADDRESS,
+) -> None:
+    """Show what the planner saw, considered, predicted and did.
+
+    `planner.mode` of the configuration turns it on."""
+    from .client import connect_to_administer
+    from .planner import show_planner
+
+    with connect_to_administer(address) as client:
+        show_planner(client, output.value)
+
+
+@app.command(cls=Command, rich_help_panel=OPERATING)
 def drain(
     workers: Annotated[
         list[str] | None, typer.Argument(metavar="WORKER", help="Names of workers, as `status` shows them.")
@@ -326,13 +343,16 @@ def simulate(
     processes: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Number of processes; by default one per core.")
     ] = None,
+    pools: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Workers in each pool; by default 1 to 8, by seed.")
+    ] = None,
 ) -> None:
     """Run the cluster's own decisions in virtual time, with faults everywhere.
 
     Exits with 1 if a promise was broken."""
     from .simulate import show_range, show_seed
 
-    num_broken = show_range(first_seed, seeds, processes) if seed is None else show_seed(seed)
+    num_broken = show_range(first_seed, seeds, processes, pools) if seed is None else show_seed(seed, pools)
     if num_broken:
         raise typer.Exit(1)
 

@@ -8,9 +8,9 @@ from ..simulator.run import SeedTally, simulate, simulate_all
 MAX_SHOWN_FAILURES = 20
 
 
-def show_seed(seed: int) -> int:
+def show_seed(seed: int, pool_size: int | None) -> int:
     """Print the seed's timeline; returns how many promises were broken."""
-    outcome = simulate(seed, keep_timeline=True)
+    outcome = simulate(seed, pool_size=pool_size, keep_timeline=True)
     for line in outcome.timeline:
         print(line)
     print(
@@ -21,11 +21,12 @@ def show_seed(seed: int) -> int:
     return len(outcome.violations)
 
 
-def show_range(first_seed: int, num_seeds: int, num_processes: int | None) -> int:
+def show_range(first_seed: int, num_seeds: int, num_processes: int | None, pool_size: int | None) -> int:
     """Run a range of seeds and print what they amount to; returns how many broke a promise."""
     tally, started_s = SeedTally(), time.perf_counter()
     shown_s = started_s
-    for outcome in simulate_all(range(first_seed, first_seed + num_seeds), num_processes):
+    seeds = range(first_seed, first_seed + num_seeds)
+    for outcome in simulate_all(seeds, num_processes, pool_size):
         tally.add(outcome)
         if outcome.violations and len(tally.failures) <= MAX_SHOWN_FAILURES:
             print(f"seed {outcome.seed}: {outcome.violations[0]}", flush=True)
@@ -36,7 +37,8 @@ def show_range(first_seed: int, num_seeds: int, num_processes: int | None) -> in
         print(file=sys.stderr)
     print(_summary(tally, time.perf_counter() - started_s))
     if tally.failures:
-        print(f"`pdserve simulate --seed {tally.failures[0].seed}` shows the first of them")
+        pools = "" if pool_size is None else f" --pools {pool_size}"
+        print(f"`pdserve simulate --seed {tally.failures[0].seed}{pools}` shows the first of them")
     return len(tally.failures)
 
 

@@ -33,7 +33,7 @@ STYLES = {
     "yellow": ("Starting", "Draining", "Drained", "Stopping", "Awaited", "Checking", "Leaving"),
     "bold red": ("Failed", "Refused", "Lost"),
 }
-WIDE_COLUMNS = (*COLUMNS, "NODE", "PID", "DEVICES")
+WIDE_COLUMNS = (*COLUMNS, "NODE", "PID", "DEVICES", "KERNELS")
 
 
 def as_json(status: pb.ClusterStatus, indent: int | None = 2) -> str:
@@ -57,6 +57,8 @@ def as_table(status: pb.ClusterStatus, wide: bool = False, gap: int = GAP) -> st
         lines += ["", *aligned([HOST_COLUMNS, *map(_host_row, status.hosts)])]
     if status.degraded:
         lines += ["", status.degraded]
+    if (unequal := unequal_kernels(status.workers)) is not None:
+        lines += ["", unequal]
     messages = [
         f"{worker.worker_id}: {text}" for worker in status.workers if (text := worker.message or worker.phase)
     ]
@@ -120,9 +122,23 @@ def _row(worker: pb.WorkerStatus, wide: bool) -> Sequence[str]:
         age(worker.age_s),
         str(worker.num_restarts),
     )
-    return (
-        (*row, worker.node or "-", str(worker.pid or "-"), ",".join(worker.devices) or "-") if wide else row
-    )
+    if not wide:
+        return row
+    pid, devices = str(worker.pid or "-"), ",".join(worker.devices)
+    return (*row, worker.node or "-", pid, devices or "-", worker.kernels or "-")
+
+
+def unequal_kernels(workers: Iterable[pb.WorkerStatus]) -> str | None:
+    """Returns who computes with which kind of kernel where there are several kinds: a stream that goes on at
+    a worker of another kind may go on with other tokens."""
+    by_kind: dict[str, list[str]] = {}
+    for worker in workers:
+        if worker.kernels:
+            by_kind.setdefault(worker.kernels, []).append(worker.worker_id)
+    if len(by_kind) < 2:
+        return None
+    kinds = "; ".join(f"{kind} on {', '.join(ids)}" for kind, ids in sorted(by_kind.items()))
+    return f"kernels differ, and so may the tokens of a stream that moves: {kinds}"
 
 
 def _host_row(host: pb.HostStatus) -> Sequence[str]:

@@ -5,22 +5,33 @@ immutable.
 under a field is also its description in the JSON schema."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from math import ceil
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from .config_listen import ListenSection
-from .config_types import AutoBlockSize, AutoPositiveInt, AutoSize, ConfigSection, Dtype, expected
-from .devices import DeviceKind
+from .config_types import (
+    MAX_INSTANCES as MAX_INSTANCES,
+    AutoBlockSize,
+    AutoPositiveInt,
+    AutoSize,
+    ConfigSection,
+    Dtype,
+    InstanceRange,
+    Instances,
+    expected,
+)
+from .devices import DeviceKind, KernelChoice
 from .hosts import ExpectedHosts
 from .messages import Role
 
-# limit per pool: each instance is listed and planned before it is known whether there is room
-MAX_INSTANCES = 4096
 BLOCK_SIZES = {"cpu": 16, "cuda": 64}
 # 15 bytes each: they go from worker to worker in the message that hands a request over
 MAX_PROMPT_LOGPROBS = 1 << 18
+
+LEAST_HORIZON_S = 10.0  # of the planner
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -54,8 +65,9 @@ class ModelSection(ConfigSection):
 class PoolSection(ConfigSection):
     """All instances of one role. An instance is one replica of the model."""
 
-    instances: int = Field(default=1, ge=0, le=MAX_INSTANCES)
-    """How many instances, at most 4,096; may be changed while the cluster runs."""
+    instances: Instances = 1
+    """How many instances, at most 4,096; may be changed while the cluster runs. Or a range for `planner` to
+    choose from, such as {min: 1, max: 4}; `start`, by default `min`, is how many the cluster starts with."""
     devices_per_instance: Positive = 1
     """CPU cores of one instance; on GPUs 1, as an instance computes on one."""
     gpus_per_instance: Share | None = None
@@ -85,6 +97,25 @@ class PoolSection(ConfigSection):
         return value
 
     @property
+    def num_instances(self) -> int:
+        """The number of instances in force."""
+        return self.instances if isinstance(self.instances, int) else self.instances.start
+
+    @property
+    def allowed_instances(self) -> InstanceRange:
+        """The numbers that a planner, or an operator who scales, may choose; a number alone binds the planner
+        only."""
+        if isinstance(self.instances, int):
+            return InstanceRange(self.instances, self.instances, self.instances)
+        return self.instances
+
+    def with_instances(self, num_instances: int) -> "PoolSection":
+        """Returns a copy with another number in force; a range stays as it is."""
+        if isinstance(self.instances, int):
+            return self.model_copy(update={"instances": num_instances})
+        return self.model_copy(update={"instances": replace(self.instances, start=num_instances)})
+
+    @property
     def num_cpus(self) -> float:
         """The cores that one instance reserves."""
         return self.devices_per_instance if self.cpus_per_instance is None else self.cpus_per_instance
@@ -112,12 +143,18 @@ class PoolsSection(ConfigSection):
 
     @model_validator(mode="after")
     def _some_instance(self) -> "PoolsSection":
-        if self.prefill.instances + self.decode.instances == 0:
+        if self.prefill.num_instances + self.decode.num_instances == 0:
             raise expected("at least one instance in prefill or decode", got="0 in each")
         return self
 
     def items(self) -> tuple[tuple[Role, PoolSection], ...]:
         return ((Role.PREFILL, self.prefill), (Role.DECODE, self.decode))
+
+    def sized(self, sizes: Mapping[Role, int]) -> "PoolsSection":
+        """Returns a copy with other numbers of instances in force."""
+        return self.model_copy(
+            update={role.value: pool.with_instances(sizes[role]) for role, pool in self.items()}
+        )
 
 
 class SloSection(ConfigSection):
@@ -227,6 +264,19 @@ class LimitsSection(ConfigSection):
         return self
 
 
+class PlannerSection(ConfigSection):
+    """The planner, which chooses the ratio of pools whose `instances` are ranges."""
+
+    mode: Literal["off", "advise", "auto"] = "off"
+    """advise: report which ratio is best, and change nothing; auto: change to it."""
+    horizon_s: Annotated[float, Field(ge=LEAST_HORIZON_S, le=86_400.0)] = 120.0
+    """How far a change has to pay for itself, and how much of the past it rests on: at least 10 s, as a flip
+    takes up to one and has to be checked."""
+    objective: Literal["goodput", "cost"] = "goodput"
+    """goodput: requests per second within the objectives of `slo`; cost: the same, where an instance counts
+    as much as 3 % of the requests."""
+
+
 class ObservabilitySection(ConfigSection):
     """The logs and traces of requests and processes. Metrics are always there."""
 
@@ -252,10 +302,12 @@ class ClusterConfig(ConfigSection):
     routing: RoutingSection = RoutingSection()
     limits: LimitsSection = LimitsSection()
     listen: ListenSection = ListenSection()
+    planner: PlannerSection = PlannerSection()
     observability: ObservabilitySection = ObservabilitySection()
-    kernels: Literal["auto", "native", "torch", "triton"] = "auto"
-    """Compute kernels: on CPU the compiled ones (native), or torch only; on GPUs triton. auto: native where
-    it is there, and triton."""
+    kernels: KernelChoice = "auto"
+    """Compute kernels: on CPU the compiled ones (native: the fastest kind that the processor runs; or one
+    kind by name, which then every worker has to run, so that all compute the same bits), or torch only; on
+    GPUs triton. auto: native where it is there, and triton."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """The device that instances compute on; auto: GPUs where the cluster has some that torch can use, else
     CPU. Decided when the cluster starts."""
@@ -266,6 +318,16 @@ class ClusterConfig(ConfigSection):
     serves on those that are there from the start, and on each other one from when it joins, however late. May
     be changed while it runs."""
     _hosts: ExpectedHosts = PrivateAttr(default_factory=ExpectedHosts)
+
+    @model_validator(mode="after")
+    def _planner_has_a_choice(self) -> "ClusterConfig":
+        ranges = [pool.allowed_instances for _, pool in self.pools.items()]
+        if self.planner.mode != "off" and all(one.min == one.max for one in ranges):
+            got = f"planner.mode: {self.planner.mode}, and instances: " + ", ".join(
+                str(pool.num_instances) for _, pool in self.pools.items()
+            )
+            raise expected("a pool with a range, such as instances: {min: 1, max: 4}", got=got)
+        return self
 
     @property
     def hosts(self) -> ExpectedHosts:
@@ -281,6 +343,19 @@ class ClusterConfig(ConfigSection):
     def on(self, device: DeviceKind) -> "ClusterConfig":
         """Returns a copy with `device: auto` resolved."""
         return self.model_copy(update={"device": device})
+
+    def keeping(self, sizes: Mapping[Role, int]) -> "ClusterConfig":
+        """Returns a copy in which each pool with a range keeps the size that it has, as far as the range
+        allows; `start` is for the start."""
+        kept = {
+            role: min(max(sizes[role], pool.allowed_instances.min), pool.allowed_instances.max)
+            for role, pool in self.pools.items()
+        }
+        return self if not any(kept.values()) else self.sized(kept)
+
+    def sized(self, sizes: Mapping[Role, int]) -> "ClusterConfig":
+        """Returns a copy with other numbers of instances in force."""
+        return self.model_copy(update={"pools": self.pools.sized(sizes)})
 
     def changes_needing_restart(self, new: "ClusterConfig") -> list[str]:
         """The keys in which `new` differs and that a running cluster cannot take over."""
@@ -305,4 +380,4 @@ def _changes_while_running(key: str) -> bool:
     if key in _FIXED_LIMITS:
         return False
     single = ("pools.prefill.instances", "pools.decode.instances", "kv.cache_sharing", "join_timeout_s")
-    return key in single or key.startswith(("slo.", "routing.", "limits."))
+    return key in single or key.startswith(("slo.", "routing.", "limits.", "planner."))

@@ -3,10 +3,11 @@ as `auto` or a number, sizes such as 512MiB, host:port."""
 
 import ipaddress
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 Auto = Literal["auto"]
@@ -105,6 +106,51 @@ def format_host_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+# limit per pool: each instance is listed and planned before it is known whether there is room
+MAX_INSTANCES = 4096
+
+
+@dataclass(frozen=True)
+class InstanceRange:
+    """The numbers of instances that a planner may choose from, limits included, and the one in force."""
+
+    min: int
+    max: int
+    start: int
+
+    def __str__(self) -> str:
+        return f"{self.start} of {self.min} to {self.max}"
+
+
+def _instances(value: object) -> int | InstanceRange:
+    if isinstance(value, InstanceRange):
+        return value
+    if not isinstance(value, Mapping):
+        return _num_instances(value, 0, "")
+    if unknown := value.keys() - {"min", "max", "start"}:
+        raise expected("min, max and start alone", got=f"{', '.join(sorted(map(str, unknown)))}")
+    if missing := {"min", "max"} - value.keys():
+        raise expected(f"{' and '.join(sorted(missing))} as well", got=f"{', '.join(value) or 'nothing'}")
+    least = _num_instances(value["min"], 0, "min of ")
+    most = _num_instances(value["max"], 0, "max of ")
+    if most < least:
+        raise expected(f"max of at least min ({least})", got=f"max: {most}")
+    start = value.get("start", max(least, 1) if most else 0)
+    if isinstance(start, bool) or not isinstance(start, int) or not least <= start <= most:
+        raise expected(f"start from min to max ({least} to {most})", got=f"start: {start!r}")
+    return InstanceRange(least, most, start)
+
+
+def _num_instances(value: object, least: int, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise expected(f"{what}an integer", got=None if not what else repr(value))
+    if value < least:
+        raise expected(f"{what}at least {least}", got=None if not what else repr(value))
+    if value > MAX_INSTANCES:
+        raise expected(f"{what}at most {MAX_INSTANCES}", got=None if not what else repr(value))
+    return value
+
+
 def _dtype(value: object) -> object:
     """Spells out the short name of a dtype."""
     return _DTYPE_NAMES.get(value, value) if isinstance(value, str) else value
@@ -135,6 +181,25 @@ def _schema(*kinds: dict[str, Any]) -> WithJsonSchema:
 _positive = _auto_int(lambda value: value > 0, "a positive integer")
 _block_size = _auto_int(lambda value: value > 0 and value % 8 == 0, "a multiple of 8")
 
+_NUMBER = {"type": "integer", "minimum": 0, "maximum": MAX_INSTANCES}
+Instances = Annotated[
+    int | InstanceRange,
+    PlainValidator(_instances),
+    PlainSerializer(lambda value: value if isinstance(value, int) else str(value)),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                _NUMBER,
+                {
+                    "type": "object",
+                    "properties": {"min": _NUMBER, "max": _NUMBER, "start": _NUMBER},
+                    "required": ["min", "max"],
+                    "additionalProperties": False,
+                },
+            ]
+        }
+    ),
+]
 AutoSize = Annotated[
     int | Auto,
     PlainValidator(_auto_size),

@@ -5,9 +5,13 @@ from typing import Literal
 
 DeviceKind = Literal["cpu", "cuda"]
 
+KernelChoice = Literal[
+    "auto", "native", "amx", "avx512_bf16", "avx512", "avx2", "portable", "torch", "triton"
+]
+
 # The names that `kernels.load` uses, for callers that do not import torch.
 KERNELS: Mapping[str, tuple[str, ...]] = {
-    "cpu": ("auto", "native", "torch"),
+    "cpu": ("auto", "native", "amx", "avx512_bf16", "avx512", "avx2", "portable", "torch"),
     "cuda": ("auto", "triton"),
 }
 GPU_LINKS = ("cuda_ipc", "nccl")  # values of `kv.transport`

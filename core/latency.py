@@ -18,6 +18,7 @@ MAX_DROPPED = 8  # this many outliers in a row are no outliers but a change
 OUTLIER_RATIO = 4.0  # slower than predicted by this ratio
 WARM_UP = 8  # measurements taken before any can be an outlier
 FLOOR_S = 1e-9
+LEAST_S = 1e-18  # a coefficient that was learnt to be 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +68,28 @@ class LatencyPriors:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class LearntLatency:
+    """The coefficients in use, in the form of priors; those of decode are for small batches."""
+
+    small: LatencyPriors
+    decode_large: tuple[float, float, float]  # a step, a context token, a sequence: from `large_batch` on
+    large_batch: int
+
+
 class RecursiveLeastSquares:
-    """Non-negative coefficients of `seconds = w . features`, fitted online with forgetting.
+    """Non-negative coefficients of `seconds = w . features`, of two or three features, fitted online with
+    forgetting.
 
     Works in units of the priors (each weight starts at 1) and on relative errors, so that short and long
-    steps count alike."""
+    steps count alike. A step of every worker passes through it, so it is written out: three weights, and the
+    upper half of their covariance. Of two features the third is always 0 and certain."""
 
     def __init__(self, priors: Sequence[float], forgetting: float) -> None:
-        self._priors = tuple(priors)
+        self._size = len(priors)
+        self._priors = (*priors, 1.0)[:3]
         self._forgetting = forgetting
-        self._weights = [1.0] * len(priors)
-        self._size = range(len(priors))
+        self._weights = (1.0, 1.0, 1.0)
         self._num_seen = 0
         self._num_dropped_in_row = 0
         self.num_dropped = 0
@@ -85,9 +97,10 @@ class RecursiveLeastSquares:
         self._covariance = self._initial_covariance()
 
     @property
-    def coefficients(self) -> tuple[float, ...]:
-        """Seconds per unit of each feature; never negative."""
-        return tuple(weight * prior for weight, prior in zip(self._weights, self._priors, strict=True))
+    def coefficients(self) -> tuple[float, float, float]:
+        """Seconds per unit of each feature; never negative. Of two features the third says nothing."""
+        (u, v, w), (p, q, r) = self._weights, self._priors
+        return u * p, v * q, w * r
 
     @property
     def is_warm(self) -> bool:
@@ -95,21 +108,23 @@ class RecursiveLeastSquares:
         return self._num_seen >= WARM_UP
 
     def observe(
-        self, features: Sequence[float], seconds: float, correction: Correction | None = None
+        self, x: float, y: float, z: float, seconds: float, correction: Correction | None = None
     ) -> bool:
-        """Refine by one measurement; False when it was dropped as an outlier. `correction` is the one of the
-        worker that was measured, and learns as well, once predictions rest on measurements."""
-        scaled = [x * prior for x, prior in zip(features, self._priors, strict=True)]
-        predicted = max(sum(x * w for x, w in zip(scaled, self._weights, strict=True)), FLOOR_S)
+        """Refine by one measurement of these features; False when it was dropped as an outlier. `correction`
+        is the one of the worker that was measured, and learns as well, once predictions rest on
+        measurements."""
+        (u, v, w), (p, q, r) = self._weights, self._priors
+        x, y, z = x * p, y * q, z * r
+        predicted = max(x * u + y * v + z * w, FLOOR_S)
         ratio = seconds / predicted
         if correction is not None:
             ratio /= correction.factor
-            if self.is_warm:
+            if self._num_seen >= WARM_UP:
                 correction.observe(ratio)
         self.ratios.add(ratio)
         if self._is_outlier(ratio):
             return False
-        self._update([x / predicted for x in scaled], ratio)
+        self._update(x / predicted, y / predicted, z / predicted, ratio)
         self._num_seen += 1
         return True
 
@@ -126,47 +141,49 @@ class RecursiveLeastSquares:
         self.num_dropped += 1
         return True
 
-    def _initial_covariance(self) -> list[list[float]]:
+    def _initial_covariance(self) -> tuple[float, ...]:
         """As uncertain as each weight is large, at least as its prior."""
-        return [
-            [max(1.0, w) ** 2 if i == j else 0.0 for j in self._size] for i, w in enumerate(self._weights)
-        ]
+        a, d, f = (max(1.0, weight) ** 2 for weight in self._weights)
+        return a, 0.0, 0.0, d, 0.0, f if self._size == 3 else 0.0
 
-    def _update(self, row: list[float], target: float) -> None:
-        """One step of recursive least squares (Haykin, Adaptive Filter Theory, 10.3), then to weights >=
-        0."""
-        covariance, size = self._covariance, self._size
-        spread = [sum(covariance[i][j] * row[j] for j in size) for i in size]
-        variance = NOISE + sum(row[i] * spread[i] for i in size)
-        error = target - sum(row[i] * self._weights[i] for i in size)
-        for i in size:
-            self._weights[i] += spread[i] / variance * error
-            for j in size:
-                covariance[i][j] -= spread[i] * spread[j] / variance
-        self._leave_out_negative()
-        self._forget()
+    def _update(self, x: float, y: float, z: float, target: float) -> None:
+        """One step of recursive least squares (Haykin, Adaptive Filter Theory, 10.3), then to weights >= 0,
+        then forgetting: old measurements lose weight, but a direction that no measurement touches must not
+        grow without bound."""
+        (u, v, w), (a, b, c, d, e, f) = self._weights, self._covariance
+        i, j, k = a * x + b * y + c * z, b * x + d * y + e * z, c * x + e * y + f * z  # the spread
+        variance = NOISE + (x * i + y * j + z * k)
+        error = target - (x * u + y * v + z * w)
+        u, v, w = u + i / variance * error, v + j / variance * error, w + k / variance * error
+        a, b, c = a - i * i / variance, b - i * j / variance, c - i * k / variance
+        d, e, f = d - j * j / variance, e - j * k / variance, f - k * k / variance
+        self._weights, self._covariance = (u, v, w), (a, b, c, d, e, f)
+        if u < 0.0 or v < 0.0 or w < 0.0:
+            self._leave_out_negative()
+            u, v, w = self._weights
+        if (
+            a < MAX_SPREAD * max(1.0, u) ** 2
+            and d < MAX_SPREAD * max(1.0, v) ** 2
+            and f < MAX_SPREAD * max(1.0, w) ** 2
+        ):
+            g = self._forgetting
+            self._covariance = (a / g, b / g, c / g, d / g, e / g, f / g)
 
     def _leave_out_negative(self) -> None:
         """The others take over what a negative weight stood for: cut off alone, it would raise every
         prediction, and grow."""
-        for _ in self._size:
-            least = min(self._size, key=lambda i: self._weights[i])
-            weight, variance = self._weights[least], self._covariance[least][least]
+        weights = list(self._weights)
+        a, b, c, d, e, f = self._covariance
+        rows = (a, b, c), (b, d, e), (c, e, f)
+        for _ in range(self._size):
+            least = min(range(3), key=lambda i: weights[i])
+            weight, variance = weights[least], rows[least][least]
             if weight >= 0.0 or variance <= 0.0:
                 break
-            for j in self._size:
-                self._weights[j] -= self._covariance[j][least] / variance * weight
-            self._weights[least] = 0.0
-        self._weights = [max(0.0, weight) for weight in self._weights]
-
-    def _forget(self) -> None:
-        """Old measurements lose weight, but a direction that no measurement touches must not grow without
-        bound."""
-        limit = [MAX_SPREAD * max(1.0, w) ** 2 for w in self._weights]
-        if all(self._covariance[i][i] < limit[i] for i in self._size):
-            for row in self._covariance:
-                for j in self._size:
-                    row[j] /= self._forgetting
+            weights = [other - rows[least][i] / variance * weight for i, other in enumerate(weights)]
+            weights[least] = 0.0
+        u, v, w = (max(0.0, weight) for weight in weights)
+        self._weights = u, v, w
 
 
 class LatencyModel:
@@ -188,13 +205,22 @@ class LatencyModel:
         self._large_batch = large_batch
         self._a, self._b, self._c = self._prefill.coefficients
         self._small, self._large = self._decode_small.coefficients, self._decode_large.coefficients
-        self._alpha, self._byte_s = self._transfer.coefficients
+        self._alpha, self._byte_s, _ = self._transfer.coefficients
 
     @property
     def knows_prefill(self) -> bool:
         """Whether predictions of prefills rest on measurements, and not on priors or on times that have
         changed since."""
         return self._prefill.is_warm
+
+    @property
+    def learnt(self) -> LearntLatency:
+        coefficients = (self._a, self._b, self._c, *self._small, self._alpha, self._byte_s)
+        return LearntLatency(
+            LatencyPriors(*(max(value, LEAST_S) for value in coefficients)),
+            (self._large[0], self._large[1], self._large[2]),
+            self._large_batch,
+        )
 
     def prefill_s(self, num_tokens: float, sum_squares: float, num_steps: int = 1) -> float:
         """Seconds of prefill steps over `num_tokens` new ones; `sum_squares` as in `StepTiming`."""
@@ -243,22 +269,23 @@ class LatencyModel:
                 _, b, c = self._small if sequences < self._large_batch else self._large
                 seconds -= speed.decode_factor * (b * context + c * sequences)
             if seconds > 0:
-                features = (1.0, timing.num_prefill_tokens, timing.sum_prefill_squares)
-                self._prefill.observe(features, seconds, speed.prefill)
+                self._prefill.observe(
+                    1.0, timing.num_prefill_tokens, timing.sum_prefill_squares, seconds, speed.prefill
+                )
                 self._a, self._b, self._c = self._prefill.coefficients
         elif sequences and seconds > 0:
             if sequences < self._large_batch:
-                self._decode_small.observe((1.0, context, sequences), seconds, speed.decode)
+                self._decode_small.observe(1.0, context, sequences, seconds, speed.decode)
                 self._small = self._decode_small.coefficients
             else:
-                self._decode_large.observe((1.0, context, sequences), seconds, speed.decode)
+                self._decode_large.observe(1.0, context, sequences, seconds, speed.decode)
                 self._large = self._decode_large.coefficients
 
     def observe_transfer(self, stats: TransferStats) -> None:
         """Learn from a transfer: what was hidden behind compute says nothing of the link, the rest does."""
         if stats.exposed_s > 0:
-            self._transfer.observe((1.0, stats.num_bytes - stats.hidden_bytes), stats.exposed_s)
-            self._alpha, self._byte_s = self._transfer.coefficients
+            self._transfer.observe(1.0, stats.num_bytes - stats.hidden_bytes, 0.0, stats.exposed_s)
+            self._alpha, self._byte_s, _ = self._transfer.coefficients
 
     def ratios(self) -> Mapping[str, tuple[Histogram, ...]]:
         """Measured over predicted time since the start, by what was measured."""

@@ -12,13 +12,15 @@ received nothing from P. Every report names the (worker_id, incarnation) it come
 replaced worker are recognisable as stale."""
 
 import enum
+from array import array
 from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 
+from . import token_ids
 from .failures import FailureKind
-from .request import FinishReason, SequenceSpec, TransferId
+from .request import FinishReason, HeldSpec, SequenceSpec, TransferId
 
 
 class Role(enum.Enum):
@@ -159,6 +161,16 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
         TokenLogprobs, ...
     ] = ()  # for prompt tokens 1, 2, ...: only with token 0 of choice 0, if requested
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is nothing beside the token."""
+        return (
+            self.finish_reason is None
+            and self.logprob is None
+            and not self.top_logprobs
+            and not self.prompt_logprobs
+        )
+
 
 class TransferStats(msgspec.Struct, frozen=True):
     """The cost of transferring one request's KV. Hidden bytes had been acknowledged before the prefill's last
@@ -243,18 +255,21 @@ class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     fraction: float
 
 
-class HeldLeg(msgspec.Struct, frozen=True, kw_only=True):
+class HeldLeg(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A leg that a worker received from an earlier router, and its reports on it so far. A router that takes
-    over reads those of all streams at once: tokens without anything beside them come as numbers alone."""
+    over reads those of all streams at once: tokens without anything beside them come packed."""
 
-    spec: SequenceSpec
+    spec: HeldSpec
     leg: Leg
     has_partner: bool  # its KV comes from, or goes to, another worker
-    choice: int = 0  # of `token_ids`
+    choice: int = 0  # of `packed_tokens`
     first_index: int = 0  # of the first of them
-    token_ids: tuple[int, ...] = ()  # the first outputs
+    packed_tokens: bytes = b""  # the first outputs, as in `core.token_ids`
     later_outputs: tuple[TokenOutput, ...] = ()
     ended: LegEnded | None = None  # while the worker carries it out
+
+    def __post_init__(self) -> None:
+        token_ids.check("packed_tokens", self.packed_tokens)
 
     @classmethod
     def of(
@@ -268,32 +283,35 @@ class HeldLeg(msgspec.Struct, frozen=True, kw_only=True):
     ) -> "HeldLeg":
         """Makes one of all `outputs` so far, in the order in which they were reported."""
         choice, first_index = (outputs[0].choice, outputs[0].index) if outputs else (0, 0)
-        token_ids: list[int] = []
-        for output in outputs:
-            plain = TokenOutput(spec.transfer, choice, first_index + len(token_ids), output.token_id)
-            if output != plain:
+        plain: list[int] = []
+        for index, output in enumerate(outputs, first_index):
+            if output.index != index or output.choice != choice or not output.is_plain:
                 break
-            token_ids.append(output.token_id)
+            plain.append(output.token_id)
         return cls(
-            spec=spec,
+            spec=HeldSpec.of(spec),
             leg=leg,
             has_partner=has_partner,
             choice=choice,
             first_index=first_index,
-            token_ids=tuple(token_ids),
-            later_outputs=tuple(outputs[len(token_ids) :]),
+            packed_tokens=token_ids.packed(plain),
+            later_outputs=tuple(outputs[len(plain) :]),
             ended=ended,
         )
 
     @property
     def num_outputs(self) -> int:
-        return len(self.token_ids) + len(self.later_outputs)
+        return len(self.packed_tokens) // token_ids.ITEM_BYTES + len(self.later_outputs)
+
+    @property
+    def token_ids(self) -> "array[int]":
+        """The first outputs."""
+        return token_ids.unpacked(self.packed_tokens)
 
     def outputs(self) -> list[TokenOutput]:
         """Returns all outputs, in the order in which they were reported."""
-        transfer, choice = self.spec.transfer, self.choice
         first = [
-            TokenOutput(transfer, choice, index, token_id)
+            TokenOutput(self.spec.transfer, self.choice, index, token_id)
             for index, token_id in enumerate(self.token_ids, self.first_index)
         ]
         return first + list(self.later_outputs)

@@ -1,10 +1,15 @@
 """A client's request, made once by a gateway and immutable from then on, and the part of it that a dispatch
-sends to workers."""
+sends to workers.
+
+A router keeps very many of these values, and none is ever in a cycle: the garbage collector passes them
+over."""
 
 import enum
 from typing import Any
 
 import msgspec
+
+from . import token_ids
 
 
 class FinishReason(enum.Enum):
@@ -19,7 +24,7 @@ class FinishReason(enum.Enum):
     FATAL = "fatal"  # workers' processes died of it: it is not to be sent again
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
     """How tokens are drawn. Defaults are those of the OpenAI and vLLM interfaces; `core.validation` checks
     the ranges."""
 
@@ -62,7 +67,7 @@ class DefaultSampling(msgspec.Struct, frozen=True, kw_only=True):
         return {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
 
 
-class Request(msgspec.Struct, frozen=True, kw_only=True):
+class Request(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One validated request: prompt tokens and how to continue them."""
 
     request_id: str
@@ -98,7 +103,7 @@ class TransferId(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return {"request_id": self.request_id, "attempt": self.attempt}
 
 
-class SequenceSpec(msgspec.Struct, frozen=True, kw_only=True):
+class SequenceSpec(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The work that one dispatch assigns to a worker: continue `prompt + output_token_ids` for each of
     `choices`.
 
@@ -121,6 +126,10 @@ class SequenceSpec(msgspec.Struct, frozen=True, kw_only=True):
         return self.prompt_token_ids + self.output_token_ids
 
     @property
+    def num_output_tokens(self) -> int:
+        return len(self.output_token_ids)
+
+    @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
@@ -131,14 +140,79 @@ class SequenceSpec(msgspec.Struct, frozen=True, kw_only=True):
         return self.sampling.prompt_logprobs is not None and 0 in self.choices and not self.output_token_ids
 
 
-# the fields of a Request that workers have too: a router restores them from a dispatch of an earlier one
+class HeldSpec(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A `SequenceSpec` as its worker reports it to another router. That needs the prompt only to recognise
+    the request: a client that comes back brings the prompt along."""
+
+    transfer: TransferId
+    num_prompt_tokens: int
+    prompt_digest: bytes
+    sampling: SamplingParams
+    choices: tuple[int, ...] = (0,)
+    packed_output: bytes = b""  # `output_token_ids`
+    eos_token_ids: tuple[int, ...] = ()
+    cache_salt: str = ""
+    client: str = ""
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        token_ids.check("packed_output", self.packed_output)
+
+    @classmethod
+    def of(cls, spec: SequenceSpec) -> "HeldSpec":
+        return cls(
+            transfer=spec.transfer,
+            num_prompt_tokens=len(spec.prompt_token_ids),
+            prompt_digest=token_ids.digest(spec.prompt_token_ids),
+            choices=spec.choices,
+            packed_output=token_ids.packed(spec.output_token_ids),
+            client=spec.client,
+            **{name: getattr(spec, name) for name in HELD_FIELDS},
+        )
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.packed_output) // token_ids.ITEM_BYTES
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prompt_tokens + self.num_output_tokens
+
+    @property
+    def output_token_ids(self) -> tuple[int, ...]:
+        return tuple(token_ids.unpacked(self.packed_output))
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """All that it has of the client's request: equal to `identity_of` that."""
+        return (self.transfer.request_id, self.num_prompt_tokens, self.prompt_digest, *_held_fields(self))
+
+    def request(self) -> Request:
+        """Restores the client's request, without its prompt."""
+        fields = zip(HELD_FIELDS, _held_fields(self), strict=True)
+        return Request(request_id=self.transfer.request_id, prompt_token_ids=(), **dict(fields))
+
+
+# the fields of a Request that workers have too
 SHARED_FIELDS = tuple(
     name
     for name in Request.__struct_fields__
     if name in SequenceSpec.__struct_fields__ and name != "client"  # which its client states again
 )
+# of those, the ones that workers report to another router
+HELD_FIELDS = tuple(name for name in SHARED_FIELDS if name in HeldSpec.__struct_fields__)
 
 
-def shared_fields(of: Request | SequenceSpec) -> dict[str, Any]:
+def identity_of(request: Request) -> tuple[object, ...]:
+    """Returns a value that is equal for requests that are equal in all that workers report of them."""
+    prompt = request.prompt_token_ids
+    return (request.request_id, len(prompt), token_ids.digest(prompt), *_held_fields(request))
+
+
+def _held_fields(of: Request | HeldSpec) -> list[Any]:
+    return [getattr(of, name) for name in HELD_FIELDS]
+
+
+def shared_fields(of: Request) -> dict[str, Any]:
     """Returns the values of `SHARED_FIELDS`."""
     return {name: getattr(of, name) for name in SHARED_FIELDS}

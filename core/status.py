@@ -31,6 +31,7 @@ class WorkerStatus:
     node: str = ""
     pid: int = 0
     devices: tuple[str, ...] = ()
+    kernels: str = ""  # the kind that it computes with, once it is ready
     num_running: int = 0
     num_waiting: int = 0
     num_free_blocks: int = 0

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from ..core.devices import KernelChoice
 from ..core.errors import CapacityError, ConfigError
 from ..core.messages import KVLayout
 from ..kernels import KernelRequirements, Kernels, load_kernels
@@ -38,7 +39,7 @@ class EngineOptions:
     max_model_len: int | None = None  # None: as many positions as the model was made for
     max_batch_size: int = 256
     max_batch_tokens: int = 2048
-    kernels: Literal["auto", "native", "torch", "triton"] = "auto"
+    kernels: KernelChoice = "auto"
     num_threads: int = 1
     wire: Literal["raw", "int8"] = "raw"  # format of KV between workers
 

@@ -11,6 +11,7 @@ from ..core.config import ClusterConfig
 from ..core.request import Request
 from ..core.status import ClusterStatus, WorkerState, WorkerStatus
 from ..router.events import EmitChoiceEnd, EmitEnd, EmitTokens, Timeline
+from ..router.planner_desk import PlannerState
 
 __all__ = ["ClusterStatus", "Frontend", "StreamEvent", "WorkerState", "WorkerStatus"]
 
@@ -58,6 +59,10 @@ class Frontend(Protocol):
 
         `config` differs from the one in force only in keys that may change at run time. Raises
         CapacityError."""
+        ...
+
+    def planner(self) -> PlannerState:
+        """Returns what the planner sees, predicts and did."""
         ...
 
     async def drain(self, worker_ids: Sequence[str], shutdown: bool) -> None:

@@ -95,7 +95,7 @@ class Controller:
         if self._is_closed:
             return
         if isinstance(event, ConnectionLost) and self._supervisor.is_serving(event.key):
-            what = "hung up, as this head had stood still" if event.comes_back else "is lost"
+            what = "is away, and expected back" if event.comes_back else "is lost"
             log.warning("%s/%d %s: %s", *event.key, what, event.reason, extra={"worker": event.worker_id})
         if not self._pump.run(self._supervisor.handle(event, asyncio.get_running_loop().time())):
             return

@@ -11,8 +11,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from .. import __version__
 from ..core.config import ClusterConfig
 from ..core.devices import DeviceKind
-from ..core.errors import InvalidRequest
+from ..core.errors import CapacityError, InvalidRequest
 from ..core.latency import LatencyModel
+from ..core.messages import KVLayout, Role
 from ..core.request import Request
 from ..core.status import ClusterStatus, WorkerState, WorkerStatus
 from ..engine.checkpoint import open_checkpoint, resolve_model_path
@@ -27,6 +28,7 @@ from ..router.fleet_events import Apply, Drain, HostJoined, ReplaceWorkers, Shut
 from ..router.fleet_member import MemberState, MemberStatus
 from ..router.hosts import Hosts
 from ..router.places import Places
+from ..router.planner_desk import PlannerState
 from ..router.service import RouterService
 from ..router.status import RoutedWorkerStatus as RoutedWorker
 from ..router.supervisor import GENERATION_STRIDE
@@ -34,8 +36,9 @@ from ..telemetry.exposition import Snapshot
 from ..worker.spec import WorkerSpec
 from .controller import Controller
 from .host_watch import HostWatch
+from .planning import Planning
 from .ports import FindNodes, Keeper
-from .settings import pool_sizes, pools_are_alike, router_config, step_costs, vacated
+from .settings import planner_terms, pool_sizes, pools_are_alike, router_config, step_costs, vacated
 from .spec import Endpoints, HeadSpec
 from .status_feed import StatusFeed
 from .telemetry import HeadTelemetry
@@ -126,8 +129,12 @@ class Head:
         self._telemetry = HeadTelemetry(config, costs, model, spec.otlp_endpoint, self._snapshot)
         self._service = RouterService(router, self._controller, spec.token, self._telemetry.recorder)
         self._controller.attach(self._service)
+        self._planning = Planning(
+            router, model, _PlannedFleet(self), first_number=spec.generation * GENERATION_STRIDE
+        )
+        self._telemetry.recorder.listener = self._planning.closed
         self._watch.on_vacate = lambda workers: self._controller.handle(ReplaceWorkers(workers))
-        self._watch.on_join = lambda: self._controller.handle(HostJoined())
+        self._watch.on_join = self._host_joined
         # waiting instances may have a place now
         self._watch.on_change = lambda: self._controller.handle(Tick())
         await self._service.start(self._host, listener=listener)
@@ -146,6 +153,7 @@ class Head:
             else (config.listen.grpc, config.listen.http)
         )
         self._gateway = await open_gateway(self, config, *addresses, local=spec.local)
+        self._configure_planner()
         self._on_change()
         return Endpoints(
             self._gateway.grpc_address, self._gateway.http_address, self._control_port, self._device
@@ -161,6 +169,7 @@ class Head:
         if self._gateway is not None:
             await self._gateway.stop(0.0)
         if self._is_listening:
+            await self._planning.close()
             await self._watch.close()
             await self._controller.close()
             await self._service.stop()
@@ -212,19 +221,94 @@ class Head:
 
     async def apply(self, config: ClusterConfig, dry_run: bool) -> None:
         await self._watch.resolve(config)
+        self._check_fits(config)
+        if not dry_run:
+            self._change_to(config)
+            self._configure_planner()
+
+    def _change_to(self, config: ClusterConfig) -> None:
+        """Puts a configuration into force, which fits."""
+        self._config = config
+        self._num_applied += 1  # calls of the keeper may overtake each other
+        self._keeper.remember(config, (self._spec.generation, self._num_applied))
+        self._service.router.configure(router_config(config))
+        self._telemetry.configure(config)
+        self._watch.expect(config)
+        routed = self._service.router.status(asyncio.get_running_loop().time())
+        num_legs = {worker.worker_id: worker.num_legs for worker in routed.workers}
+        self._controller.handle(Apply(pool_sizes(config), num_legs))
+
+    def _check_fits(self, config: ClusterConfig) -> None:
+        """Raises CapacityError."""
         more_may_come = not self._watch.are_complete(config)
         planned = plan(config.on(self._device), self._watch.nodes(config), more_may_come=more_may_come)
         planned.check(more_may_come=more_may_come)
-        if not dry_run:
-            self._config = config
-            self._num_applied += 1  # calls of the keeper may overtake each other
-            self._keeper.remember(config, (self._spec.generation, self._num_applied))
-            self._service.router.configure(router_config(config))
-            self._telemetry.configure(config)
-            self._watch.expect(config)
-            routed = self._service.router.status(asyncio.get_running_loop().time())
-            num_legs = {worker.worker_id: worker.num_legs for worker in routed.workers}
-            self._controller.handle(Apply(pool_sizes(config), num_legs))
+
+    # the planner
+
+    def planner(self) -> PlannerState:
+        planning, now_s = self._planning, asyncio.get_running_loop().time()
+        return PlannerState(
+            mode=planning.desk.mode,
+            terms=planning.terms,
+            advice=planning.desk.latest,
+            records=tuple(planning.desk.records),
+            num_changes=planning.desk.num_changes,
+            now_s=now_s,
+        )
+
+    def _configure_planner(self) -> None:
+        config = self._config
+        self._planning.configure(
+            config, lambda: planner_terms(config, self._plan, self._layout, self._max_instances(config))
+        )
+
+    @property
+    def _layout(self) -> KVLayout:
+        model = open_checkpoint(resolve_model_path(self._config.model.path)).config
+        planned = self._plan
+        return KVLayout(
+            model.num_layers,
+            model.num_kv_heads,
+            model.head_dim,
+            planned.dtype,
+            planned.block_size,
+            "",
+            self._config.kv.wire,
+        )
+
+    def _max_instances(self, config: ClusterConfig) -> int:
+        """Returns how many instances of both pools together have a place, as far as ranges allow."""
+        ranges = [pool.allowed_instances for _, pool in config.pools.items()]
+
+        def has_place(num_instances: int) -> bool:
+            num_prefill = min(ranges[0].max, num_instances - ranges[1].min)
+            sizes = {Role.PREFILL: num_prefill, Role.DECODE: num_instances - num_prefill}
+            try:
+                self._check_fits(config.sized(sizes))
+            except CapacityError:
+                return False
+            return True
+
+        low = max(1, sum(one.min for one in ranges))
+        high = sum(one.max for one in ranges) + 1
+        while high > low + 1:
+            middle = (low + high) // 2
+            if has_place(middle):
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def _resize(self, sizes: Mapping[Role, int]) -> None:
+        """Changes the ratio, and nothing else. Raises CapacityError."""
+        config = self._config.sized(sizes)
+        self._check_fits(config)
+        self._change_to(config)
+
+    def _host_joined(self) -> None:
+        self._controller.handle(HostJoined())
+        self._configure_planner()
 
     async def drain(self, worker_ids: Sequence[str], shutdown: bool) -> None:
         fleet = self._controller.fleet
@@ -234,6 +318,7 @@ class Head:
                 raise InvalidRequest("worker_ids", worker_id, f"one of {', '.join(sorted(known)) or 'none'}")
         if shutdown:
             self._report_serving(False)  # before anything is refused
+            await self._planning.close()
             self._service.handle(Closing())
             self._controller.handle(Shutdown())
         else:
@@ -270,6 +355,7 @@ class Head:
                 for member in self._controller.fleet.status()
             },
             hosts=Counter(host.state for host in self._watch.hosts.status(0.0)),
+            planner=self.planner(),
             num_takeovers=self._spec.generation,
             num_spans=num_spans,
             stall_s=stall_s,
@@ -328,6 +414,7 @@ class Head:
             node=hosts.get(self._places.cores.node_of((member.worker_id, member.incarnation)) or "", ""),
             pid=info.pid if info else 0,
             devices=info.devices if info else (),
+            kernels=info.kernels if info else "",
             num_running=routed.load.num_running if routed else 0,
             num_waiting=routed.load.num_waiting if routed else 0,
             num_free_blocks=routed.load.num_free_blocks if routed else 0,
@@ -337,6 +424,27 @@ class Head:
             num_restarts=member.num_restarts,
             stalled_s=routed.stalled_s if routed else 0.0,
         )
+
+
+class _PlannedFleet:
+    """The workers, as the planner sees and resizes them."""
+
+    def __init__(self, head: Head) -> None:
+        self._head = head
+
+    def sizes(self) -> Mapping[Role, int]:
+        return pool_sizes(self._head._config)
+
+    def is_settled(self) -> bool:
+        return self._head._controller.fleet.is_reconciled
+
+    def start_s(self) -> float | None:
+        known = [process.start_s for process in self._head._controller.processes.values()]
+        times = [start_s for start_s in known if start_s is not None]
+        return sum(times) / len(times) if times else None
+
+    def resize(self, sizes: Mapping[Role, int]) -> None:
+        self._head._resize(sizes)
 
 
 def listen(host: str, port: int) -> socket.socket:

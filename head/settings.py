@@ -4,18 +4,19 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ..core.config import ClusterConfig
-from ..core.messages import Role
+from ..core.messages import KVLayout, Role
 from ..engine.checkpoint import open_checkpoint, resolve_model_path
 from ..engine.gpu import Node
 from ..planner.plan import Plan
 from ..router.config import RouterConfig
 from ..router.cores import Placement
+from ..router.planning import Bounds, Objective, PoolLimits, Ratio, Terms
 from ..telemetry.steps import StepCosts
 from ..worker.spec import WorkerSpec
 
 
 def pool_sizes(config: ClusterConfig) -> dict[Role, int]:
-    return {role: pool.instances for role, pool in config.pools.items()}
+    return {role: pool.num_instances for role, pool in config.pools.items()}
 
 
 def pools_are_alike(config: ClusterConfig) -> bool:
@@ -47,6 +48,26 @@ def router_config(config: ClusterConfig) -> RouterConfig:
         prefill_on_decode_factor=None
         if config.routing.prefill_on_decode == "never"
         else defaults.prefill_on_decode_factor,
+    )
+
+
+def planner_terms(config: ClusterConfig, plan: Plan, layout: KVLayout, max_instances: int) -> Terms:
+    """Returns what the planner has to know of a configuration; `max_instances` have a place."""
+    ranges = {role: pool.allowed_instances for role, pool in config.pools.items()}
+    prefill, decode = ranges[Role.PREFILL], ranges[Role.DECODE]
+    pools = config.pools
+    return Terms(
+        objective=Objective(config.planner.objective),
+        horizon_s=config.planner.horizon_s,
+        bounds=Bounds(Ratio(prefill.min, decode.min), Ratio(prefill.max, decode.max), max_instances),
+        ttft_slo_s=config.slo.ttft_ms / 1e3,
+        itl_slo_s=config.slo.itl_ms / 1e3,
+        router=router_config(config),
+        layout=layout,
+        max_model_len=plan.max_model_len,
+        prefill=PoolLimits(pools.prefill.max_batch_tokens, pools.prefill.max_batch_size),
+        decode=PoolLimits(pools.decode.max_batch_tokens, pools.decode.max_batch_size),
+        can_flip=pools_are_alike(config),
     )
 
 

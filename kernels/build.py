@@ -1,39 +1,48 @@
 """Compiles the native CPU kernels; called by the package's build, by file path, before anything is installed.
 
-The library has a plain C interface and needs neither torch nor Python headers. It is compiled for explicit
-instruction sets, not for the building machine; the loader asks the CPU it runs on."""
+The library has a plain C interface and needs neither torch nor Python headers. It holds the kernels once for
+each level of instruction set, under names of its own; the loader asks the CPU it runs on which of them may
+run. Nothing depends on the building machine but its architecture."""
 
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 LIBRARY_NAME = "libpdserve_kernels.so"
 
-_SOURCES = Path(__file__).resolve().parent / "native"
-_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fno-exceptions", "-fno-rtti", "-fvisibility=default"]
-_VECTOR_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"]
-_BASELINE_SOURCES = {"cpu.cpp"}  # queries the CPU's features, so it must run on any CPU
+SOURCES = Path(__file__).resolve().parent / "native"
+_BASELINE = ("cpu.cpp", "pool.cpp")  # run on every CPU
+_LEVEL = ("linear.cpp", "attention.cpp", "rowwise.cpp", "transfer.cpp")  # compiled for each level
+# Products and sums are fused where the source says so and nowhere else: the same sums in every kernel.
+_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off"]
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
+_AVX512_BF16 = [*_AVX512, "-mavx512bf16"]
+TILE_MODEL = [*_AVX512_BF16, "-DPD_TILES=2"]  # amx with its tiles in software, for tests
+LEVELS: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "x86_64": {
+        "portable": [],
+        "avx2": ["-mavx2", "-mfma"],
+        "avx512": _AVX512,
+        "avx512_bf16": _AVX512_BF16,
+        "amx": [*_AVX512_BF16, "-DPD_TILES=1"],
+    },
+    "aarch64": {"portable": []},
+}
 
 
 def build(out_dir: Path) -> list[Path]:
     """Compiles the library into `out_dir`; returns the files it created, none without a compiler for this
     platform."""
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if sys.platform != "linux" or platform.machine() != "x86_64" or compiler is None:
+    compiler, machine = shutil.which("g++") or shutil.which("c++"), platform.machine()
+    if sys.platform != "linux" or machine not in LEVELS or compiler is None:
         return []
     library = out_dir / LIBRARY_NAME
     with tempfile.TemporaryDirectory() as tmp:
-        objects = [(source, Path(tmp) / f"{source.stem}.o") for source in sorted(_SOURCES.glob("*.cpp"))]
-        compiles = [subprocess.Popen(_compile_command(compiler, source, out)) for source, out in objects]
-        exit_codes = [process.wait() for process in compiles]
-        if any(exit_codes):
-            raise RuntimeError("the native kernels do not compile; see the compiler's messages above")
-        linked = Path(tmp) / LIBRARY_NAME
-        link = [compiler, "-shared", "-static-libstdc++", "-static-libgcc", "-pthread", "-o", str(linked)]
-        subprocess.run([*link, *(str(out) for _, out in objects)], check=True)
+        linked = compile_library([compiler], shutil.which("objcopy") or "objcopy", LEVELS[machine], Path(tmp))
         # A rename puts the new library in place at once; processes that have the old one mapped keep it.
         staged = library.with_suffix(".tmp")
         shutil.copyfile(linked, staged)
@@ -41,9 +50,43 @@ def build(out_dir: Path) -> list[Path]:
     return [library]
 
 
-def _compile_command(compiler: str, source: Path, out: Path) -> list[str]:
-    vector_flags = [] if source.name in _BASELINE_SOURCES else _VECTOR_FLAGS
-    return [compiler, *_FLAGS, *vector_flags, "-c", str(source), "-o", str(out)]
+def compile_library(
+    compiler: Sequence[str], objcopy: str, levels: Mapping[str, Sequence[str]], tmp: Path
+) -> Path:
+    """Compiles the library with the given levels and their flags, by way of `tmp`; returns its path there."""
+    compiles = [_compile(compiler, source, [], tmp / source) for source in _BASELINE]
+    for level, flags in levels.items():
+        (tmp / level).mkdir()
+        flags = [*flags, f"-DPD_LEVEL={level}"]
+        compiles += [_compile(compiler, source, flags, tmp / level / source) for source in _LEVEL]
+    exit_codes = [process.wait() for process in compiles]
+    if any(exit_codes):
+        raise RuntimeError("the native kernels do not compile; see the compiler's messages above")
+    for level in levels:
+        objects = [str((tmp / level / source).with_suffix(".o")) for source in _LEVEL]
+        _isolate(compiler, objcopy, level, objects, tmp / f"{level}.o")
+    linked = tmp / LIBRARY_NAME
+    link = [*compiler, "-shared", "-static-libstdc++", "-static-libgcc", "-pthread", "-o", str(linked)]
+    subprocess.run([*link, *(str(out) for out in sorted(tmp.glob("*.o")))], check=True)
+    return linked
+
+
+def _compile(
+    compiler: Sequence[str], source: str, flags: Sequence[str], out: Path
+) -> "subprocess.Popen[bytes]":
+    command = [*compiler, *_FLAGS, *flags, "-c", str(SOURCES / source), "-o", str(out.with_suffix(".o"))]
+    return subprocess.Popen(command)
+
+
+def _isolate(compiler: Sequence[str], objcopy: str, level: str, objects: Sequence[str], out: Path) -> None:
+    """Joins a level's objects and hides all of them but its entry points.
+
+    Else the linker would keep one copy of an inline function, of the standard library say, for all levels,
+    and a plain CPU would run the one that was compiled for AVX-512."""
+    join = [*compiler, "-r", "-nostdlib", "-Wl,--force-group-allocation", "-o", str(out), *objects]
+    subprocess.run(join, check=True)
+    hide = [objcopy, "--wildcard", f"--keep-global-symbol=pd_{level}_*", str(out)]
+    subprocess.run(hide, check=True)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
 """Chooses the kernel implementation, once, when a worker starts."""
 
 import logging
-from typing import Literal
 
 import torch
 
 from .interface import KernelRequirements, Kernels
-from .native import NativeKernels, why_unavailable
+from .levels import LEVELS, UnavailableError, load_level
+from .native import NativeKernels
 from .reference import TorchKernels
 
 _logger = logging.getLogger(__name__)
 
-_CHOICES = {"cpu": ("auto", "native", "torch"), "cuda": ("auto", "triton")}
+_CHOICES = {"cpu": ("auto", "native", *LEVELS, "torch"), "cuda": ("auto", "triton")}
 
 
 def load_kernels(
     device: str,
     requirements: KernelRequirements,
-    choice: Literal["auto", "native", "torch", "triton"],
+    choice: str,
     num_threads: int,
 ) -> Kernels:
     """Returns the kernels for `device`, "cpu" or "cuda"; a `choice` other than "auto" is binding.
@@ -31,16 +31,21 @@ def load_kernels(
         raise ValueError(f"kernels: {choice!r} is not a choice for {device!r}, expected one of {expected}")
     if num_threads < 1:
         raise ValueError(f"num_threads: {num_threads} is not valid, expected at least 1")
-    unavailable = why_unavailable(requirements) if device == "cpu" and choice == "auto" else None
     kernels: Kernels
+    reason = "configured"
     if device == "cuda":
         kernels = _triton_kernels(requirements)
-    elif choice == "torch" or unavailable is not None:
+    elif choice == "torch":
         kernels = TorchKernels()
     else:
-        kernels = NativeKernels(requirements)
+        try:
+            level = "native" if choice == "auto" else choice
+            kernels, reason = NativeKernels(requirements, load_level(requirements, level)), "the fastest here"
+        except UnavailableError as error:
+            if choice != "auto":
+                raise ValueError(f"kernels: {choice!r} cannot run here: {error}") from error
+            kernels, reason = TorchKernels(), str(error)
     kernels.set_num_threads(num_threads)
-    reason = unavailable or "the fastest here" if choice == "auto" else "configured"
     _logger.info("kernels: %s (%s), %d threads", kernels.name, reason, num_threads)
     return kernels
 

@@ -1,16 +1,15 @@
 """The native library behind the `Kernels` interface: checks its arguments, then passes raw pointers to C++.
 
-ctypes releases the GIL for the length of every call.
+ctypes releases the GIL for the length of every call. The library holds the kernels once for each level of
+instruction set; `levels` chooses one of them.
 """
 
 import ctypes
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from .build import LIBRARY_NAME
 from .interface import (
     AttentionBatch,
     KernelRequirements,
@@ -19,77 +18,38 @@ from .interface import (
     check_token_range,
     check_wire,
 )
+from .levels import LevelLibrary
 
-LIBRARY_PATH = Path(__file__).resolve().parent / LIBRARY_NAME
-
-_MAX_HEAD_DIM = 256
 _NO_WINDOW = 1 << 62
-_CPU_LEVEL_NEEDED = {torch.float32: 1, torch.bfloat16: 2}
-
-_P, _N, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-_SIGNATURES = {
-    "pd_set_num_threads": [_I],
-    "pd_pack_linear": [_P, _P, _N, _N, _P],
-    "pd_linear": [_I, _I, _I, _P, _P, _P, _P, _N, _N, _N],
-    "pd_rms_norm": [_I, _P, _P, _P, _P, _N, _N, _F],
-    "pd_rope_and_cache": [_I, _P, _P, _P, _P, _P, _F, _P, _P, _P, _P, _N, _N, _N, _N, _N],
-    "pd_paged_attention": [_I, _P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _N, _N, _F],
-    "pd_argmax": [_P, _P, _N, _N],
-    "pd_gather_tokens": [_P, _P, _N, _N, _N, _N, _N, _P, _N, _N],
-    "pd_wire_checksum": [_P, _N],
-    "pd_scatter_tokens": [_P, _P, _N, _N, _N, _N, _N, _P, _N, _N],
-    "pd_copy_blocks": [_P, _N, _N, _N, _P, _N],
-}
-_RESULTS = {"pd_gather_tokens": ctypes.c_uint64, "pd_wire_checksum": ctypes.c_uint64}
-
-
-def why_unavailable(requirements: KernelRequirements) -> str | None:
-    """Returns why the native kernels cannot serve these requirements on this machine; None where they can."""
-    if requirements.dtype not in _CPU_LEVEL_NEEDED:
-        # float16 is not worth its own kernels: CPUs multiply it by widening
-        return f"{requirements.dtype} has no native kernels"
-    if requirements.head_dim > _MAX_HEAD_DIM:
-        return f"head_dim {requirements.head_dim} is above {_MAX_HEAD_DIM}"
-    if not LIBRARY_PATH.exists():
-        return f"{LIBRARY_NAME} was not built with this package"
-    if _load().pd_cpu_level() < _CPU_LEVEL_NEEDED[requirements.dtype]:
-        return f"this CPU lacks the AVX-512 instructions that {requirements.dtype} needs"
-    return None
-
-
-def _load() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(LIBRARY_PATH))
-    for name, argument_types in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = argument_types, _RESULTS.get(name)
-    return library
+_PANEL = 32  # output features; `native/panel.h` has the layout
+_GATED_PANEL = 16
+_DEPTH_TILE = 16  # dwords
 
 
 class NativeKernels:
-    """AVX-512 kernels for one model dtype, float32 or bfloat16."""
+    """The kernels of one level of instruction set, for one model dtype, float32 or bfloat16.
 
-    name = "native"
+    The sums of every operation are taken in one order, whatever the batch: equal inputs give equal bits on
+    all machines that run the same level."""
 
-    def __init__(self, requirements: KernelRequirements) -> None:
-        reason = why_unavailable(requirements)
-        if reason is not None:
-            raise ValueError(f"kernels: 'native' cannot run here: {reason}")
+    def __init__(self, requirements: KernelRequirements, library: LevelLibrary) -> None:
+        self.name = library.level
         self._dtype = requirements.dtype
         self._bf16 = int(self._dtype == torch.bfloat16)
         self._per_dword = 2 if self._bf16 else 1
-        self._c = _load()
+        self._c = library.functions
 
     def set_num_threads(self, num_threads: int) -> None:
         # its threads spin for milliseconds after each operation, on the cores that ours need
         torch.set_num_threads(1)
-        self._c.pd_set_num_threads(num_threads)
+        self._c.set_num_threads(num_threads)
 
     def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:
         num_out, num_in = weight.shape
-        packed = self._pack(weight, None, 32)
+        packed = self._pack(weight, None, _PANEL)
         if bias is None:
             return PackedLinear(num_in, num_out, weight.dtype, packed, None)
-        wide = torch.zeros(-(-num_out // 32) * 32)
+        wide = torch.zeros(_round_up(num_out, _PANEL))
         wide[:num_out] = bias
         return PackedLinear(num_in, num_out, weight.dtype, packed, wide)
 
@@ -97,17 +57,18 @@ class NativeKernels:
         num_out, num_in = gate.shape
         if up.shape != gate.shape:
             raise ValueError(f"up: shape {tuple(up.shape)} is not gate's {tuple(gate.shape)}")
-        return PackedLinear(num_in, num_out, gate.dtype, self._pack(gate, up, 16), None)
+        return PackedLinear(num_in, num_out, gate.dtype, self._pack(gate, up, _GATED_PANEL), None)
 
     def _pack(self, weight: torch.Tensor, up: torch.Tensor | None, outputs_per_panel: int) -> torch.Tensor:
         num_out, num_in = weight.shape
         if num_in % self._per_dword:
             raise ValueError(f"weight: {num_in} input features, expected a multiple of {self._per_dword}")
         depth = num_in // self._per_dword
-        packed = torch.empty(-(-num_out // outputs_per_panel) * depth * 32, dtype=torch.int32)
+        num_panels = -(-num_out // outputs_per_panel)
+        packed = torch.empty(num_panels * _round_up(depth, _DEPTH_TILE) * _PANEL, dtype=torch.int32)
         weight = self._check("weight", weight.contiguous())
         up = None if up is None else self._check("up", up.contiguous())
-        self._c.pd_pack_linear(_pointer(weight), _pointer(up), num_out, depth, _pointer(packed))
+        self._c.pack_linear(_pointer(weight), _pointer(up), num_out, depth, _pointer(packed))
         return packed
 
     def linear(
@@ -127,7 +88,7 @@ class NativeKernels:
         if out_dtype not in (self._dtype, torch.float32):
             raise ValueError(f"out_dtype: {out_dtype} is not valid, expected {self._dtype} or torch.float32")
         out = torch.empty((num_tokens, packed.out_features), dtype=out_dtype)
-        self._c.pd_linear(
+        self._c.linear(
             self._bf16,
             int(out_dtype == torch.bfloat16),
             gated,
@@ -158,7 +119,7 @@ class NativeKernels:
         if self._check("weight", weight).numel() != width:
             raise ValueError(f"weight: {weight.numel()} elements, expected {width}")
         out = torch.empty_like(x)
-        self._c.pd_rms_norm(
+        self._c.rms_norm(
             self._bf16,
             x.data_ptr(),
             _pointer(residual),
@@ -189,7 +150,7 @@ class NativeKernels:
         _check_index("slot_mapping", slot_mapping, torch.int64)
         _check_index("cos_sin", cos_sin, torch.float32)
         q = torch.empty((num_tokens, num_heads, head_dim), dtype=self._dtype)
-        self._c.pd_rope_and_cache(
+        self._c.rope_and_cache(
             self._bf16,
             qkv.data_ptr(),
             positions.data_ptr(),
@@ -224,7 +185,7 @@ class NativeKernels:
         _check_index("context_lens", batch.context_lens, torch.int32)
         num_seqs, max_blocks = _check_index("block_tables", batch.block_tables, torch.int32).shape
         out = torch.empty((num_tokens, num_heads * head_dim), dtype=self._dtype)
-        self._c.pd_paged_attention(
+        self._c.paged_attention(
             self._bf16,
             q.data_ptr(),
             k_cache.data_ptr(),
@@ -247,7 +208,7 @@ class NativeKernels:
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         num_rows, width = _check_index("logits", logits, torch.float32).shape
         out = torch.empty(num_rows, dtype=torch.int64)
-        self._c.pd_argmax(logits.data_ptr(), out.data_ptr(), num_rows, width)
+        self._c.argmax(logits.data_ptr(), out.data_ptr(), num_rows, width)
         return out
 
     def gather_tokens(
@@ -263,11 +224,11 @@ class NativeKernels:
         where = _token_range(
             cache, range(layer_start, layer_end), block_ids, range(token_start, token_end), buffer
         )
-        return int(self._c.pd_gather_tokens(*where))
+        return int(self._c.gather_tokens(*where))
 
     def wire_checksum(self, buffer: torch.Tensor) -> int:
         check_wire(buffer)
-        return int(self._c.pd_wire_checksum(buffer.data_ptr(), buffer.numel()))
+        return int(self._c.wire_checksum(buffer.data_ptr(), buffer.numel()))
 
     def scatter_tokens(
         self,
@@ -282,14 +243,14 @@ class NativeKernels:
         where = _token_range(
             cache, range(layer_start, layer_end), block_ids, range(token_start, token_end), buffer
         )
-        self._c.pd_scatter_tokens(*where)
+        self._c.scatter_tokens(*where)
 
     def copy_blocks(self, cache: torch.Tensor, pairs: Sequence[tuple[int, int]]) -> None:
         check_block_pairs(cache, pairs)
         num_layers, _, num_blocks, _, _, _ = cache.shape
         flat = (ctypes.c_int64 * (2 * len(pairs)))(*(block for pair in pairs for block in pair))
         block_bytes = cache.stride(2) * cache.element_size()
-        self._c.pd_copy_blocks(cache.data_ptr(), 2 * num_layers, num_blocks, block_bytes, flat, len(pairs))
+        self._c.copy_blocks(cache.data_ptr(), 2 * num_layers, num_blocks, block_bytes, flat, len(pairs))
 
     def _check(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         return _check_index(name, tensor, self._dtype)
@@ -300,6 +261,10 @@ def _check_index(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.T
         layout = "contiguous" if tensor.is_contiguous() else "strided"
         raise ValueError(f"{name}: {layout} {tensor.dtype} given, expected contiguous {dtype}")
     return tensor
+
+
+def _round_up(count: int, to: int) -> int:
+    return -(-count // to) * to
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:

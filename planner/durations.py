@@ -1,8 +1,8 @@
 """How long the steps and transfers of an instance take, in the form that `core.latency` learns."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
-from ..core.latency import LatencyPriors
+from ..core.latency import LatencyPriors, LearntLatency
 from ..core.messages import StepTiming
 
 
@@ -44,6 +44,30 @@ class Durations:
             large_batch=1,
             transfer_s=priors.transfer_s,
             link_bytes_per_s=1 / priors.transfer_byte_s,
+        )
+
+    @classmethod
+    def learnt(cls, latency: LearntLatency) -> "Durations":
+        """Returns durations that a latency model with these coefficients predicts."""
+        return replace(
+            cls.of(latency.small),
+            decode_large=DecodeSeconds(*latency.decode_large),
+            large_batch=latency.large_batch,
+        )
+
+    def slowed(self, prefill_factor: float, decode_factor: float) -> "Durations":
+        """Returns those of an instance whose steps take so many times as long."""
+
+        def slower(decode: DecodeSeconds) -> DecodeSeconds:
+            return DecodeSeconds(*(seconds * decode_factor for seconds in astuple(decode)))
+
+        return replace(
+            self,
+            prefill_step_s=self.prefill_step_s * prefill_factor,
+            prefill_token_s=self.prefill_token_s * prefill_factor,
+            prefill_square_s=self.prefill_square_s * prefill_factor,
+            decode=slower(self.decode),
+            decode_large=slower(self.decode_large),
         )
 
     @property

@@ -122,7 +122,7 @@ def make_plan(
     device = resolve_device(config, nodes)
     sizes = _Sizes(config, checkpoint, device)
     packing = Packing(
-        [sizes.demand(role, pool) for role, pool in config.pools.items() for _ in range(pool.instances)],
+        [sizes.demand(role, pool) for role, pool in config.pools.items() for _ in range(pool.num_instances)],
         nodes,
     )
     left = packing.gpu_kv_bytes(GPU_MEMORY_FRACTION) if device == "cuda" else {}
@@ -214,7 +214,8 @@ class _Sizes:
         model = self._model
         # CPU kernels lay out the output's matrix in their own way
         is_copied = model.tie_word_embeddings and not self._on_gpu
-        packed_head = model.vocab_size * model.hidden_size if is_copied else 0
+        panels, depth = -(-model.vocab_size // 32), -(-model.hidden_size // 32)  # both are filled up
+        packed_head = panels * 32 * depth * 32 if is_copied else 0
         per_token = 3 * model.hidden_size + model.q_size + 2 * model.kv_size + 2 * model.intermediate_size
         activations = (packed_head + pool.max_batch_tokens * per_token) * self._item_bytes
         runtime_bytes = GPU_RUNTIME_BYTES if self._on_gpu else RUNTIME_BYTES
@@ -225,7 +226,7 @@ class _Sizes:
     def _link_bytes(self, pool: PoolSection) -> int:
         """Memory of the links to the instances of the other pools that the runtime's does not include, as
         large as between hosts."""
-        num_peers = sum(other.instances for _, other in self._config.pools.items() if other is not pool)
+        num_peers = sum(other.num_instances for _, other in self._config.pools.items() if other is not pool)
         num_links = min(num_peers, TransferConfig.max_links)
         ring_bytes = TransferConfig.ring_slots * CHUNK_BYTES["nccl" if self._on_gpu else "gloo"].largest
         return max(0, num_links - FIRST_LINKS) * ring_bytes
@@ -249,7 +250,7 @@ class _Sizes:
         kv_cache_bytes = num_blocks * self._block_bytes
         return PoolPlan(
             role=role,
-            instances=pool.instances,
+            instances=pool.num_instances,
             num_cpus=pool.num_cpus,
             num_threads=pool.num_threads,
             gpu_share=pool.gpu_share if self._on_gpu else None,

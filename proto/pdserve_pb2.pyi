@@ -1785,6 +1785,7 @@ class WorkerStatus(_message.Message):
     TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     AGE_S_FIELD_NUMBER: _builtins.int
     NUM_RESTARTS_FIELD_NUMBER: _builtins.int
+    KERNELS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     role: _builtins.str
     """"prefill", "decode" or "both"."""
@@ -1811,6 +1812,10 @@ class WorkerStatus(_message.Message):
     """Since this process was started."""
     num_restarts: _builtins.int
     """How often it has been replaced after a failure."""
+    kernels: _builtins.str
+    """The kind of kernel it computes with, such as "avx512_bf16"; empty until it is ready. Workers of one kind compute the
+    same bits.
+    """
     @_builtins.property
     def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Such as "cpu:3"."""
@@ -1834,10 +1839,11 @@ class WorkerStatus(_message.Message):
         tokens_per_s: _builtins.float = ...,
         age_s: _builtins.float = ...,
         num_restarts: _builtins.int = ...,
+        kernels: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "devices", b"devices", "fraction", b"fraction", "message", b"message", "node", b"node", "num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_restarts", b"num_restarts", "num_running", b"num_running", "num_waiting", b"num_waiting", "phase", b"phase", "pid", b"pid", "role", b"role", "state", b"state", "tokens_per_s", b"tokens_per_s", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "devices", b"devices", "fraction", b"fraction", "kernels", b"kernels", "message", b"message", "node", b"node", "num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_restarts", b"num_restarts", "num_running", b"num_running", "num_waiting", b"num_waiting", "phase", b"phase", "pid", b"pid", "role", b"role", "state", b"state", "tokens_per_s", b"tokens_per_s", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1976,6 +1982,288 @@ class PoolScale(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_change) -> _WhichOneofReturnType_change | None: ...
 
 Global___PoolScale: _TypeAlias = PoolScale  # noqa: Y015
+
+@_typing.final
+class PlannerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannerRequest: _TypeAlias = PlannerRequest  # noqa: Y015
+
+@_typing.final
+class Ratio(_message.Message):
+    """The sizes of both pools."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFILL_FIELD_NUMBER: _builtins.int
+    DECODE_FIELD_NUMBER: _builtins.int
+    prefill: _builtins.int
+    decode: _builtins.int
+    def __init__(
+        self,
+        *,
+        prefill: _builtins.int = ...,
+        decode: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "prefill", b"prefill"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Ratio: _TypeAlias = Ratio  # noqa: Y015
+
+@_typing.final
+class PlannerReport(_message.Message):
+    """The planner's account of itself. All but `mode` is unset while it is off, and all from `age_s` on before its first decision."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODE_FIELD_NUMBER: _builtins.int
+    OBJECTIVE_FIELD_NUMBER: _builtins.int
+    HORIZON_S_FIELD_NUMBER: _builtins.int
+    LEAST_FIELD_NUMBER: _builtins.int
+    MOST_FIELD_NUMBER: _builtins.int
+    MAX_INSTANCES_FIELD_NUMBER: _builtins.int
+    NUM_CHANGES_FIELD_NUMBER: _builtins.int
+    DEEDS_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    RATIO_FIELD_NUMBER: _builtins.int
+    ADVISED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    TRUST_FIELD_NUMBER: _builtins.int
+    CHECKS_FIELD_NUMBER: _builtins.int
+    mode: _builtins.str
+    """off, advise or auto."""
+    objective: _builtins.str
+    """goodput or cost."""
+    horizon_s: _builtins.float
+    max_instances: _builtins.int
+    """Instances of both pools together that have a place."""
+    num_changes: _builtins.int
+    """Changes that it has made since the head's start."""
+    age_s: _builtins.float
+    """How old its latest decision is."""
+    reason: _builtins.str
+    """Why."""
+    trust: _builtins.float
+    """1 less the mean relative error of its latest predictions: gains count for as much."""
+    @_builtins.property
+    def least(self) -> Global___Ratio:
+        """The limits that it keeps to, included."""
+
+    @_builtins.property
+    def most(self) -> Global___Ratio: ...
+    @_builtins.property
+    def deeds(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannerDeed]:
+        """The latest of them, and those that it advised, oldest first."""
+
+    @_builtins.property
+    def ratio(self) -> Global___Ratio:
+        """The ratio that the decision was made for."""
+
+    @_builtins.property
+    def advised(self) -> Global___Ratio:
+        """The ratio that it advises. Unset: no change."""
+
+    @_builtins.property
+    def load(self) -> Global___PlannerLoad: ...
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannerCandidate]:
+        """The ratios that it replayed, the best first."""
+
+    @_builtins.property
+    def checks(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannerCheck]:
+        """Predictions and what came, oldest first."""
+
+    def __init__(
+        self,
+        *,
+        mode: _builtins.str = ...,
+        objective: _builtins.str = ...,
+        horizon_s: _builtins.float = ...,
+        least: Global___Ratio | None = ...,
+        most: Global___Ratio | None = ...,
+        max_instances: _builtins.int = ...,
+        num_changes: _builtins.int = ...,
+        deeds: _abc.Iterable[Global___PlannerDeed] | None = ...,
+        age_s: _builtins.float | None = ...,
+        ratio: Global___Ratio | None = ...,
+        advised: Global___Ratio | None = ...,
+        reason: _builtins.str = ...,
+        load: Global___PlannerLoad | None = ...,
+        candidates: _abc.Iterable[Global___PlannerCandidate] | None = ...,
+        trust: _builtins.float = ...,
+        checks: _abc.Iterable[Global___PlannerCheck] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_age_s", b"_age_s", "advised", b"advised", "age_s", b"age_s", "least", b"least", "load", b"load", "most", b"most", "ratio", b"ratio"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_age_s", b"_age_s", "advised", b"advised", "age_s", b"age_s", "candidates", b"candidates", "checks", b"checks", "deeds", b"deeds", "horizon_s", b"horizon_s", "least", b"least", "load", b"load", "max_instances", b"max_instances", "mode", b"mode", "most", b"most", "num_changes", b"num_changes", "objective", b"objective", "ratio", b"ratio", "reason", b"reason", "trust", b"trust"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__age_s: _TypeAlias = _typing.Literal["age_s"]  # noqa: Y015
+    _WhichOneofArgType__age_s: _TypeAlias = _typing.Literal["_age_s", b"_age_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__age_s) -> _WhichOneofReturnType__age_s | None: ...
+
+Global___PlannerReport: _TypeAlias = PlannerReport  # noqa: Y015
+
+@_typing.final
+class PlannerLoad(_message.Message):
+    """The requests that a decision rests on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_REQUESTS_FIELD_NUMBER: _builtins.int
+    RATE_FIELD_NUMBER: _builtins.int
+    FORECAST_RATE_FIELD_NUMBER: _builtins.int
+    MEAN_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    MEAN_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    MEAN_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_CLIENTS_FIELD_NUMBER: _builtins.int
+    num_requests: _builtins.int
+    rate: _builtins.float
+    """Arrivals per second in the last horizon, and as expected in the next one."""
+    forecast_rate: _builtins.float
+    mean_prompt_tokens: _builtins.float
+    mean_cached_tokens: _builtins.float
+    mean_output_tokens: _builtins.float
+    num_clients: _builtins.int
+    def __init__(
+        self,
+        *,
+        num_requests: _builtins.int = ...,
+        rate: _builtins.float = ...,
+        forecast_rate: _builtins.float = ...,
+        mean_prompt_tokens: _builtins.float = ...,
+        mean_cached_tokens: _builtins.float = ...,
+        mean_output_tokens: _builtins.float = ...,
+        num_clients: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forecast_rate", b"forecast_rate", "mean_cached_tokens", b"mean_cached_tokens", "mean_output_tokens", b"mean_output_tokens", "mean_prompt_tokens", b"mean_prompt_tokens", "num_clients", b"num_clients", "num_requests", b"num_requests", "rate", b"rate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannerLoad: _TypeAlias = PlannerLoad  # noqa: Y015
+
+@_typing.final
+class PlannerCandidate(_message.Message):
+    """A ratio that was replayed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RATIO_FIELD_NUMBER: _builtins.int
+    GOODPUT_FIELD_NUMBER: _builtins.int
+    ATTAINMENT_FIELD_NUMBER: _builtins.int
+    GAIN_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    SCREENED_OUT_FIELD_NUMBER: _builtins.int
+    goodput: _builtins.float
+    """Predicted requests per second within both latency objectives, and their share of all."""
+    attainment: _builtins.float
+    gain: _builtins.float
+    """Good requests over the horizon, against the present ratio: the lower end of the confidence interval."""
+    cost: _builtins.float
+    """Good requests that the change costs."""
+    screened_out: _builtins.bool
+    """It was replayed on a part of the requests alone."""
+    @_builtins.property
+    def ratio(self) -> Global___Ratio: ...
+    def __init__(
+        self,
+        *,
+        ratio: Global___Ratio | None = ...,
+        goodput: _builtins.float = ...,
+        attainment: _builtins.float = ...,
+        gain: _builtins.float = ...,
+        cost: _builtins.float = ...,
+        screened_out: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ratio", b"ratio"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attainment", b"attainment", "cost", b"cost", "gain", b"gain", "goodput", b"goodput", "ratio", b"ratio", "screened_out", b"screened_out"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannerCandidate: _TypeAlias = PlannerCandidate  # noqa: Y015
+
+@_typing.final
+class PlannerCheck(_message.Message):
+    """A prediction of goodput, in requests per second, and what came."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGE_S_FIELD_NUMBER: _builtins.int
+    RATIO_FIELD_NUMBER: _builtins.int
+    PREDICTED_FIELD_NUMBER: _builtins.int
+    CAME_FIELD_NUMBER: _builtins.int
+    age_s: _builtins.float
+    predicted: _builtins.float
+    came: _builtins.float
+    @_builtins.property
+    def ratio(self) -> Global___Ratio: ...
+    def __init__(
+        self,
+        *,
+        age_s: _builtins.float = ...,
+        ratio: Global___Ratio | None = ...,
+        predicted: _builtins.float = ...,
+        came: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ratio", b"ratio"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "came", b"came", "predicted", b"predicted", "ratio", b"ratio"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannerCheck: _TypeAlias = PlannerCheck  # noqa: Y015
+
+@_typing.final
+class PlannerDeed(_message.Message):
+    """Advice to change the ratio, and what became of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGE_S_FIELD_NUMBER: _builtins.int
+    MADE_FOR_FIELD_NUMBER: _builtins.int
+    TO_FIELD_NUMBER: _builtins.int
+    DEED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    age_s: _builtins.float
+    deed: _builtins.str
+    """changed, advised (by the mode, nothing is done), late (the ratio or the configuration had changed) or refused."""
+    reason: _builtins.str
+    @_builtins.property
+    def made_for(self) -> Global___Ratio: ...
+    @_builtins.property
+    def to(self) -> Global___Ratio: ...
+    def __init__(
+        self,
+        *,
+        age_s: _builtins.float = ...,
+        made_for: Global___Ratio | None = ...,
+        to: Global___Ratio | None = ...,
+        deed: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["made_for", b"made_for", "to", b"to"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "deed", b"deed", "made_for", b"made_for", "reason", b"reason", "to", b"to"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannerDeed: _TypeAlias = PlannerDeed  # noqa: Y015
 
 @_typing.final
 class DrainRequest(_message.Message):

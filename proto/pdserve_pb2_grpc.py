@@ -310,6 +310,11 @@ class ClusterStub:
                 request_serializer=pdserve_dot_proto_dot_pdserve__pb2.ScaleRequest.SerializeToString,
                 response_deserializer=pdserve_dot_proto_dot_pdserve__pb2.ApplyResponse.FromString,
                 _registered_method=True)
+        self.Planner = channel.unary_unary(
+                '/pdserve.v1.Cluster/Planner',
+                request_serializer=pdserve_dot_proto_dot_pdserve__pb2.PlannerRequest.SerializeToString,
+                response_deserializer=pdserve_dot_proto_dot_pdserve__pb2.PlannerReport.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_stream(
                 '/pdserve.v1.Cluster/Drain',
                 request_serializer=pdserve_dot_proto_dot_pdserve__pb2.DrainRequest.SerializeToString,
@@ -362,6 +367,13 @@ class ClusterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Planner(self, request, context):
+        """What the planner sees, considered and predicts, what it did, and what came of its predictions.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Drain(self, request, context):
         """Stops giving work to workers and waits until they are idle, at most for `drain_timeout_s` of the configuration. The
         stream shows progress; its last message has `done` set. Draining goes on when the client leaves.
@@ -408,6 +420,11 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.Scale,
                     request_deserializer=pdserve_dot_proto_dot_pdserve__pb2.ScaleRequest.FromString,
                     response_serializer=pdserve_dot_proto_dot_pdserve__pb2.ApplyResponse.SerializeToString,
+            ),
+            'Planner': grpc.unary_unary_rpc_method_handler(
+                    servicer.Planner,
+                    request_deserializer=pdserve_dot_proto_dot_pdserve__pb2.PlannerRequest.FromString,
+                    response_serializer=pdserve_dot_proto_dot_pdserve__pb2.PlannerReport.SerializeToString,
             ),
             'Drain': grpc.unary_stream_rpc_method_handler(
                     servicer.Drain,
@@ -534,6 +551,33 @@ class Cluster:
             '/pdserve.v1.Cluster/Scale',
             pdserve_dot_proto_dot_pdserve__pb2.ScaleRequest.SerializeToString,
             pdserve_dot_proto_dot_pdserve__pb2.ApplyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Planner(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.Cluster/Planner',
+            pdserve_dot_proto_dot_pdserve__pb2.PlannerRequest.SerializeToString,
+            pdserve_dot_proto_dot_pdserve__pb2.PlannerReport.FromString,
             options,
             channel_credentials,
             insecure,

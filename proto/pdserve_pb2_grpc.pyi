@@ -141,6 +141,8 @@ class ClusterStub:
     """Changes the number of instances of some pools in the configuration that is in force, and nothing else. The next Apply
     replaces it.
     """
+    Planner: _grpc.UnaryUnaryMultiCallable[_pdserve_pb2.PlannerRequest, _pdserve_pb2.PlannerReport]
+    """What the planner sees, considered and predicts, what it did, and what came of its predictions."""
     Drain: _grpc.UnaryStreamMultiCallable[_pdserve_pb2.DrainRequest, _pdserve_pb2.DrainProgress]
     """Stops giving work to workers and waits until they are idle, at most for `drain_timeout_s` of the configuration. The
     stream shows progress; its last message has `done` set. Draining goes on when the client leaves.
@@ -172,6 +174,8 @@ class ClusterAsyncStub(ClusterStub):
     """Changes the number of instances of some pools in the configuration that is in force, and nothing else. The next Apply
     replaces it.
     """
+    Planner: _aio.UnaryUnaryMultiCallable[_pdserve_pb2.PlannerRequest, _pdserve_pb2.PlannerReport]  # type: ignore[assignment]
+    """What the planner sees, considered and predicts, what it did, and what came of its predictions."""
     Drain: _aio.UnaryStreamMultiCallable[_pdserve_pb2.DrainRequest, _pdserve_pb2.DrainProgress]  # type: ignore[assignment]
     """Stops giving work to workers and waits until they are idle, at most for `drain_timeout_s` of the configuration. The
     stream shows progress; its last message has `done` set. Draining goes on when the client leaves.
@@ -224,6 +228,14 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
         """Changes the number of instances of some pools in the configuration that is in force, and nothing else. The next Apply
         replaces it.
         """
+
+    @_abc_1.abstractmethod
+    def Planner(
+        self,
+        request: _pdserve_pb2.PlannerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_pdserve_pb2.PlannerReport, _abc.Awaitable[_pdserve_pb2.PlannerReport]]:
+        """What the planner sees, considered and predicts, what it did, and what came of its predictions."""
 
     @_abc_1.abstractmethod
     def Drain(

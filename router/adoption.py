@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from ..core.errors import NoWorkerAvailable
 from ..core.messages import HeldLeg, Leg
-from ..core.request import Request, SequenceSpec, TransferId, shared_fields
+from ..core.request import HeldSpec, TransferId
 from .events import RouterEvent, Submit, WorkerAway, WorkerLost, WorkerReady
 
 WorkerKey = tuple[str, int]  # (worker_id, incarnation)
@@ -20,7 +20,7 @@ WorkerKey = tuple[str, int]  # (worker_id, incarnation)
 class HeldDispatch:
     """The legs of one dispatch and the workers that hold them."""
 
-    spec: SequenceSpec
+    spec: HeldSpec
     legs: dict[Leg, tuple[WorkerKey, HeldLeg]] = field(default_factory=dict)
 
     @property
@@ -44,7 +44,7 @@ class HeldRequest:
     """The remains of one request. `unusable` are dispatches that it cannot continue, mostly those of an
     earlier request with the same id."""
 
-    request: Request
+    spec: HeldSpec  # of its newest dispatch
     dispatches: list[HeldDispatch]  # newest first
     unusable: list[HeldDispatch]
 
@@ -78,29 +78,26 @@ class Adoption:
     def _has_spoken(self, worker_id: str, incarnation: int) -> bool:
         return any((r.info.worker_id, r.info.incarnation) == (worker_id, incarnation) for r in self.ready)
 
-    def requests(self) -> Iterator[HeldRequest]:
-        """Yields the requests in the order in which workers reported them."""
+    def requests(self) -> Iterator[HeldRequest | None]:
+        """Yields the requests in the order in which workers reported them; before that, None for each worker
+        whose legs have been gathered."""
         dispatches: defaultdict[str, dict[TransferId, HeldDispatch]] = defaultdict(dict)
         for ready in self.ready:
+            yield None
             for held in ready.held:
                 transfer = held.spec.transfer
                 dispatch = dispatches[transfer.request_id].setdefault(transfer, HeldDispatch(held.spec))
                 dispatch.legs[held.leg] = (ready.info.worker_id, ready.info.incarnation), held
         for of_one_id in dispatches.values():
             newest_first = sorted(of_one_id.values(), key=lambda dispatch: -dispatch.spec.transfer.attempt)
-            request = request_of(newest_first[0].spec)
-            same = [d for d in newest_first if request_of(d.spec) == request and _tells_all(d.spec)]
+            identity = newest_first[0].spec.identity
+            same = [d for d in newest_first if d.spec.identity == identity and _tells_all(d.spec)]
             unusable = [d for d in newest_first if d not in same]
-            yield HeldRequest(request, same, unusable)
+            yield HeldRequest(newest_first[0].spec, same, unusable)
 
 
-def _tells_all(spec: SequenceSpec) -> bool:
+def _tells_all(spec: HeldSpec) -> bool:
     """Whether all log probabilities are available: those of an earlier attempt's tokens, and those of the
     prompt that came with its first token, are lost."""
     sampling = spec.sampling
-    return (sampling.logprobs is None and sampling.prompt_logprobs is None) or not spec.output_token_ids
-
-
-def request_of(spec: SequenceSpec) -> Request:
-    """Rebuilds the client's request, as far as workers have it."""
-    return Request(request_id=spec.transfer.request_id, **shared_fields(spec))
+    return (sampling.logprobs is None and sampling.prompt_logprobs is None) or not spec.packed_output

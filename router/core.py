@@ -42,8 +42,10 @@ from .health import Health
 from .ledger import Ledger
 from .links import Links
 from .live_request import Job
-from .live_requests import LiveRequests, is_same
+from .live_requests import LiveRequests
+from .pairs import Pairs
 from .placement import Placer
+from .planning import InstanceFacts
 from .prefix_index import PrefixIndex
 from .registry import RegisteredWorker, Registry, RoutingState
 from .reports import WorkerReports
@@ -74,8 +76,9 @@ class Router:
         self._index = PrefixIndex()
         self._ledger = Ledger(self._registry)
         self._links = Links()
+        self._pairs = Pairs()
         self._health = Health(self._registry)
-        self._placer = Placer(self._registry, self._index, self.model, self._links, config)
+        self._placer = Placer(self._registry, self._index, self.model, self._links, self._pairs, config)
         self._queue = JobQueue(self._may_run)
         self._requests = LiveRequests(self._queue, self._ledger, config)
         self._reports = WorkerReports(
@@ -85,6 +88,7 @@ class Router:
             self._index,
             self.model,
             self._links,
+            self._pairs,
             self._health,
             self._queue.counters,
         )
@@ -92,6 +96,7 @@ class Router:
             self._registry,
             self._ledger,
             self._links,
+            self._pairs,
             self.model,
             self._placer,
             self._queue,
@@ -136,6 +141,7 @@ class Router:
         commands += self._requests.pass_time(now_s)
         commands += self._dispatcher.end_hopeless_waits(now_s)
         self._health.review(now_s)
+        self._pairs.review(now_s)
         commands += self._dispatcher.dispatch(event, now_s)
         return commands + self._probe_links(now_s)
 
@@ -198,6 +204,16 @@ class Router:
             now_s=now_s,
         )
 
+    def instance_facts(self) -> tuple[InstanceFacts, ...]:
+        """Returns the ready workers as a planner sees them."""
+        return tuple(
+            InstanceFacts(
+                worker.role, worker.info.num_blocks, worker.speed.prefill_factor, worker.speed.decode_factor
+            )
+            for worker in self._registry
+            if worker.state is RoutingState.READY
+        )
+
     def num_running(self, client: str) -> int:
         """Returns the number of choices that workers have of the client."""
         return self._ledger.num_running[client]
@@ -228,7 +244,7 @@ class Router:
 
     def _on_submit(self, request: Request, now_s: float) -> list[RouterCommand]:
         adopted = self._requests.adopted(request)
-        if adopted is not None and is_same(adopted.request, request):
+        if adopted is not None and adopted.is_held_for(request):
             return self._requests.claim(adopted, request, now_s)
         if self._dispatcher.is_closing:
             raise NoWorkerAvailable(CLOSING)
@@ -315,6 +331,7 @@ class Router:
     ) -> list[RouterCommand]:
         self._registry.lose(worker)
         self._links.lost(worker)
+        self._pairs.lost(worker)
         self._health.lost(worker)
         self._index.remove_worker(worker.worker_id)
         return self._requests.lose_worker(worker, reason, cause, now_s)

@@ -17,6 +17,7 @@ from .ledger import Ledger
 from .links import Links
 from .live_request import Job
 from .live_requests import LiveRequests
+from .pairs import Pairs
 from .placement import Placer
 from .registry import Registry
 from .request_events import Displaced, End, Placed
@@ -37,6 +38,7 @@ class Dispatcher:
         registry: Registry,
         ledger: Ledger,
         links: Links,
+        pairs: Pairs,
         model: LatencyModel,
         placer: Placer,
         queue: JobQueue,
@@ -46,6 +48,7 @@ class Dispatcher:
         self._registry = registry
         self._ledger = ledger
         self._links = links
+        self._pairs = pairs
         self._model = model
         self._placer = placer
         self._queue = queue
@@ -238,4 +241,5 @@ class Dispatcher:
             self._queue.counters.charge(request.client, placement.num_new_tokens / request.weight)
         if placement.decode is not None and placement.decode is not placement.prefill:
             self._links.started(placement.prefill, placement.decode, now_s)
+            self._pairs.started(placement.prefill, placement.decode, now_s)
         return self._requests.handle(job.live, Placed(job, placement, attempt), now_s)

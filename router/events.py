@@ -84,8 +84,9 @@ class WorkerLost(msgspec.Struct, frozen=True):
 
 
 class WorkerAway(msgspec.Struct, frozen=True):
-    """A worker hung up on us, as we had stood still: it goes on with its legs, and is expected back.
-    `WorkerReady` of the same incarnation follows, or `WorkerLost`. Unknown ones are ignored."""
+    """A worker hung up on us, as we had stood still, or has connected again before we had noticed the end of
+    its connection: it goes on with its legs, and is expected back. `WorkerReady` of the same incarnation
+    follows, or `WorkerLost`. Unknown ones are ignored."""
 
     worker_id: str
     incarnation: int

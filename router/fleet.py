@@ -1,6 +1,7 @@
 """The reconcile loop. In: desired pool sizes and workers' events. Out: workers to start, drain, flip and
 stop."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -68,6 +69,15 @@ class Fleet:
     def is_settled(self) -> bool:
         """Whether each adopted worker has reported or is given up."""
         return not self._roster.num_awaited
+
+    @property
+    def is_reconciled(self) -> bool:
+        """Whether the workers are those that are desired, all of them ready."""
+        members = list(self._roster)
+        ready = Counter(member.role for member in members if member.state is MemberState.READY)
+        return len(members) == sum(self._desired.values()) and all(
+            ready[role] == size for role, size in self._desired.items()
+        )
 
     @property
     def num_expected(self) -> int:

@@ -6,13 +6,16 @@ LiveRequest --has--> ChoiceStream per choice        (what the client sees)
 """
 
 import enum
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from ..core.automaton import Automaton
-from ..core.messages import Leg, LegEnded
-from ..core.request import Request, SequenceSpec, TransferId, shared_fields
+from ..core.messages import Leg, LegEnded, TokenOutput
+from ..core.request import HeldSpec, Request, SequenceSpec, TransferId, identity_of, shared_fields
+from ..core.token_ids import digest
 from .candidates import RoutingDecision
-from .events import DispatchTimes, RouterCommand, StreamCommand, Timeline
+from .events import DispatchTimes, EmitTokens, RouterCommand, StreamCommand, Timeline
 from .prefix_index import PrefixChain
 from .registry import RegisteredWorker
 from .request_states import TRANSITIONS, RequestState
@@ -39,6 +42,23 @@ DISPATCH_TRANSITIONS = {
 }
 
 
+@dataclass(slots=True)
+class KeptTokens:
+    """Consecutive tokens of one choice for a client that is not connected, without anything beside them."""
+
+    transfer: TransferId
+    choice: int
+    first_index: int
+    token_ids: "array[int]"
+
+    def emitted(self) -> EmitTokens:
+        tokens = tuple(
+            TokenOutput(self.transfer, self.choice, index, token_id)
+            for index, token_id in enumerate(self.token_ids, self.first_index)
+        )
+        return EmitTokens(self.transfer.request_id, self.choice, tokens)
+
+
 class LiveRequest(Automaton[RequestState]):
     """A request between admission and the end of its last leg. `request_life.py` alone moves it from state to
     state."""
@@ -49,7 +69,7 @@ class LiveRequest(Automaton[RequestState]):
         "error",
         "expected_length",
         "first_token_s",
-        "is_adopted",
+        "held",
         "jobs",
         "keeps_place",
         "kept",
@@ -64,11 +84,12 @@ class LiveRequest(Automaton[RequestState]):
         "suspects",
     )
 
-    def __init__(self, request: Request, now_s: float, *, is_adopted: bool = False) -> None:
-        super().__init__(
-            TRANSITIONS, RequestState.UNCLAIMED if is_adopted else RequestState.QUEUED, at_s=now_s
-        )
+    def __init__(self, request: Request, now_s: float, *, held: HeldSpec | None = None) -> None:
+        """`held`: a worker's report of it, when it is taken over from an earlier router. `request` has no
+        prompt then, until its client is back."""
+        super().__init__(TRANSITIONS, RequestState.UNCLAIMED if held else RequestState.QUEUED, at_s=now_s)
         self.request = request
+        self.held = held
         self.streams = [ChoiceStream(choice) for choice in range(request.sampling.n)]
         self.num_open_choices = request.sampling.n
         self.expected_length = request.sampling.max_tokens  # of each choice, in tokens
@@ -78,11 +99,10 @@ class LiveRequest(Automaton[RequestState]):
         self.error: str | None = None
         self.dispatches: list[Dispatch] = []
         self.jobs: list[Job] = []  # in the queue; when it is UNREAD, set aside
-        self.kept: list[StreamCommand] = []  # for its client, which is not connected
+        self.kept: list[StreamCommand | KeptTokens] = []  # for its client, which is not connected
         self.num_times_displaced = 0
         self.keeps_place = False  # it has got a place although something of higher priority waited
         self.num_times_unread = 0
-        self.is_adopted = is_adopted
         self.num_open_legs = 0
         # choices that were at a worker when its process died, and have not run alone since
         self.suspects: set[int] = set()
@@ -105,6 +125,18 @@ class LiveRequest(Automaton[RequestState]):
     @property
     def request_id(self) -> str:
         return self.request.request_id
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self.held.num_prompt_tokens if self.held else len(self.request.prompt_token_ids)
+
+    @property
+    def prompt_digest(self) -> bytes:
+        return self.held.prompt_digest if self.held else digest(self.request.prompt_token_ids)
+
+    def is_held_for(self, request: Request) -> bool:
+        """Whether it is the client's `request`, taken over from an earlier router."""
+        return self.held is not None and self.held.identity == identity_of(request)
 
     def running(self) -> list["Dispatch"]:
         """Returns the dispatches that workers are working on."""
@@ -162,8 +194,31 @@ class LiveRequest(Automaton[RequestState]):
         self.kept += [command for command in commands if isinstance(command, StreamCommand)]
         return [command for command in commands if not isinstance(command, StreamCommand)]
 
+    def keep_tokens(self, transfer: TransferId, choice: int, first_index: int, tokens: Sequence[int]) -> None:
+        """Keeps a choice's next tokens, those that have nothing beside them."""
+        if not tokens:
+            return
+        last = self.kept[-1] if self.kept else None
+        if isinstance(last, KeptTokens) and last.choice == choice and last.transfer == transfer:
+            last.token_ids.extend(tokens)
+        else:
+            self.kept.append(KeptTokens(transfer, choice, first_index, array("I", tokens)))
+
+    def keep_outputs(self, choice: int, outputs: tuple[TokenOutput, ...]) -> None:
+        """Keeps a choice's next tokens, if there are any."""
+        if not outputs:
+            return
+        if all(output.is_plain for output in outputs):
+            self.keep_tokens(
+                outputs[0].transfer, choice, outputs[0].index, [output.token_id for output in outputs]
+            )
+        else:
+            self.kept.append(EmitTokens(self.request_id, choice, outputs))
+
     def take_kept(self) -> list[RouterCommand]:
-        kept: list[RouterCommand] = [*self.kept]
+        kept: list[RouterCommand] = [
+            one.emitted() if isinstance(one, KeptTokens) else one for one in self.kept
+        ]
         self.kept.clear()
         return kept
 
@@ -191,13 +246,13 @@ class LiveRequest(Automaton[RequestState]):
             dispatches=tuple(dispatch.times(attempt) for attempt, dispatch in enumerate(self.dispatches)),
             finish_reasons=tuple(stream.finish_reason for stream in self.streams),
             error=self.error,
-            num_prompt_tokens=len(self.request.prompt_token_ids),
+            num_prompt_tokens=self.num_prompt_tokens,
             num_output_tokens=tuple(len(stream.token_ids) for stream in self.streams),
             client=self.request.client,
             user=self.request.user,
             traceparent=self.request.traceparent,
             num_times_unread=self.num_times_unread,
-            is_adopted=self.is_adopted,
+            is_adopted=self.held is not None,
         )
 
 
@@ -253,7 +308,7 @@ class Job:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.live.request.prompt_token_ids) + len(self.output_token_ids)
+        return self.live.num_prompt_tokens + len(self.output_token_ids)
 
     @property
     def computes_whole_prompt(self) -> bool:
@@ -274,7 +329,7 @@ class Job:
     @property
     def num_total_tokens(self) -> int:
         """The number of tokens that a worker's KV cache must be able to hold to finish one choice."""
-        return len(self.live.request.prompt_token_ids) + self.live.request.sampling.max_tokens
+        return self.live.num_prompt_tokens + self.live.request.sampling.max_tokens
 
     @property
     def num_expected_tokens(self) -> int:
@@ -333,7 +388,7 @@ class Dispatch(Automaton[DispatchState]):
     def __init__(
         self,
         job: Job,
-        spec: SequenceSpec,
+        spec: SequenceSpec | HeldSpec,
         prefill: RegisteredWorker,
         decode: RegisteredWorker | None,
         now_s: float,
@@ -414,9 +469,7 @@ class Dispatch(Automaton[DispatchState]):
 
     def _has_all_first_tokens(self) -> bool:
         """Whether every choice has the token that its prefill samples."""
-        return all(
-            len(stream.token_ids) > len(self.spec.output_token_ids) for stream in self.streams.values()
-        )
+        return all(len(stream.token_ids) > self.spec.num_output_tokens for stream in self.streams.values())
 
     @property
     def has_progressed(self) -> bool:
@@ -427,7 +480,7 @@ class Dispatch(Automaton[DispatchState]):
     @property
     def has_survived(self) -> bool:
         """Whether each choice is past the point where a worker died under it, or has ended."""
-        num_enough = len(self.spec.output_token_ids) + self.live.num_survival_tokens
+        num_enough = self.spec.num_output_tokens + self.live.num_survival_tokens
         return all(
             stream.finish_reason is not None or len(stream.token_ids) >= num_enough
             for stream in self.streams.values()
@@ -450,9 +503,8 @@ class Dispatch(Automaton[DispatchState]):
 
     def _num_steps(self) -> int:
         """Returns the largest number of tokens that a choice has from this dispatch."""
-        return max(len(stream.token_ids) for stream in self.streams.values()) - len(
-            self.spec.output_token_ids
-        )
+        num_tokens = max(len(stream.token_ids) for stream in self.streams.values())
+        return num_tokens - self.spec.num_output_tokens
 
     def times(self, attempt: int) -> DispatchTimes:
         """Returns the row of the request's timeline for this dispatch, as this router's attempt number

@@ -7,7 +7,7 @@ from itertools import islice
 from ..core.errors import DuplicateRequest
 from ..core.failures import FailureKind
 from ..core.messages import Leg
-from ..core.request import FinishReason, Request, shared_fields
+from ..core.request import FinishReason, HeldSpec, Request
 from .admission import Deadlines, JobQueue
 from .config import RouterConfig
 from .deaths import Deaths
@@ -21,6 +21,9 @@ from .request_states import RequestState
 from .status import Counters
 
 BY_DECISION = (FinishReason.CANCELLED, FinishReason.DEADLINE)
+
+
+LATE_S = 0.5  # by which only a router that stood still looks at what is due
 
 
 @dataclass(slots=True)
@@ -95,7 +98,7 @@ class LiveRequests:
         live = self._requests.get(request.request_id)
         if live is None or (live.state.is_over and live.state.has_client):
             return None
-        if live.state.has_client or (live.running() and not is_same(live.request, request)):
+        if live.state.has_client or (live.running() and not live.is_held_for(request)):
             raise DuplicateRequest(request.request_id)
         return live
 
@@ -115,10 +118,10 @@ class LiveRequests:
         self.deadlines.add(adopted, self.num_live)
         return commands
 
-    def adopt(self, request: Request, now_s: float) -> LiveRequest:
+    def adopt(self, held: HeldSpec, now_s: float) -> LiveRequest:
         """Takes over a request of an earlier router; its stream is kept for its client until
         `claims_end_s`."""
-        return self._begin(LiveRequest(request, now_s, is_adopted=True), now_s)
+        return self._begin(LiveRequest(held.request(), now_s, held=held), now_s)
 
     def _begin(self, live: LiveRequest, now_s: float) -> LiveRequest:
         self._requests[live.request_id] = live
@@ -196,7 +199,7 @@ class LiveRequests:
             if not live.state.is_over:
                 commands += self.handle(live, Judged(dispatch, has_died, is_late=loss.is_overdue), now_s)
             elif has_died and any(s.finish_reason in BY_DECISION for s in dispatch.streams.values()):
-                self.deaths.suspect(live.request)
+                self.deaths.suspect(live.request, live.prompt_digest)
         return commands
 
     # what time does
@@ -206,7 +209,13 @@ class LiveRequests:
         elapsed."""
         commands: list[RouterCommand] = []
         for loss in self._losses.values():
-            if not loss.is_overdue and loss.due_s <= now_s:
+            if loss.is_overdue or now_s < loss.due_s:
+                continue
+            if now_s > loss.due_s + LATE_S:  # we stood still ourselves: the verdict may have come meanwhile
+                loss.due_s = now_s + VERDICT_S
+                for dispatch in loss.dispatches:
+                    self._life.put_off(dispatch, loss.due_s, now_s)
+            else:
                 commands += self._judge(loss, False, now_s)
                 loss.is_overdue = True
         for live in self.deadlines.expired(now_s):
@@ -231,8 +240,3 @@ class LiveRequests:
         num_jobs = sum(len(live.jobs) for live in self._requests.values() if live.state.is_served)
         assert num_jobs == len(queued), f"{len(queued)} jobs are queued, but the requests have {num_jobs}"
         assert self.num_live == sum(not live.state.is_over for live in self._requests.values())
-
-
-def is_same(adopted: Request, request: Request) -> bool:
-    """Whether two requests of one id are equal in all that a take-over restores."""
-    return shared_fields(adopted) == shared_fields(request)

@@ -16,6 +16,7 @@ from .candidates import NUM_KEPT, Candidate, PrefillOption, RoutingDecision, Sco
 from .config import RouterConfig
 from .links import Links
 from .live_request import Job
+from .pairs import Pairs
 from .prefix_index import PrefixIndex
 from .registry import RegisteredWorker, Registry, decode_load
 
@@ -24,11 +25,18 @@ class Placer:
     """Makes placement decisions; changes no state."""
 
     def __init__(
-        self, registry: Registry, index: PrefixIndex, model: LatencyModel, links: Links, config: RouterConfig
+        self,
+        registry: Registry,
+        index: PrefixIndex,
+        model: LatencyModel,
+        links: Links,
+        pairs: Pairs,
+        config: RouterConfig,
     ) -> None:
         self.config = config
         self._registry = registry
         self._links = links
+        self._failed_pairs = pairs
         self._index = index
         self._model = model
 
@@ -203,7 +211,9 @@ class Placer:
         num_failed = (option.worker in job.failed_workers) + (decode in job.failed_workers)
         failed = (option.worker, decode) in job.failed_pairs
         if not failed and decode is not None:
-            failed = self._links.avoids(option.worker, decode)
+            failed = self._links.avoids(option.worker, decode) or self._failed_pairs.avoids(
+                option.worker, decode
+            )
         return failed, num_failed, excess_s, cost_s, load, prefill_id, decode_id or ""
 
     def _prefill_only(self, job: Job, options: list[PrefillOption]) -> list[Candidate]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from ..core.failures import FailureKind
 from ..core.histogram import TokenGaps
 from ..core.latency import LatencyModel
-from ..core.messages import Leg, LegEnded, StepReport, TokenOutput
+from ..core.messages import HeldLeg, Leg, LegEnded, StepReport, TokenOutput
 from .events import EmitTokens, RouterCommand
 from .fair_queue import OUTPUT_TOKEN, TokenCounters
 from .health import Health
@@ -14,10 +14,12 @@ from .ledger import Ledger
 from .links import Links
 from .live_request import Dispatch, DispatchState
 from .live_requests import LiveRequests
+from .pairs import Pairs
 from .prefix_index import PrefixIndex
 from .registry import RegisteredWorker, Registry
 from .request_events import LastToken, Survived
 from .request_states import RequestState
+from .stream import ChoiceStream
 
 
 class WorkerReports:
@@ -31,6 +33,7 @@ class WorkerReports:
         index: PrefixIndex,
         model: LatencyModel,
         links: Links,
+        pairs: Pairs,
         health: Health,
         turns: TokenCounters,
     ) -> None:
@@ -40,6 +43,7 @@ class WorkerReports:
         self._index = index
         self._model = model
         self._links = links
+        self._pairs = pairs
         self._health = health
         self._turns = turns
         self.gaps = TokenGaps()
@@ -88,11 +92,10 @@ class WorkerReports:
             if len(tokens) > 1:
                 self._tokens_before.extend([now_s] * (len(tokens) - 1))
             stream.last_token_s = now_s
-            emitted = EmitTokens(live.request_id, output.choice, tokens)
             if live.state is RequestState.UNCLAIMED:
-                live.kept.append(emitted)
+                live.keep_outputs(output.choice, tokens)
             else:
-                commands.append(emitted)
+                commands.append(EmitTokens(live.request_id, output.choice, tokens))
             if stream.finish_reason is not None:
                 commands += self._requests.handle(live, LastToken(dispatch, stream), now_s)
             if dispatch.is_alone and dispatch.state is DispatchState.RUNNING and dispatch.has_survived:
@@ -117,13 +120,32 @@ class WorkerReports:
             tokens = stream.accept_run(of_choice)
             if not tokens:
                 continue
-            if dispatch.first_token_s is None:
-                self._note_first_token(dispatch, now_s)
-            stream.last_token_s = now_s
-            live.kept.append(EmitTokens(live.request_id, choice, tokens))
+            self._note_replayed(dispatch, stream, now_s)
+            live.keep_outputs(choice, tokens)
             if stream.finish_reason is not None:
                 commands += self._requests.handle(live, LastToken(dispatch, stream), now_s)
         return commands
+
+    def replay_plain(self, dispatch: Dispatch, worker: RegisteredWorker, held: HeldLeg, now_s: float) -> bool:
+        """Does the same for the first tokens of a leg, at once. False: nothing was done, as other tokens are
+        held or missing."""
+        stream, token_ids = dispatch.streams.get(held.choice), held.token_ids
+        if not token_ids or stream is None or dispatch.state is not DispatchState.RUNNING:
+            return True
+        tokens = stream.accept_plain(held.first_index, token_ids)
+        if tokens is None:
+            return False
+        self._ledger.count_token(dispatch, worker, len(token_ids))
+        if tokens:
+            self._note_replayed(dispatch, stream, now_s)
+            first_index = len(stream.token_ids) - len(tokens)
+            dispatch.live.keep_tokens(held.spec.transfer, held.choice, first_index, tokens)
+        return True
+
+    def _note_replayed(self, dispatch: Dispatch, stream: ChoiceStream, now_s: float) -> None:
+        if dispatch.first_token_s is None:
+            self._note_first_token(dispatch, now_s)
+        stream.last_token_s = now_s
 
     def _moves_on(self, worker: RegisteredWorker) -> bool:
         """Whether a suspect that has run alone at the worker decodes elsewhere: another one waits for the
@@ -137,7 +159,7 @@ class WorkerReports:
         live = dispatch.live
         if live.first_token_s is None:
             live.first_token_s = now_s
-            self._requests.counters.prompt_tokens += len(live.request.prompt_token_ids)
+            self._requests.counters.prompt_tokens += live.num_prompt_tokens
 
     def on_leg_ended(self, event: LegEnded, now_s: float) -> list[RouterCommand]:
         worker = self._registry.current(event.worker_id, event.incarnation)
@@ -153,6 +175,7 @@ class WorkerReports:
         if event.leg is Leg.PREFILL and dispatch.decode is not None and not dispatch.is_served_by_one:
             if event.stats is not None:
                 self._links.worked(dispatch.prefill, dispatch.decode)
+                self._pairs.worked(dispatch.prefill, dispatch.decode)
             elif event.error is not None and not event.is_invalid and dispatch.state is DispatchState.RUNNING:
                 self._links.failed(dispatch.prefill, dispatch.decode, event.error, now_s)
         self._ledger.note_ending(dispatch, event)
@@ -176,5 +199,6 @@ class WorkerReports:
             if is_transfer and decode is not None and not dispatch.is_served_by_one:
                 self._health.failed(prefill, event.error, dispatch.dispatched_s, now_s, decode)
                 self._health.failed(decode, event.error, dispatch.dispatched_s, now_s, prefill)
+                self._pairs.failed(prefill, decode, dispatch.dispatched_s, now_s)
             else:
                 self._health.failed(worker, event.error, dispatch.dispatched_s, now_s)

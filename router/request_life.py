@@ -181,7 +181,7 @@ class RequestLife:
         dispatch.is_alone = False
         live.suspects.difference_update(dispatch.streams)
         if not live.suspects:
-            self._deaths.clear(live.request)
+            self._deaths.clear(live.request, live.prompt_digest)
         if not event.moves_on:
             return []
         jobs, commands = self._take_back(dispatch, dispatch.open_legs, "continues beside others", now_s)
@@ -306,7 +306,7 @@ class RequestLife:
                 stream.end(event.reason)
                 commands.append(EmitChoiceEnd(live.request_id, stream.choice, event.reason))
         if live.suspects and event.reason is not FinishReason.FATAL:
-            self._deaths.suspect(live.request)
+            self._deaths.suspect(live.request, live.prompt_digest)
         for job in live.jobs:
             self._queue.remove(job)
         live.jobs.clear()
@@ -400,7 +400,7 @@ class RequestLife:
         if not choices:
             return []
         if dispatch.is_alone:
-            self._deaths.convict(live.request, now_s)
+            self._deaths.convict(live.request, live.prompt_digest, now_s)
             text = f"workers died of the request, the last while it was there alone: {dispatch.failure}"
             return self._react(live, End(FinishReason.FATAL, text), now_s)
         live.suspects |= choices
@@ -416,10 +416,20 @@ class RequestLife:
         self._requeue(live, suspects, now_s)
         return commands
 
+    def put_off(self, dispatch: Dispatch, due_s: float, now_s: float) -> None:
+        """Lets the work of a dispatch wait longer for the verdict whether its worker has died."""
+        jobs = [job for job in dispatch.live.jobs if job.awaited is dispatch]
+        self._push_again(dispatch.live, jobs, due_s, now_s)
+
     def _requeue(self, live: LiveRequest, jobs: list[Job], now_s: float) -> None:
         """Makes jobs due, each in the place that it belongs to now."""
         for job in jobs:
-            job.awaited, job.ready_s = None, now_s
+            job.awaited = None
+        self._push_again(live, jobs, now_s, now_s)
+
+    def _push_again(self, live: LiveRequest, jobs: list[Job], ready_s: float, now_s: float) -> None:
+        for job in jobs:
+            job.ready_s = ready_s
         if live.state.is_served:
             for job in jobs:
                 self._queue.remove(job)

@@ -1,6 +1,7 @@
 """One choice of a request as its client sees it: tokens 0, 1, 2, ... exactly once and in order, then one
 ending."""
 
+from array import array
 from collections.abc import Sequence
 
 from ..core.messages import TokenOutput
@@ -14,7 +15,7 @@ class ChoiceStream:
 
     def __init__(self, choice: int) -> None:
         self.choice = choice
-        self.token_ids: list[int] = []  # the client's tokens; a later attempt starts from here
+        self.token_ids = array("I")  # the client's tokens; a later attempt starts from here
         self.finish_reason: FinishReason | None = None
         self.last_token_s: float | None = None  # when it last grew, unless its client has made it wait since
         self._held: dict[int, TokenOutput] = {}
@@ -43,13 +44,23 @@ class ChoiceStream:
             and all(output.index == index for index, output in enumerate(outputs, num_tokens))
             and not any(output.finish_reason for output in outputs[:-1])
         ):
-            self.token_ids += [output.token_id for output in outputs]
+            self.token_ids.extend([output.token_id for output in outputs])
             self.finish_reason = outputs[-1].finish_reason
             return tuple(outputs)
         due: list[TokenOutput] = []
         for output in outputs:
             due += self.accept(output)
         return tuple(due)
+
+    def accept_plain(self, first_index: int, token_ids: "array[int]") -> "array[int] | None":
+        """Does the same for consecutive tokens without anything beside them. None: nothing was done, as
+        others are held or missing, so that they are to be accepted as outputs."""
+        num_known = len(self.token_ids) - first_index
+        if self._held or num_known < 0:
+            return None
+        due = token_ids[num_known:] if self.finish_reason is None else array("I")
+        self.token_ids += due
+        return due
 
     def _take_run(self, output: TokenOutput) -> tuple[TokenOutput, ...]:
         run: list[TokenOutput] = []

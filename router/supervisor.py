@@ -37,6 +37,7 @@ from .places import Places
 from .timetable import Timetable
 
 GENERATION_STRIDE = 10**9  # of incarnations and of attempts: those of the next head are above all of this one
+LATE_S = HEARTBEAT_S  # by which only a head that stood still looks at what is due
 STOP_TIMEOUT_S = 5.0  # a process that does not end by itself is killed after this
 # A worker that is away must be back within this many beats: a delay of our own counts as one.
 NUM_AWAY_BEATS = 6
@@ -80,6 +81,8 @@ class SupervisedProcess(Generic[S]):
     end_reason: str | None = None  # why it is to end
     due_s: float | None = None  # ENDING: when patience ends; AWAY: the next beat
     num_beats_left: int = 0  # AWAY: until patience ends
+    start_s: float | None = None  # how long it took from its launch until it was ready; of our own ones
+    launched_s: float | None = None
 
     @property
     def is_expected(self) -> bool:
@@ -111,7 +114,7 @@ class WorkerProgress:
 @dataclass(frozen=True, slots=True)
 class ConnectionLost:
     """The router has lost a worker's connection. `is_silent`: the worker fell silent, and the router hung up.
-    `comes_back`: the router fell silent, and the worker hung up."""
+    `comes_back`: the router fell silent, and the worker hung up; or it has connected again already."""
 
     worker_id: str
     incarnation: int
@@ -227,6 +230,8 @@ class Supervisor(Generic[S]):
             case WorkerReady(info):
                 process = self.processes.get((info.worker_id, info.incarnation))
                 if process is not None and process.is_expected:
+                    if process.launched_s is not None and process.start_s is None:
+                        process.start_s = now_s - process.launched_s
                     process.state, process.info = ProcessState.SERVING, info
                     process.phase, process.fraction = "", 1.0
                     self._be_patient((info.worker_id, info.incarnation), None)
@@ -256,6 +261,7 @@ class Supervisor(Generic[S]):
             key, placement = found
             process = self.processes[key]
             process.state, process.phase = ProcessState.STARTING, "starting a process"
+            process.launched_s = now_s
             self._out.append(LaunchProcess(process.spec, placement))
             self._act(self.fleet.handle(WorkerPlaced(*key), now_s), now_s)
             return self._out
@@ -385,6 +391,10 @@ class Supervisor(Generic[S]):
         for key in self._due.pop_due(now_s):
             process = self.processes[key]
             if process.state is ProcessState.ENDING:
+                if process.due_s is not None and now_s > process.due_s + LATE_S:
+                    # we stood still ourselves: it may have ended, and the news waits to be handled
+                    self._be_patient(key, now_s + HEARTBEAT_S)
+                    continue
                 process.state, process.due_s = ProcessState.KILLED, None
                 self._out.append(KillProcess(key))
             elif process.num_beats_left > 1:

@@ -3,20 +3,22 @@
 It does so in slices, each of one turn of the router's loop: heartbeats must go on, or the workers would take
 this router for dead as well."""
 
+from array import array
 from collections.abc import Callable, Iterator
 
-from ..core.messages import Abort, HeldLeg, Leg, TokenOutput
+from ..core.messages import Abort, HeldLeg, Leg
 from .adoption import Adoption, HeldDispatch
 from .candidates import RoutingDecision
-from .events import EmitTokens, RouterCommand, RouterEvent, SendCommand
+from .events import RouterCommand, RouterEvent, SendCommand
 from .ledger import Ledger
-from .live_request import Dispatch, DispatchState, Job, LiveRequest
+from .live_request import Dispatch, DispatchState, Job, KeptTokens, LiveRequest
 from .live_requests import LiveRequests
 from .registry import Registry
 from .reports import WorkerReports
 from .request_events import GivenUp
 
-LEG_TOKENS = 64  # as many as a leg costs, beside its tokens
+LEG_TOKENS = 64  # as many as a leg costs, beside those of its tokens that do not come packed
+WORKER_TOKENS = 256  # likewise a worker whose legs are gathered
 EVENT_TOKENS = 256  # likewise an event that has waited for the take-over
 
 
@@ -60,7 +62,10 @@ class TakeOver:
     def _carry_out(self, adoption: Adoption) -> Iterator[int]:
         """Yields the cost of each piece of work that is done."""
         for held in adoption.requests():
-            live = self._requests.adopt(held.request, self._now_s)
+            if held is None:
+                yield WORKER_TOKENS
+                continue
+            live = self._requests.adopt(held.spec, self._now_s)
             for dispatch in held.dispatches:
                 yield from self._resume(live, dispatch)
             for dispatch in held.unusable:
@@ -79,7 +84,7 @@ class TakeOver:
         served = {choice for dispatch in live.running() for choice in dispatch.streams}
         dispatch = self._open(live, held)
         self._recall(dispatch)
-        yield LEG_TOKENS + len(held.spec.output_token_ids)
+        yield LEG_TOKENS
         for leg, (_, reported) in held.legs.items():
             yield from self._replay(dispatch, leg, reported)
         for _, reported in held.legs.values():
@@ -97,9 +102,10 @@ class TakeOver:
         worker = dispatch.worker_of(leg)
         assert worker is not None
         step = self._requests.config.take_over_tokens
-        all_outputs = reported.outputs()
-        for first in range(0, len(all_outputs), step):
-            outputs = all_outputs[first : first + step]
+        is_done = self._reports.replay_plain(dispatch, worker, reported, self._now_s)
+        remaining = reported.later_outputs if is_done else reported.outputs()
+        for first in range(0, len(remaining), step):
+            outputs = remaining[first : first + step]
             self._commands += self._reports.replay(dispatch, worker, outputs, self._now_s)
             yield len(outputs)
 
@@ -116,10 +122,12 @@ class TakeOver:
 
     def _recall(self, dispatch: Dispatch) -> None:
         """Replays the tokens of earlier attempts, from which this one continues."""
-        for stream in dispatch.streams.values():
-            outputs = [
-                TokenOutput(dispatch.transfer, stream.choice, index, token_id)
-                for index, token_id in enumerate(dispatch.spec.output_token_ids)
-            ]
-            if tokens := stream.accept_run(outputs):
-                dispatch.live.kept.append(EmitTokens(dispatch.live.request_id, stream.choice, tokens))
+        token_ids = array("I", dispatch.spec.output_token_ids)
+        live = dispatch.live
+        for choice, stream in dispatch.streams.items() if token_ids else ():
+            first_index, due = len(stream.token_ids), stream.accept_plain(0, token_ids)
+            if due is None:
+                recalled = KeptTokens(dispatch.transfer, choice, 0, token_ids).emitted()
+                live.keep_outputs(choice, stream.accept_run(recalled.tokens))
+            else:
+                live.keep_tokens(dispatch.transfer, choice, first_index, due)

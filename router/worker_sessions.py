@@ -6,7 +6,8 @@ UNPROVEN --Hello of an expected worker--> ADMITTED --Ready--> READY
     +----------------------------------------+------------------+--> CLOSING (we hung up) --> gone
 
 A worker also hangs up, on a router that is silent for too long; it goes on with its work and reconnects. As
-that is our own doing, the worker is then away, not lost.
+that is our own doing, the worker is then away, not lost. So is one that connects again before we have noticed
+that its connection is broken.
 
 Pure: the service feeds it from sockets, the simulator from its network. Connections are opaque to it.
 """
@@ -14,7 +15,6 @@ Pure: the service feeds it from sockets, the simulator from its network. Connect
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf
 from typing import Generic, TypeVar
 
 from ..core.handshake import MAX_UNPROVEN
@@ -39,6 +39,7 @@ from .events import LossCause, WorkerAway, WorkerLost, WorkerReady
 from .supervisor import ConnectionLost, WorkerProgress
 
 CLOSED = "connection closed"  # by the peer
+REPLACED = "it has connected again"
 # A worker that is silent for this many beats of ours is lost: for 3 s, not counting how long we stood
 # still ourselves.
 MAX_SILENT_BEATS = 6
@@ -63,7 +64,7 @@ class Session:
     state: SessionState = SessionState.UNPROVEN
     key: Key | None = None
     held: tuple[HeldLeg, ...] = ()  # reported before Ready
-    late_s: float = -inf  # when a beat last came too late
+    num_beats_since_late: int | None = None  # since our last beat that came too late
     num_silent_beats: int = 0
     has_spoken: bool = False
     is_silent: bool = False  # the reason why we hung up
@@ -171,7 +172,9 @@ class WorkerSessions(Generic[C]):
         if session.state is SessionState.CLOSING:
             return []
         if now_s - session.beat_s > STOOD_STILL_S:
-            session.late_s = now_s
+            session.num_beats_since_late = 0
+        elif session.num_beats_since_late is not None:
+            session.num_beats_since_late += 1
         session.beat_s = now_s
         session.num_silent_beats += 1
         if session.num_silent_beats > MAX_SILENT_BEATS and session.state is not SessionState.ADMITTED:
@@ -193,6 +196,8 @@ class WorkerSessions(Generic[C]):
         if session.key is None:
             is_harmless = not session.has_spoken and error is None
             return self._refuse(connection, Refused(error or session.reason, is_harmless))
+        if self._workers.get(session.key) != connection:
+            return []  # it was replaced
         del self._workers[session.key]
         reason = error or session.reason
         if session.state is SessionState.READY and self._is_our_doing(session, now_s):
@@ -206,9 +211,9 @@ class WorkerSessions(Generic[C]):
     def _is_our_doing(self, session: Session, now_s: float) -> bool:
         """Whether the worker may have hung up since it heard nothing from us: we stand still, or did until
         just now, and our first beat since then crossed its farewell."""
-        return (
-            now_s - session.beat_s > STOOD_STILL_S
-            or now_s - session.late_s < MAX_SILENT_BEATS * self.heartbeat_s
+        num_beats = session.num_beats_since_late
+        return now_s - session.beat_s > STOOD_STILL_S or (
+            num_beats is not None and num_beats < MAX_SILENT_BEATS
         )
 
     def _refuse(self, connection: C, refused: Refused) -> list[SessionCommand[C]]:
@@ -226,12 +231,28 @@ class WorkerSessions(Generic[C]):
         name = f"{key[0]}/{key[1]}"
         if not self._expects(key):
             return self.hang_up(connection, f"it identifies as {name}, which is to end", is_harmless=True)
-        if key in self._workers:
-            return self.hang_up(connection, f"it identifies as {name}, which is connected already")
+        old = self._workers.get(key)
+        if (
+            old is not None and self._sessions[old].state is SessionState.CLOSING
+        ):  # its loss is to be reported
+            return self.hang_up(connection, f"it identifies as {name}, on which we have just hung up")
+        commands = [] if old is None else self._replace(old)
         session.state, session.key, session.num_silent_beats = SessionState.ADMITTED, key, 0
         self._workers[key] = connection
         del self._unproven[connection]
-        return []
+        return commands
+
+    def _replace(self, old: C) -> list[SessionCommand[C]]:
+        """Hangs up on a worker's earlier connection, whose end has not reached us yet: a worker dials again
+        only when it has lost its router."""
+        session = self._sessions[old]
+        assert session.key is not None
+        was_ready = session.state is SessionState.READY
+        commands = self.hang_up(old, REPLACED)
+        if was_ready:
+            away = ConnectionLost(*session.key, REPLACED, comes_back=True)
+            commands += [ToRouter(WorkerAway(*session.key)), ToSupervisor(away)]
+        return commands
 
     def _report(self, connection: C, session: Session, message: WorkerMessage) -> list[SessionCommand[C]]:
         match message:

@@ -6,8 +6,9 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
-from .scenario import draw_scenario
+from .drawing import draw_scenario
 from .simulation import Simulation, SimulationOutcome
 
 
@@ -38,22 +39,27 @@ class SeedTally:
             self.failures.append(outcome)
 
 
-def simulate(seed: int, *, keep_timeline: bool = False) -> SimulationOutcome:
-    """Simulates one seed. Production's log messages about faults are hidden: the faults are intended."""
+def simulate(seed: int, *, pool_size: int | None = None, keep_timeline: bool = False) -> SimulationOutcome:
+    """Simulates one seed, with pools of this size instead of drawn ones. Production's log messages about
+    faults are hidden: the faults are intended."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        return Simulation(draw_scenario(seed), keep_timeline=keep_timeline).run()
+        scenario = draw_scenario(seed, pool_size=pool_size)
+        return Simulation(scenario, keep_timeline=keep_timeline).run()
     finally:
         logging.disable(level)
 
 
-def simulate_all(seeds: Iterable[int], num_processes: int | None = None) -> Iterator[SimulationOutcome]:
+def simulate_all(
+    seeds: Iterable[int], num_processes: int | None = None, pool_size: int | None = None
+) -> Iterator[SimulationOutcome]:
     """Yields each seed's outcome, in order of completion, from `num_processes` processes (default: one per
     usable core)."""
     num_processes = num_processes or len(os.sched_getaffinity(0))
+    one = partial(simulate, pool_size=pool_size)
     if num_processes == 1:
-        yield from map(simulate, seeds)
+        yield from map(one, seeds)
         return
     with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
-        yield from pool.imap_unordered(simulate, seeds, chunksize=8)
+        yield from pool.imap_unordered(one, seeds, chunksize=8)

@@ -58,7 +58,11 @@ class SimulatedClient:
         ] * sampling.n  # in the present stream, which repeats what an earlier one has brought
         self._reasons: list[FinishReason | None] = [None] * sampling.n
         self._stopped = self._cancelled = self._is_unread = self._was_unread = self._comes_back = False
-        self._later(plan.at_s, self._submit)
+        self._is_read = False
+        if plan.body_s:  # it arrives even at a router that stands still
+            self._time.call_later(plan.at_s, self._submit)
+        else:
+            self._later(plan.at_s, self._submit)
         if plan.first_token_within_s is not None:
             self._time.call_later(plan.at_s + plan.first_token_within_s, self._must_have_begun)
         if plan.ends_within_s is not None:
@@ -121,12 +125,16 @@ class SimulatedClient:
         if not head.process.is_alive or self._ids.setdefault(self.request_id, self) is not self:
             self._later(RETURN_S, self._submit)  # no router, or the id is in use by another client
             return
+        if self._plan.body_s and not self._is_read:
+            self._is_read = True
+            head.process.call_later(0.0, lambda: self._read(head))
+            return
         error = head.submit(self._plan.request, self, comes_back=self._comes_back)
         if error is not None and not self._comes_back:
             del self._ids[self.request_id]
         if error is None:
             if self._plan.cancel_after_s is not None and not self._comes_back:
-                self._later(self._plan.cancel_after_s, self._cancel)
+                self._later(self._plan.cancel_after_s, self.cancel)
             if deadline_s is not None:
                 head.process.call_at(deadline_s + 0.001, lambda: self._must_have_ended("its deadline"))
         elif isinstance(error, Overloaded):
@@ -139,7 +147,14 @@ class SimulatedClient:
             self._later(0.5, self._submit)
         self._note(f"{self.request_id}: " + ("submitted" if error is None else f"refused: {error}"))
 
-    def _cancel(self) -> None:
+    def _read(self, head: SimulatedHead) -> None:
+        """Reads the body, which takes a turn of the head's loop."""
+        self._note(f"{self.request_id}: its body takes the head {self._plan.body_s:.1f} s")
+        head.process.stand_still(self._plan.body_s)
+        head.process.call_later(0.0, self._submit)
+
+    def cancel(self) -> None:
+        """Cancels the request, unless it has ended."""
         if self.is_ended:
             return
         self._note(f"{self.request_id}: cancelled by its client")

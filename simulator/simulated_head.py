@@ -56,6 +56,7 @@ from ..router.hosts import (
 )
 from ..router.links import NUM_FAILURES
 from ..router.places import Places
+from ..router.planner_desk import PlannerDesk
 from ..router.registry import RoutingState
 from ..router.supervisor import (
     GENERATION_STRIDE,
@@ -76,13 +77,14 @@ from .broken_links import BrokenLinks
 from .network import ConnectionEnd
 from .simulated_hosts import SimulatedHosts
 from .simulated_worker import InstanceSpec, SimulatedWorker
+from .turns import Turns
 from .virtual_time import Timer, VirtualProcess, VirtualTime
 from .wanted import WantedLegs
 
 LINKS_INTERVAL_S = 1.0  # between two checks that every link has been tried
 END_S = 0.001  # until a process that is asked to end has ended
-HEARD_S = 0.005  # until the end of a process is noticed
-TAKE_OVER_S = 0.01  # a slice of a take-over
+TAKE_OVER_S = 0.01  # of the head's loop, for each request
+SLICE_S = 0.0002  # of a take-over that adds none
 MAX_TAKEN_OVER = 1  # requests in a slice
 
 
@@ -103,6 +105,7 @@ class HeadWorld(Protocol):
     time: VirtualTime
     hosts: SimulatedHosts
     keeps_timeline: bool
+    heard_s: float  # until the end of a process is noticed
 
     def start_worker(self, spec: InstanceSpec, placement: Placement) -> SimulatedWorker: ...
     def violation(self, text: str) -> None: ...
@@ -134,18 +137,26 @@ class SimulatedHead:
         self._world = world
         self._join_timeout_s = join_timeout_s
         self._supervisor = Supervisor(self.fleet, self.places, _spec)
+        self.desk = PlannerDesk(generation * GENERATION_STRIDE)
         self._is_first = generation == 0
         self.clients: dict[str, SimulatedStream] = {}
         self.on_dispatch: Callable[[], object] = lambda: None
         self._time = world.time
         self._sessions: WorkerSessions[ConnectionEnd] = WorkerSessions(self._supervisor.expects)
         self._wanted = WantedLegs()
+        self.turns = Turns()
         self._links = BrokenLinks()
         self._started: dict[Key, SimulatedWorker] = {}
         self._commands: CommandPump[RouterCommand] = CommandPump(self._carry_out)
         self._actions: CommandPump[SupervisorCommand[InstanceSpec]] = CommandPump(self._act, self._settle)
         self._tick: Timer | None = None
+        self._slice_due_s: float | None = None  # of a take-over; later events do not put it off
         self._fleet_tick: Timer | None = None
+
+    @property
+    def is_awake(self) -> bool:
+        """Whether it is alive and not frozen."""
+        return self.process.is_alive and not self.process.is_frozen
 
     def start(self, pools: Mapping[Role, int], survivors: Iterable[SimulatedWorker]) -> None:
         """Starts workers to match the pools. `survivors` are processes that an earlier head started, oldest
@@ -201,10 +212,12 @@ class SimulatedHead:
             raise AssertionError("clients do not use an id twice at a time")
         self.clients[request.request_id] = client
         num_displaced = self.router.counters.displaced
+        self.turns.submitted(request)
         try:
             self.handle(Submit(request))
         except PdserveError as error:
             del self.clients[request.request_id]
+            self.turns.ended(request.request_id)
             return error
         num_queued = self.router.status(self._time.now_s).num_queued
         # those dispatched before return beside it
@@ -231,18 +244,25 @@ class SimulatedHead:
         except Exception as error:  # an error that would end the head's process
             self._world.violation(f"the router failed at {type(event).__name__}: {error!r}")
             raise
-        if num_live_before is not None and self.router.num_live - num_live_before > MAX_TAKEN_OVER:
-            self._world.violation(
-                f"{self.router.num_live - num_live_before} requests are taken over in one turn"
-            )
+        num_taken_over = 0 if num_live_before is None else self.router.num_live - num_live_before
+        if num_taken_over > MAX_TAKEN_OVER:
+            self._world.violation(f"{num_taken_over} requests are taken over in one turn")
         if not self._commands.run(commands):
             return
+        cost_s = max(0, num_taken_over) * TAKE_OVER_S
+        if cost_s:
+            self.process.stand_still(cost_s)
+        due_s = self.router.next_tick_s()
+        if self.router.is_adopting and due_s is not None:  # a slice at once, but after what else is due
+            due_s = self._time.now_s + cost_s + SLICE_S if self._slice_due_s is None else self._slice_due_s
+            self._slice_due_s = due_s
         if self._tick is not None:
             self._tick.cancel()
-        due_s = self.router.next_tick_s()
-        if self.router.is_adopting:  # each slice takes its time, in which messages arrive
-            due_s = None if due_s is None else self._time.now_s + TAKE_OVER_S
-        self._tick = None if due_s is None else self.process.call_at(due_s, lambda: self.handle(Tick()))
+        self._tick = None if due_s is None else self.process.call_at(due_s, self._on_tick)
+
+    def _on_tick(self) -> None:
+        self._slice_due_s = None
+        self.handle(Tick())
 
     def _carry_out(self, command: RouterCommand) -> None:
         match command:
@@ -256,6 +276,8 @@ class SimulatedHead:
                     started.placement.node_id, message, self._time.now_s
                 ):
                     self._check_want_of_another_place(message)
+                if isinstance(message, Prefill | Serve):
+                    self.turns.dispatched(message.spec.transfer.request_id)
                 if not isinstance(message, Abort | Probe):
                     self._check_bound(message)
                     self.on_dispatch()
@@ -264,6 +286,7 @@ class SimulatedHead:
             case EmitTokens() | EmitChoiceEnd() | EmitEnd():
                 client = self.clients.get(command.request_id)
                 if isinstance(command, EmitEnd):
+                    self.turns.ended(command.request_id)
                     self.clients.pop(command.request_id, None)
                     for text in self._wanted.ended(command.request_id, self.connected()):
                         self._world.violation(text)
@@ -422,7 +445,9 @@ class SimulatedHead:
 
     def _watch(self, key: Key, worker: SimulatedWorker) -> None:
         self._started[key] = worker
-        worker.process.when_it_dies(lambda: self.process.call_later(HEARD_S, lambda: self._ended(key)))
+        worker.process.when_it_dies(
+            lambda: self.process.call_later(self._world.heard_s, lambda: self._ended(key))
+        )
 
     def _ended(self, key: Key) -> None:
         worker = self._started.pop(key)

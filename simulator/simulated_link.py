@@ -8,8 +8,8 @@ from ..kv_transfer.inbound import InboundPair
 from ..kv_transfer.link import LinkError, PeerLost, TransferTimeout
 from ..kv_transfer.outbound import OutboundPair
 from ..kv_transfer.protocol import Connect, LinkRefused, Prepare
-from .faults import Faults
 from .network import ConnectionEnd, Network
+from .scenario import Severed
 from .simulated_worker import SimulatedWorker
 from .virtual_time import Timer, VirtualProcess
 
@@ -24,18 +24,18 @@ class SharedRing:
     takes_turns = False
     is_gone = True  # nothing of it needs to be waited for
 
-    def __init__(self, num_slots: int, slot_bytes: int, faults: Faults) -> None:
+    def __init__(self, num_slots: int, slot_bytes: int, corrupts: Callable[[], bool]) -> None:
         self.num_slots = num_slots
         self.slot_bytes = slot_bytes
         self._memory = bytearray(num_slots * slot_bytes)
-        self._faults = faults
+        self._corrupts = corrupts
 
     def slot(self, slot: int, num_bytes: int) -> memoryview:
         start = slot * self.slot_bytes
         return memoryview(self._memory)[start : start + num_bytes]
 
     def send(self, slot: int, num_bytes: int, seq: int) -> "Ticket | None":
-        if self._faults.corrupts_chunk():
+        if self._corrupts():
             self._memory[slot * self.slot_bytes + num_bytes // 2] ^= 0x10
         return None
 
@@ -84,8 +84,16 @@ class CopyingRing(SharedRing):
 
     name = "gloo"
 
-    def __init__(self, num_slots: int, slot_bytes: int, network: Network, process: VirtualProcess) -> None:
-        super().__init__(num_slots, slot_bytes, network.faults)
+    def __init__(
+        self,
+        num_slots: int,
+        slot_bytes: int,
+        network: Network,
+        process: VirtualProcess,
+        corrupts: Callable[[], bool],
+    ) -> None:
+        super().__init__(num_slots, slot_bytes, corrupts)
+        self._faults = network.faults
         self.peer: CopyingRing = self
         self._network = network
         self._process = process
@@ -139,15 +147,21 @@ class SimulatedDial:
         target: SimulatedWorker | None,
         pair: OutboundPair,
         epoch: int,
+        corrupts: Callable[[], bool],
+        severed: Severed | None,
     ) -> None:
         self._network, self._source, self._target = network, source, target
+        self._corrupts = corrupts
         self._pair, self._epoch = pair, epoch
         self._connecting = Connecting(source.transport, source.local.config)
         self._ring: SharedRing | None = None
         self._is_over = False
         self._timer: Timer | None = None
         self._end: ConnectionEnd | None = None
-        if target is None or not target.process.is_alive:
+        if severed is not None and severed.is_silent:
+            self._limit(self._connecting.timeout_s)
+            return
+        if target is None or not target.process.is_alive or severed is not None:
             source.process.call_later(network.faults.latency_s(), lambda: self._fail("connection refused"))
             return
         self._end, theirs = network.connect(source.process, target.process)
@@ -183,10 +197,11 @@ class SimulatedDial:
         num_slots, slot_bytes = config.ring_slots, config.chunk_bytes_of("shm")
         ring: SharedRing
         if connect.link == "shm":
-            ring = self._ring = SharedRing(num_slots, slot_bytes, self._network.faults)
+            ring = self._ring = SharedRing(num_slots, slot_bytes, self._corrupts)
         else:
-            ring = theirs = CopyingRing(num_slots, slot_bytes, self._network, self._target.process)
-            self._ring = ours = CopyingRing(num_slots, slot_bytes, self._network, self._source.process)
+            shape = num_slots, slot_bytes, self._network
+            ring = theirs = CopyingRing(*shape, self._target.process, self._corrupts)
+            self._ring = ours = CopyingRing(*shape, self._source.process, self._corrupts)
             ours.peer, theirs.peer = theirs, ours
             ours.takes_turns = connect.epoch % 2 == 0  # as NCCL's do; gloo's do not
         end.send(Prepare(connect.epoch, num_slots, slot_bytes))

@@ -4,6 +4,7 @@ everything is idle."""
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 
 from ..core.messages import Role, TransferAddress
@@ -16,21 +17,36 @@ from ..router.cores import Placement
 from ..router.fleet import FleetConfig
 from ..router.fleet_events import Apply, Drain
 from ..router.fleet_member import MemberState
+from ..router.planning import Ratio
 from .faults import ORDERLY, Accident, Faults
 from .leftovers import leftovers
 from .network import ConnectionEnd, Network
-from .scenario import CALM_S, MAX_GRAY_FAILURES, Deadly, PlannedAccident, Scenario
+from .scenario import (
+    CALM_S,
+    CONTEST_TOKENS,
+    MAX_GRAY_FAILURES,
+    Deadly,
+    GrayKind,
+    PlannedAccident,
+    Scenario,
+    Severed,
+)
 from .simulated_client import CONVICTED, SimulatedClient
 from .simulated_head import SimulatedHead
 from .simulated_hosts import SimulatedHost, SimulatedHosts
 from .simulated_link import SimulatedDial
+from .simulated_planner import SimulatedPlanner
 from .simulated_worker import InstanceSpec, SimulatedWorker
 from .virtual_time import VirtualProcess, VirtualTime
 
 PATIENCE_S = 60.0  # from the last fault to the last ending, and until everything is free
-MAX_ADVANTAGE = 1200  # of one client over another, in tokens; what one worker holds at once counts for less
+MAX_UNFAIRNESS = 0.1  # of a client's share
+MAX_REFUSALS = 5  # of one pair, before it is avoided, and when it is tried again
+MAX_TURNS = 40  # of others, while a request is the first of its client: a large one waits for 5 s
 MAX_EVENTS = 5_000_000
 SIZES = ((1, 1), (2, 1), (1, 2), (3, 2), (0, 1), (1, 0), (0, 2), (2, 0))  # the last is not drawn
+MAX_SIZE = 3  # of those; larger pools are resized to multiples
+FOLLOWED = "ratio changed by the planner"
 TOLD_S = 0.2  # within which the router hears of a crash
 TAKE_OVER_TOKENS = 64  # so few that a take-over takes many turns
 
@@ -62,6 +78,7 @@ class Simulation:
         self.outcome = SimulationOutcome(scenario.seed)
         self._scenario = scenario
         self.keeps_timeline = keep_timeline
+        self.heard_s = scenario.heard_s
         self.rng = Random(scenario.seed + 1)
         self.time = VirtualTime(self.rng)
         self.faults = Faults(self.rng, scenario.rates)
@@ -77,6 +94,7 @@ class Simulation:
         self._generation = 0
         self._num_displaced_before = 0  # dispatches, by earlier heads
         self.head = self._make_head()
+        self._planner = self._make_planner()
         self._ids: dict[str, SimulatedClient] = {}
         self.clients = [
             SimulatedClient(
@@ -106,8 +124,8 @@ class Simulation:
         return outcome
 
     def _check_shares(self) -> None:
-        """Checks, while each of them has a request that has not begun, that clients get tokens by their
-        weights."""
+        """Checks that clients have had tokens by their weights, once they have had enough of them, while each
+        of them has a request that has not begun."""
         contest = self._scenario.contest
         had = dict.fromkeys(contest, 0.0)
         waits = set()
@@ -116,11 +134,14 @@ class Simulation:
                 had[client.client] += client.service
             else:
                 waits.add(client.client)
-        if waits != set(contest):
+        share = sum(had.values()) / len(had)
+        if share < CONTEST_TOKENS and waits == set(contest):
+            self.time.call_later(0.5, self._check_shares)
             return
-        if max(had.values()) - min(had.values()) > MAX_ADVANTAGE:
-            self.violation(f"clients with something queued have had {had}")
-        self.time.call_later(0.5, self._check_shares)
+        if any(abs(tokens - share) > MAX_UNFAIRNESS * share for tokens in had.values()):
+            self.violation(f"clients that always had something queued have had {had}")
+        for client in self.clients:
+            client.cancel()
 
     def violation(self, text: str) -> None:
         self.note(f"VIOLATION {text}")
@@ -137,6 +158,9 @@ class Simulation:
 
     def _run(self) -> None:
         self.head.start(self._pools, ())
+        if self._planner is not None:
+            self._planner.configure(_ratio(self._pools))
+            self._planner.start()
         if self._scenario.contest:
             self.time.call_at(2.5, self._check_shares)
         for accident in self._scenario.accidents:
@@ -144,6 +168,9 @@ class Simulation:
         while self.time.step(CALM_S):
             pass
         self.faults.calm()
+        if self._planner is not None:
+            self._planner.stop()
+            self._client_counts[FOLLOWED] += self._planner.num_followed
         for host in self.hosts.hosts:
             host.is_listed = True
         self._apply(self._scenario.pools)  # drained workers come back
@@ -153,18 +180,26 @@ class Simulation:
         if not self._wait_for(lambda: not self._leftovers()):
             for leftover in self._leftovers():
                 self.violation(f"left behind: {leftover}")
-        if self.head.router.counters.retried and self.faults.counts.keys() <= {
-            accident.value for accident in ORDERLY
-        }:
+        orderly = {accident.value for accident in ORDERLY}
+        is_orderly = self.faults.counts.keys() <= orderly and not self._scenario.has_large_bodies
+        if self.head.router.counters.retried and is_orderly:
             self.violation(f"{self.head.router.counters.retried} dispatches failed without a fault")
-        if self._scenario.is_computed_once:
+        if self._scenario.is_computed_once or self._scenario.has_large_bodies:
             for worker_id, num_started in self._num_started.items():
                 if num_started > 1:
                     self.violation(f"{worker_id} was started again, though only the router failed")
         counters = self.head.router.counters
-        max_retried = MAX_GRAY_FAILURES if self._scenario.gray_rate == 1.0 else len(self.clients)
-        if self._scenario.gray_worker and (counters.failed or counters.retried > max_retried):
-            self.violation(f"a gray worker cost {counters.retried} dispatches and {counters.failed} streams")
+        gray, severed = self._scenario.gray, self._scenario.severed
+        max_retried = MAX_GRAY_FAILURES if gray is None or gray.rate == 1.0 else len(self.clients)
+        if severed is not None and not severed.is_silent:
+            max_retried = MAX_REFUSALS
+        if (gray or severed) and (counters.failed or counters.retried > max_retried):
+            self.violation(
+                f"{gray or severed} cost {counters.retried} dispatches and {counters.failed} streams"
+            )
+        for request_id in (plan.request.request_id for plan in self._scenario.requests if plan.is_counted):
+            if (num_turns := self.head.turns.of(request_id)) > MAX_TURNS:
+                self.violation(f"{request_id} had to wait for {num_turns} turns of others")
         if self._scenario.keeps_streams and counters.failed:
             self.violation(f"{counters.failed} streams were given up, which went on after each failure")
         num_convicted = self._client_counts[CONVICTED]
@@ -196,9 +231,22 @@ class Simulation:
                 claim_timeout_s=10.0,  # longer than the router freezes
                 take_over_tokens=TAKE_OVER_TOKENS,
             ),
-            FleetConfig(drain_timeout_s=10.0, start_timeout_s=5.0, backoff_s=0.2, max_backoff_s=2.0),
+            FleetConfig(drain_timeout_s=20.0, start_timeout_s=5.0, backoff_s=0.2, max_backoff_s=2.0),
             scenario.join_timeout_s,
             self._generation,
+        )
+
+    def _make_planner(self) -> SimulatedPlanner | None:
+        plan = self._scenario.planner
+        if plan is None:
+            return None
+        return SimulatedPlanner(
+            self.time,
+            Random(f"advice of {self._scenario.seed}"),
+            plan,
+            lambda: self.head,
+            lambda ratio: self._apply(ratio.sizes),
+            self.violation,
         )
 
     def _apply(self, pools: dict[Role, int]) -> None:
@@ -210,6 +258,8 @@ class Simulation:
             if head.fleet.is_settled:
                 head.expect_hosts()
             head.manage(Apply(pools))
+            if self._planner is not None:
+                self._planner.configure(_ratio(pools))
 
     @property
     def _num_displaced(self) -> int:
@@ -223,6 +273,8 @@ class Simulation:
         self.head = self._make_head()
         self.note("the router is back")
         self.head.start(self._pools, self._alive())
+        if self._planner is not None:
+            self._planner.configure(_ratio(self._pools))
 
     def _wait_for(self, condition: Callable[[], bool]) -> bool:
         limit_s = self._scenario.end_of_faults_s + PATIENCE_S
@@ -274,14 +326,37 @@ class Simulation:
         self._num_died += not worker.has_ended_in_order
 
     def fails_store(self, worker_id: str) -> bool:
-        if worker_id == self._scenario.gray_worker and self.rng.random() < self._scenario.gray_rate:
-            self.faults.count("gray worker failed")
-            return True
-        return self.faults.fails_store()
+        return self._is_gray(GrayKind.STORE, worker_id) or self.faults.fails_store()
+
+    def corrupts_chunk(self, *ends: str) -> bool:
+        """Whether a chunk between these workers is altered under way."""
+        return self._is_gray(GrayKind.CORRUPT, *ends) or self.faults.corrupts_chunk()
+
+    def _is_gray(self, kind: GrayKind, *worker_ids: str) -> bool:
+        gray = self._scenario.gray
+        if (
+            gray is None
+            or gray.kind is not kind
+            or gray.worker_id not in worker_ids
+            or self.rng.random() >= gray.rate
+        ):
+            return False
+        self.faults.count(f"gray worker: {kind.value}")
+        return True
 
     def dial(self, source: SimulatedWorker, pair: OutboundPair, epoch: int) -> SimulatedDial:
-        target = self.workers.get((pair.target.worker_id, pair.target.incarnation))
-        return SimulatedDial(self.network, source, target, pair, epoch)
+        source_id, target_id = source.spec.worker_id, pair.target.worker_id
+        target = self.workers.get((target_id, pair.target.incarnation))
+        corrupts = partial(self.corrupts_chunk, source_id, target_id)
+        severed = self._severed(source_id, target_id)
+        if severed is not None:
+            self.faults.count("pair that cannot connect")
+        return SimulatedDial(self.network, source, target, pair, epoch, corrupts, severed)
+
+    def _severed(self, source_id: str, target_id: str) -> Severed | None:
+        severed = self._scenario.severed
+        is_it = severed is not None and (severed.prefill, severed.decode) == (source_id, target_id)
+        return severed if is_it else None
 
     def connect(self, worker: SimulatedWorker) -> ConnectionEnd | None:
         if not self.head.process.is_alive or self.head.process.is_frozen:
@@ -293,7 +368,10 @@ class Simulation:
 
     def reach(self, source: SimulatedWorker, target: TransferAddress) -> tuple[float, str]:
         other = self.workers.get((target.worker_id, target.incarnation))
-        if other is None or not other.process.is_alive:
+        severed = self._severed(source.spec.worker_id, target.worker_id)
+        if severed is not None and severed.is_silent:
+            return CONNECT_TIMEOUT_S, "no answer"
+        if other is None or not other.process.is_alive or severed is not None:
             return self.faults.latency_s(), "Connection refused"
         after_s = self.network.arrival_s(source.process, other.process) - self.time.now_s
         if other.process.is_frozen or after_s > CONNECT_TIMEOUT_S:
@@ -340,9 +418,9 @@ class Simulation:
             case Accident.KILL:
                 worker.process.kill()
             case Accident.FREEZE:
-                self._freeze(worker.process, seconds)
+                worker.process.stand_still(seconds)
             case Accident.ROUTER_FREEZE:
-                self._freeze(self.head.process, seconds)
+                self.head.process.stand_still(seconds)
             case Accident.ROUTER_RESTART:
                 self._kill_head(self.head, min(seconds, 2.0), amid_dispatch=accident.draw * 1000 % 1 < 0.5)
             case Accident.SLOW:
@@ -372,7 +450,8 @@ class Simulation:
             case Accident.HOST_DOWN | Accident.HOST_CUT | Accident.HOSTS_PARTED | Accident.HOST_REMOVED:
                 self._strike_host(accident)
             case Accident.SCALE:
-                sizes = SIZES[int(accident.draw * 7)]
+                factor = max(1, max(self._scenario.pools.values()) // MAX_SIZE)
+                sizes = tuple(factor * size for size in SIZES[int(accident.draw * 7)])
                 self._apply(dict(zip(self._scenario.pools, sizes, strict=True)))
 
     def _strike_host(self, accident: PlannedAccident) -> None:
@@ -426,6 +505,6 @@ class Simulation:
         if worker.spec.key in self.head.connected():
             self.violation(f"the router has not heard of the crash of {worker.spec}")
 
-    def _freeze(self, process: VirtualProcess, seconds: float) -> None:
-        process.freeze()
-        self.time.call_later(seconds, process.resume)
+
+def _ratio(pools: dict[Role, int]) -> Ratio:
+    return Ratio(pools[Role.PREFILL], pools[Role.DECODE])

@@ -62,6 +62,7 @@ class VirtualProcess:
         self.is_alive = True
         self.is_frozen = False
         self._time = time
+        self._still_until_s = 0.0
         self._waiting: deque[Callback] = deque()  # callbacks that came due while it was frozen
         self._on_death: list[Callback] = []
 
@@ -93,11 +94,16 @@ class VirtualProcess:
         for call in self._on_death:
             call()
 
-    def freeze(self) -> None:
+    def stand_still(self, seconds: float) -> None:
+        """Freezes the process, or lets one turn of its loop take this long. All calls that come due meanwhile
+        run afterwards, in order."""
         self.is_frozen = True
+        self._still_until_s = max(self._still_until_s, self._time.now_s + seconds)
+        self._time.call_at(self._still_until_s, self._resume)
 
-    def resume(self) -> None:
-        """Resumes the process; all calls that came due meanwhile run now, in order."""
+    def _resume(self) -> None:
+        if self._time.now_s < self._still_until_s:
+            return
         self.is_frozen = False
         waiting, self._waiting = self._waiting, deque()
         for call in waiting:

@@ -106,6 +106,16 @@ GAUGES = (
     _gauge("slo_ttft_seconds", "The objective `slo.ttft_ms` in force."),
     _gauge("slo_itl_seconds", "The objective `slo.itl_ms` in force."),
     _gauge(
+        "planner_trust",
+        "The share of the planner's predictions of goodput that it trusts, 0 to 1: less after those that were"
+        " wrong. 0 while it is off.",
+    ),
+    _gauge(
+        "planner_predicted_goodput",
+        "Requests per second within the objectives that the planner's latest decision predicts for the ratio"
+        " in force. 0 without one.",
+    ),
+    _gauge(
         "head_stall_seconds",
         "The longest that all streams and heartbeats of the head waited for it, in the last minute or two.",
     ),
@@ -150,6 +160,9 @@ COUNTERS = (
     _counter("requests_expired_total", "Requests whose deadline passed, or could not be met any more."),
     _counter("requests_hopeless_total", "Those of them that ended before they cost a prefill."),
     _counter("stale_messages_total", "Messages of lost workers, dropped."),
+    _counter(
+        "planner_changes_total", "Changes of the ratio that the planner has made since the head's start."
+    ),
     _counter(
         "router_takeovers_total",
         "Heads that took over the workers of one that died, in the life of the cluster.",

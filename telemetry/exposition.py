@@ -19,6 +19,7 @@ from ..core.hosts import HostState
 from ..core.latency import LatencyModel
 from ..core.messages import Role
 from ..core.request import FinishReason
+from ..router.planner_desk import PlannerState
 from ..router.registry import RoutingState
 from ..router.status import RoutedWorkerStatus, RouterStatus
 from .catalogue import COUNTERS, GAUGES, GPU_COUNTERS, GPU_GAUGES, HISTOGRAMS, Metric
@@ -48,6 +49,7 @@ class Snapshot:
     configured: Mapping[Role, int]
     restarts: Mapping[str, tuple[Role, int]]  # by worker: its pool and how often it was replaced
     hosts: Mapping[HostState, int]
+    planner: PlannerState
     num_takeovers: int
     num_spans: int
     stall_s: float  # the longest of the head's loop, lately
@@ -170,6 +172,8 @@ def _gauges(now: Snapshot, tally: Tally) -> Mapping[str, Rows]:
         "num_requests_live": [((), now.status.num_requests)],
         "slo_ttft_seconds": [((), tally.ttft_slo_s)],
         "slo_itl_seconds": [((), tally.itl_slo_s)],
+        "planner_trust": [((), now.planner.trust)],
+        "planner_predicted_goodput": [((), now.planner.predicted_goodput)],
         "head_stall_seconds": [((), now.stall_s)],
     }
 
@@ -190,6 +194,7 @@ def _counters(now: Snapshot) -> Mapping[str, float]:
         "requests_expired_total": counts.expired,
         "requests_hopeless_total": counts.hopeless,
         "stale_messages_total": counts.stale,
+        "planner_changes_total": now.planner.num_changes,
         "router_takeovers_total": now.num_takeovers,
         "trace_spans_total": now.num_spans,
     }

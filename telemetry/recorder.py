@@ -39,6 +39,7 @@ class TelemetryRecorder:
         self.recent = recent
         self.traces = traces
         self.requests = requests
+        self.listener: Callable[[Timeline], object] = lambda timeline: None
         self._clock = clock
 
     def observe(self, event: RouterEvent) -> None:
@@ -56,5 +57,6 @@ class TelemetryRecorder:
             if self.traces is not None:
                 self.traces.export(timeline, self._clock())
             self.requests.closed(timeline)
+            self.listener(timeline)
         except Exception:  # telling of requests must not end them
             log.exception("a request could not be recorded", extra={"request_id": timeline.request_id})

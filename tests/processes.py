@@ -3,6 +3,8 @@
 import os
 import select
 
+from tests.deadlines import WAIT_S
+
 
 def await_end(pid: int) -> None:
     """Returns when there is no such process (any more). Raises AssertionError when it keeps running."""
@@ -11,7 +13,7 @@ def await_end(pid: int) -> None:
     except ProcessLookupError:
         return
     try:
-        readable, _, _ = select.select([descriptor], [], [], 30.0)
+        readable, _, _ = select.select([descriptor], [], [], WAIT_S)
     finally:
         os.close(descriptor)
     assert readable, f"process {pid} lives on"

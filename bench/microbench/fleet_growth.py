@@ -1,6 +1,6 @@
 """The cost of decisions at 10, 100, 1,000 and 4,000 workers, and how each cost grows.
 
-    python -m bench.microbench.fleet_growth [--workers 10 100 1000 4000]
+    python -m bench.microbench.fleet_growth [--workers 10 100 1000 4000] [--only report choice]
 
 CPU time of one call, in us: the median of many, of the real objects. The exponent is the slope of a line
 through the logarithms: 0 is constant, 1 proportional to the number of workers."""
@@ -119,6 +119,15 @@ def report_while_decodes_wait(num_workers: int) -> float:
     router = filled(fleet_of(num_workers, config, lambda number: 100))
     made = [reports(num_workers, 10)(number) for number in range(1000)]
     return median_us(lambda number: router.handle(made[number], 1.0), len(made))
+
+
+def place_given_up(num_workers: int) -> float:
+    """The choice of the dispatch that makes room for another client, of some two a decode worker."""
+    config = RouterConfig(max_queued_requests=1 << 30, max_prefill_backlog_tokens=1 << 30)
+    router = filled(fleet_of(num_workers, config, lambda number: 100))
+    newcomer = structs.replace(prompt("n", 500), client="another")
+    job = Job(LiveRequest(newcomer, 0.0), (0,), (), 0.0)
+    return median_us(lambda number: router._dispatcher._room.victim(job), 20)
 
 
 def unequal(num_workers: int) -> Router:
@@ -244,6 +253,7 @@ def status_for_all_watchers(num_workers: int) -> float:
 ROWS = {
     "step report while jobs wait for prompts": report_while_prompts_wait,
     "step report while jobs wait for a place to decode": report_while_decodes_wait,
+    "choice of the dispatch that makes room": place_given_up,
     "submit, all capacities differ": submit_with_unequal_capacities,
     "  its decision": decision_with_unequal_capacities,
     "event of the fleet": event_of_the_fleet,
@@ -293,10 +303,13 @@ def exponent(sizes: list[int], costs: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--workers", type=int, nargs="+", default=[10, 100, 1000, 4000])
+    parser.add_argument("--only", nargs="+", help="words of the rows to print")
     parser.add_argument("--index-blocks", type=int, default=5_000_000)
     args = parser.parse_args()
     print(f"{'CPU time in us, with workers:':52}", *(f"{size:>9,}" for size in args.workers), "  exponent")
     for name, measure in ROWS.items():
+        if args.only and not any(word in name for word in args.only):
+            continue
         costs = [measure(size) for size in args.workers]
         print(
             f"{name:52}",
@@ -304,6 +317,8 @@ def main() -> None:
             f"  {exponent(args.workers, costs):8.2f}" if len(costs) > 1 else "",
             flush=True,
         )
+    if args.only:
+        return
     index = prefix_index(1000, args.index_blocks)
     print(f"prefix index, {args.index_blocks:,} blocks at 1,000 workers: {index}")
 

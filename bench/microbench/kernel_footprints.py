@@ -1,7 +1,10 @@
 """Compiles every Triton kernel for every GPU it is made for, as production launches it, and prints what each
 takes of a multiprocessor. Needs no GPU. Fails where a kernel spills registers to memory.
 
-`python -m bench.microbench.kernel_footprints --jobs 2 [--all-cases-for 90]`
+`python -m bench.microbench.kernel_footprints --jobs 2 [--first-cases-for 90]`
+
+What it prints for all targets stands in `tests/kernels/triton/footprints.txt`, with a digest of the sources:
+a change of these is compiled for all of them once, and not by each run of the tests.
 """
 
 import argparse
@@ -14,7 +17,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as ever; 3.9 warns tha
 
 import triton
 
-from pdserve.kernels.triton.footprint import Footprint, footprint
+from pdserve.kernels.triton.footprint import Footprint, footprint, source_digest
 from pdserve.kernels.triton.production import TARGETS, production_launches
 
 _KERNEL, _CASE = 24, 44
@@ -27,8 +30,8 @@ def _compile(where: tuple[int, int]) -> tuple[int, str, Footprint]:
     return target, case, footprint(launch, target)
 
 
-def _cases(target: int, is_short: bool) -> list[int]:
-    """Returns the indices of the launches to compile."""
+def _cases(target: int, *, is_short: bool) -> list[int]:
+    """Returns the indices of the launches to compile: of a short table the first of each kernel."""
     kernels = [launch.kernel.__name__ for _, launch in production_launches(target)]
     return [index for index, name in enumerate(kernels) if not is_short or kernels.index(name) == index]
 
@@ -47,25 +50,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument(
-        "--all-cases-for",
+        "--first-cases-for",
         type=int,
         choices=TARGETS,
-        help="for the other targets, only the first case of each kernel",
+        help="only the first case of each kernel, for one target",
     )
     arguments = parser.parse_args()
-    wanted = [
-        (target, index)
-        for target in TARGETS
-        for index in _cases(target, is_short=arguments.all_cases_for not in (None, target))
-    ]
+    only = arguments.first_cases_for
+    targets = TARGETS if only is None else (only,)
+    wanted = [(target, index) for target in targets for index in _cases(target, is_short=only is not None)]
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
         compiled = pool.map(_compile, wanted, chunksize=1)
     table: dict[tuple[str, str], dict[int, Footprint]] = {}
     for target, case, taken in compiled:
         table.setdefault((taken.kernel, case), {})[target] = taken
     print(
-        f"Triton {triton.__version__}; per target: registers of a thread, bytes spilled, bytes of shared"
-        " memory of a block"
+        f"sources {source_digest()}; Triton {triton.__version__}; per target: registers of a thread, bytes"
+        " spilled, bytes of shared memory of a block"
     )
     print(
         f"{'kernel':<{_KERNEL}} {'case':<{_CASE}} warps  "

@@ -1,11 +1,13 @@
-"""Each native kernel beside torch, in turns in one run: time, rate, and share of what the machine can do.
+"""Each kind of native kernel beside torch, in turns in one run: time, rate, and share of what the machine
+can do.
 
-`python -m bench.microbench.kernel_ops --dtype bfloat16 --threads 2`. The machine's limits are measured first,
-by a loop of multiplies that never leaves the registers and by reading as many bytes as the cases with few
-tokens read, 96 MiB."""
+`python -m bench.microbench.kernel_ops --dtype bfloat16 --threads 2 --kernels avx512_bf16 avx2`. The machine's
+limits are measured first, by a loop of each kind's multiplies that never leaves the registers and by reading
+as many bytes as the cases with few tokens read, 96 MiB, with the same threads."""
 
 import argparse
 import ctypes
+import platform
 import statistics
 import subprocess
 import tempfile
@@ -17,39 +19,45 @@ from pathlib import Path
 
 import torch
 
-from pdserve.kernels import AttentionBatch, KernelRequirements, Kernels, load_kernels
+from bench.machine import describe
+from pdserve.kernels import AttentionBatch, KernelRequirements, Kernels, build, load_kernels
+from pdserve.kernels.levels import usable_levels
 
 _PEAK_SOURCE = r"""
-#include <immintrin.h>
-template <bool BF16>
-float multiply(long n) {
-  __m512 one = _mm512_set1_ps(1e-9f), acc[16];
-#pragma GCC unroll 16
-  for (int j = 0; j < 16; ++j) acc[j] = one;
+#include "simd.h"
+using namespace pd;
+constexpr int kSums = 12;
+
+extern "C" long flops_per_round(int bf16) { return kSums * kLanes * 2 * (bf16 ? BF16::kPerDword : 1); }
+
+template <class E>
+static float multiply(long n) {
+  I one = (I)set1(1e-9f);
+  V acc[kSums] = {};
   for (long i = 0; i < n; ++i) {
 #pragma GCC unroll 16
-    for (int j = 0; j < 16; ++j) {
-      if constexpr (BF16) acc[j] = _mm512_dpbf16_ps(acc[j], (__m512bh)one, (__m512bh)one);
-      else acc[j] = _mm512_fmadd_ps(one, one, acc[j]);
-      asm volatile("" : "+v"(acc[j]));
+    for (int j = 0; j < kSums; ++j) {
+      acc[j] = E::dot(acc[j], one, one);
+      asm volatile("" : "+" REGISTER(acc[j]));
     }
   }
+  V sum{};
 #pragma GCC unroll 16
-  for (int j = 0; j < 16; ++j) one = _mm512_add_ps(one, acc[j]);
-  return _mm512_reduce_add_ps(one);
+  for (int j = 0; j < kSums; ++j) sum += acc[j];
+  return reduce_add(sum);
 }
-extern "C" float multiply_bf16(long n) { return multiply<true>(n); }
-extern "C" float multiply_f32(long n) { return multiply<false>(n); }
+extern "C" float multiply(int bf16, long n) { return bf16 ? multiply<BF16>(n) : multiply<F32>(n); }
+
 extern "C" float read(const float* p, long n) {
-  __m512 sum[4] = {};
-  for (long i = 0; i < n; i += 64) {
+  V sum[4] = {};
+  for (long i = 0; i < n; i += 4 * kLanes) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      _mm_prefetch((const char*)(p + i + 16 * j + 1024), _MM_HINT_T0);
-      sum[j] = _mm512_add_ps(sum[j], _mm512_loadu_ps(p + i + 16 * j));
+      if (j * kLanes % 16 == 0) __builtin_prefetch(p + i + j * kLanes + 1024, 0, 3);
+      sum[j] += load(p + i + j * kLanes);
     }
   }
-  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
+  return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 """
 
@@ -68,35 +76,42 @@ class Case:
     run: Callable[[Kernels], object]
 
 
-def in_threads(num_threads: int, call: Callable[[], object]) -> float:
+Clock = Callable[[], float]
+
+
+def in_threads(num_threads: int, call: Callable[[], object], clock: Clock) -> float:
     """Seconds until every thread has made the call (ctypes lets them run at once)."""
     threads = [threading.Thread(target=call) for _ in range(num_threads)]
-    start = time.perf_counter()
+    start = clock()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def measure_peak(dtype: torch.dtype, num_threads: int) -> Peak:
-    bf16 = dtype == torch.bfloat16
+def measure_peak(level: str, dtype: torch.dtype, num_threads: int, clock: Clock) -> Peak:
+    machine = platform.machine()
     with tempfile.TemporaryDirectory() as tmp:
         source, library = Path(tmp) / "peak.cpp", Path(tmp) / "peak.so"
         source.write_text(_PEAK_SOURCE)
-        flags = ["-O3", "-shared", "-fPIC", "-mavx512f", "-mavx512bf16"]
-        subprocess.run(["g++", *flags, str(source), "-o", str(library)], check=True)
+        register = "w" if machine == "aarch64" else "v" if level.startswith("avx512") else "x"
+        flags = [*build.LEVELS[machine][level], f'-DREGISTER(x)="{register}"(x)', f"-I{build.SOURCES}"]
+        command = ["g++", "-std=c++17", "-O3", "-shared", "-fPIC", *flags, str(source), "-o", str(library)]
+        subprocess.run(command, check=True)
         c = ctypes.CDLL(str(library))
-    multiply = c.multiply_bf16 if bf16 else c.multiply_f32
-    multiply.argtypes, c.read.argtypes = [ctypes.c_long], [ctypes.c_void_p, ctypes.c_long]
-    count, memory = 10_000_000, torch.ones(24 << 20)
-    flops = count * 16 * 16 * 2 * (2 if bf16 else 1) * num_threads
-    num_bytes = memory.numel() * 4 * num_threads
-    return Peak(
-        flops / min(in_threads(num_threads, lambda: multiply(count)) for _ in range(12)),
-        num_bytes
-        / min(in_threads(num_threads, lambda: c.read(memory.data_ptr(), memory.numel())) for _ in range(12)),
-    )
+    bf16 = int(dtype == torch.bfloat16)
+    c.flops_per_round.restype = ctypes.c_long
+    c.multiply.argtypes, c.read.argtypes = [ctypes.c_int, ctypes.c_long], [ctypes.c_void_p, ctypes.c_long]
+    count, memory = 5_000_000, torch.ones(24 << 20)
+    flops, num_bytes = count * c.flops_per_round(bf16), memory.numel() * 4
+
+    def best_s(call: Callable[[], object]) -> float:
+        return min(in_threads(num_threads, call, clock) for _ in range(8))
+
+    multiply_s = best_s(lambda: c.multiply(bf16, count))
+    read_s = best_s(lambda: c.read(memory.data_ptr(), memory.numel()))
+    return Peak(num_threads * flops / multiply_s, num_threads * num_bytes / read_s)
 
 
 def linear_case(dtype: torch.dtype, num_out: int, num_in: int, num_tokens: int) -> Case:
@@ -164,21 +179,23 @@ def cases(dtype: torch.dtype) -> list[Case]:
     return [*linears, *attentions, transfer_case(dtype)]
 
 
-def compare(case: Case, contestants: list[Kernels], num_threads: int, num_rounds: int) -> list[float]:
-    """Median seconds of each, taking turns so that a disturbance hits both."""
+def compare(
+    case: Case, contestants: list[Kernels], num_threads: int, num_rounds: int, clock: Clock
+) -> list[float]:
+    """Median seconds of each, taking turns so that a disturbance hits all."""
     times: list[list[float]] = [[] for _ in contestants]
     for _ in range(num_rounds):
         for kernels, mine in zip(contestants, times, strict=True):
             kernels.set_num_threads(num_threads)
-            time.sleep(0.02)  # the other's threads still spin for a moment, waiting for work
-            mine.append(min(_seconds(case, kernels) for _ in range(4)))
+            time.sleep(0.02)  # the others' threads still spin for a moment, waiting for work
+            mine.append(min(_seconds(case, kernels, clock) for _ in range(4)))
     return [statistics.median(mine) for mine in times]
 
 
-def _seconds(case: Case, kernels: Kernels) -> float:
-    start = time.perf_counter()
+def _seconds(case: Case, kernels: Kernels, clock: Clock) -> float:
+    start = clock()
     case.run(kernels)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def main() -> None:
@@ -186,26 +203,39 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--kernels", nargs="+", help="kinds of kernel; by default all that run here")
+    parser.add_argument("--case", default="", help="only the cases with this in their name")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="by processor time, beside other programs; for one thread"
+    )
     options = parser.parse_args()
+    if options.cpu_time and options.threads != 1:
+        parser.error(f"--cpu-time: got --threads {options.threads}, expected --threads 1")
+    clock = time.process_time if options.cpu_time else time.perf_counter
     dtype = getattr(torch, options.dtype)
     requirements = KernelRequirements(dtype, head_dim=64, block_size=16)
-    contestants = [
-        load_kernels("cpu", requirements, choice, options.threads) for choice in ("torch", "native")
-    ]
-    peak = measure_peak(dtype, options.threads)
+    kinds = options.kernels or usable_levels(dtype)
+    contestants = [load_kernels("cpu", requirements, kind, options.threads) for kind in ("torch", *kinds)]
+    peaks = {kind: measure_peak(kind, dtype, options.threads, clock) for kind in kinds}
+    print(describe())
+    for kind, peak in peaks.items():
+        limits = f"{peak.flops / 1e9:.0f} GFLOP/s, {peak.bytes / 1e9:.0f} GB/s at most"
+        print(f"{options.dtype}, {options.threads} threads, {kind}: {limits}")
     print(
-        f"{options.dtype}, {options.threads} threads: {peak.flops / 1e9:.0f} GFLOP/s, {peak.bytes / 1e9:.0f}"
-        " GB/s at most"
+        f"{'':44}{'kind':>12}{'time':>10}{'torch':>10}{'faster':>8}{'GFLOP/s':>9}{'GB/s':>7}{'of limit':>9}"
     )
-    print(f"{'':44}{'native':>10}{'torch':>10}{'faster':>8}{'GFLOP/s':>9}{'GB/s':>7}{'of limit':>9}")
     for case in cases(dtype):
-        torch_s, native_s = compare(case, contestants, options.threads, options.rounds)
-        share = max(case.flops / native_s / peak.flops, case.bytes / native_s / peak.bytes)
-        print(
-            f"{case.name:44}{native_s * 1e6:8.0f}us{torch_s * 1e6:8.0f}us{torch_s / native_s:7.1f}x"
-            f"{case.flops / native_s / 1e9:9.0f}{case.bytes / native_s / 1e9:7.1f}{share:9.0%}",
-            flush=True,
-        )
+        if options.case not in case.name:
+            continue
+        torch_s, *times_s = compare(case, contestants, options.threads, options.rounds, clock)
+        for (kind, peak), seconds in zip(peaks.items(), times_s, strict=True):
+            share = max(case.flops / seconds / peak.flops, case.bytes / seconds / peak.bytes)
+            print(
+                f"{case.name:44}{kind:>12}{seconds * 1e6:8.0f}us{torch_s * 1e6:8.0f}us"
+                f"{torch_s / seconds:7.1f}x{case.flops / seconds / 1e9:9.0f}"
+                f"{case.bytes / seconds / 1e9:7.1f}{share:9.0%}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

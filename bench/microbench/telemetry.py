@@ -24,6 +24,7 @@ from pdserve.core.request import TransferId
 from pdserve.router.client_stream import ClientStream
 from pdserve.router.core import Router
 from pdserve.router.events import Cancel, RequestClosed, RouterEvent, Submit, Timeline, WorkerReady
+from pdserve.router.planner_desk import PlannerState
 from pdserve.router.service import RouterService
 from pdserve.router.stream import ChoiceStream
 from pdserve.telemetry.exposition import Exposition, Snapshot
@@ -169,6 +170,7 @@ def scrape_us(num_workers: int) -> tuple[float, int]:
             configured=configured,
             restarts={},
             hosts={HostState.JOINED: 1},
+            planner=PlannerState(),
             num_takeovers=0,
             num_spans=0,
             stall_s=0.0,

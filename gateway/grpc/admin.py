@@ -1,4 +1,4 @@
-"""The Cluster service: status, apply, scale and drain for operators."""
+"""The Cluster service: status, apply, scale, drain and the planner's account for operators."""
 
 import asyncio
 import logging
@@ -16,6 +16,7 @@ from ...core.validation import check_name
 from ...proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from ..explain import explanation, find_timeline, summary
 from ..frontend import ClusterStatus, Frontend, WorkerState, WorkerStatus
+from ..planner_report import planner_report
 from ..serving import Shared
 from ..translate import NeedsRestart, UnknownRequest, translated, write
 from ..vetting import refuse_unknown_fields
@@ -67,23 +68,34 @@ class ClusterService(pdserve_pb2_grpc.ClusterServicer):
                 got = f"{len(request.config_yaml)} characters"
                 raise InvalidRequest("config_yaml", got, f"at most {MAX_CONFIG_CHARS} characters")
             new = parse_cluster_config(request.config_yaml, request.filename or "cluster.yaml")
-            return await self._change(new, request.dry_run)
+            return await self._change(new.keeping(self._frontend.status().instances), request.dry_run)
         raise AssertionError("translated() ends the call")
 
     async def Scale(self, request: pb.ScaleRequest, context: Context) -> pb.ApplyResponse:
         async with translated(context), self._applying:
             refuse_unknown_fields(request)
-            return await self._change(scaled(self._shared.config, request.pools), request.dry_run)
+            return await self._change(scaled(self._config, request.pools), request.dry_run)
         raise AssertionError("translated() ends the call")
 
+    @property
+    def _config(self) -> ClusterConfig:
+        """Returns the configuration in force, with the numbers of instances that the planner chose."""
+        return self._shared.config.sized(self._frontend.status().instances)
+
     async def _change(self, new: ClusterConfig, dry_run: bool) -> pb.ApplyResponse:
-        old = self._shared.config
+        old = self._config
         if old.changes_needing_restart(new):
             raise NeedsRestart(old, new)
         await self._frontend.apply(new, dry_run)
         if not dry_run:
             self._shared.config = new
         return pb.ApplyResponse(changes=_changes(old, new))
+
+    async def Planner(self, request: pb.PlannerRequest, context: Context) -> pb.PlannerReport:
+        async with translated(context):
+            refuse_unknown_fields(request)
+            return planner_report(self._frontend.planner())
+        raise AssertionError("translated() ends the call")
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> None:  # type: ignore[override]
         async with translated(context):
@@ -230,6 +242,7 @@ def _worker(worker: WorkerStatus) -> pb.WorkerStatus:
         tokens_per_s=worker.tokens_per_s,
         age_s=worker.age_s,
         num_restarts=worker.num_restarts,
+        kernels=worker.kernels,
     )
 
 

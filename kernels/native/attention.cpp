@@ -6,12 +6,13 @@
 #include <memory>
 #include <vector>
 
+#include "export.h"
 #include "pool.h"
 
 namespace pd {
 namespace {
 
-constexpr int64_t kMaxRows = 12 * kTileRows;  // per task: enough that packing its keys is cheap
+constexpr int64_t kMaxRows = 168;  // per task: enough that packing its keys is cheap
 
 std::vector<Rows> cut_rows(const Attention& a) {
   const int64_t tokens_per_task = std::max<int64_t>(1, kMaxRows / a.group());
@@ -88,12 +89,12 @@ void attend(const Attention& a) {
 }  // namespace
 }  // namespace pd
 
-extern "C" void pd_paged_attention(int bf16, const void* q, const void* k_cache, const void* v_cache, void* out,
+extern "C" void PD_EXPORT(paged_attention)(int bf16, const void* q, const void* k_cache, const void* v_cache, void* out,
                                    const int32_t* query_start, const int32_t* context_lens, const int32_t* block_tables,
                                    int64_t num_seqs, int64_t max_blocks, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                    int64_t block_size, int64_t window, float scale) {
   using namespace pd;
   const Attention a{q,        k_cache,    v_cache, out,      query_start, context_lens, block_tables,
                     num_seqs, max_blocks, heads,   kv_heads, head_dim,    block_size,   window, scale * 1.44269504f};
-  bf16 ? attend<BF16>(a) : attend<F32>(a);
+  with_element(bf16, [&](auto element) { attend<decltype(element)>(a); });
 }

@@ -12,10 +12,14 @@
 #include <cstring>
 
 #include "keys.h"
+#if defined(PD_TILES)
+#include "tile_products.h"
+#else
+#include "vector_products.h"
+#endif
 
 namespace pd {
 
-constexpr int kFewRows = 4;        // up to here a key block is multiplied as it is read, without being packed
 constexpr int64_t kSegment = 512;  // keys, a multiple of kKeys
 
 struct Attention {
@@ -26,7 +30,7 @@ struct Attention {
   int64_t window;  // keys a query may see, its own included
   float scale_log2;
   int64_t group() const { return heads / kv_heads; }
-  int64_t padded_dim() const { return ceil_div(head_dim, 2 * kLanes) * 2 * kLanes; }
+  int64_t padded_dim() const { return round_up(head_dim, 32); }  // whole pairs of the widest vectors
 };
 
 // Rows of consecutive tokens of one sequence and kv head.
@@ -38,11 +42,12 @@ struct Rows {
   int64_t key_end() const { return position + num_tokens; }
 };
 
-// The softmax of some rows over some keys, not yet divided: for each row a maximum, 16 partial sums, padded_dim outputs.
+// The softmax of some rows over some keys, not yet divided: for each row a maximum, kLanes partial sums, padded_dim
+// outputs.
 struct Partial {
   float *max, *sum, *out;
   static int64_t floats(int64_t rows, int64_t padded_dim) {
-    return ceil_div(rows, kLanes) * kLanes + rows * (kLanes + padded_dim);
+    return ceil_div(rows, kLanes) * kLanes + rows * kLanes + (rows + kSlackRows) * padded_dim;
   }
   Partial(float* memory, int64_t rows) : max(memory), sum(max + ceil_div(rows, kLanes) * kLanes), out(sum + rows * kLanes) {}
   void clear(int64_t rows, int64_t padded_dim) {
@@ -52,27 +57,27 @@ struct Partial {
 };
 
 inline void scale_row(float* x, int64_t n, float factor) {
-  const __m512 f = _mm512_set1_ps(factor);
-  for (int64_t i = 0; i < n; i += kLanes) _mm512_storeu_ps(x + i, _mm512_mul_ps(f, _mm512_loadu_ps(x + i)));
+  for (int64_t i = 0; i < n; i += kLanes) store(x + i, factor * load(x + i));
 }
 
-inline float exp2_scalar(float x) { return _mm512_cvtss_f32(exp2(_mm512_set1_ps(x))); }
+inline float exp2_scalar(float x) { return exp2(set1(x))[0]; }
 
 // total += segment, row by row.
 inline void merge(Partial& total, const Partial& segment, int64_t rows, int64_t padded_dim) {
   for (int64_t r = 0; r < rows; ++r) {
     if (segment.max[r] == -INFINITY) continue;
     const float max = std::max(total.max[r], segment.max[r]);
-    const __m512 a = _mm512_set1_ps(exp2_scalar(total.max[r] - max)), b = _mm512_set1_ps(exp2_scalar(segment.max[r] - max));
+    const V a = exp2(set1(total.max[r] - max)), b = exp2(set1(segment.max[r] - max));
     auto add = [&](float* x, const float* y, int64_t n) {
-      for (int64_t i = 0; i < n; i += kLanes)
-        _mm512_storeu_ps(x + i, _mm512_fmadd_ps(b, _mm512_loadu_ps(y + i), _mm512_mul_ps(a, _mm512_loadu_ps(x + i))));
+      for (int64_t i = 0; i < n; i += kLanes) store(x + i, fma(b, load(y + i), a * load(x + i)));
     };
     add(total.sum + r * kLanes, segment.sum + r * kLanes, kLanes);
     add(total.out + r * padded_dim, segment.out + r * padded_dim, padded_dim);
     total.max[r] = max;
   }
 }
+
+static_assert(kFewRows <= kProductRows, "scores and weights have room for a tile's rows");
 
 // One thread's working memory for rows of one (sequence, kv head).
 template <class E>
@@ -83,7 +88,7 @@ class RowAttention {
  public:
   static size_t bytes(const Attention& a, int64_t rows) {
     const int64_t dim = a.padded_dim();
-    return 4 * (rows * dim + 2 * dim * kKeys + kTileRows * kKeys * 2 + 2 * Partial::floats(rows, dim)) + 1024;
+    return 4 * ((rows + kSlackRows) * dim + 2 * dim * kKeys + kProductRows * kKeys * 2 + 2 * Partial::floats(rows, dim));
   }
 
   // `next` are the rows this thread will probably do next: their first keys are prefetched at the end of
@@ -95,18 +100,19 @@ class RowAttention {
         num_rows_(rows.num_tokens * a.group()),
         dim_(a.padded_dim()),
         depth_(a.head_dim / kPer),
-        stride_(ceil_div(depth_, kLanes) * kLanes),
+        stride_(round_up(depth_, 16)),
         keys_(static_cast<uint32_t*>(memory)),
         values_(keys_ + dim_ * kKeys),
         scores_(reinterpret_cast<float*>(values_ + dim_ * kKeys)),
-        weights_(reinterpret_cast<uint32_t*>(scores_ + kTileRows * kKeys)),
-        queries_(weights_ + kTileRows * kKeys),
-        total_(reinterpret_cast<float*>(queries_ + num_rows_ * dim_), num_rows_),
+        weights_(reinterpret_cast<uint32_t*>(scores_ + kProductRows * kKeys)),
+        queries_(weights_ + kProductRows * kKeys),
+        total_(reinterpret_cast<float*>(queries_ + (num_rows_ + kSlackRows) * dim_), num_rows_),
         segment_(total_.max + Partial::floats(num_rows_, dim_), num_rows_) {
     const T* q = static_cast<const T*>(a.q) + (rows.token * a.heads + rows.kv_head * a.group()) * a.head_dim;
     for (int64_t r = 0; r < num_rows_; ++r) {
-      std::memset(queries_ + r * stride_, 0, stride_ * 4);
-      std::memcpy(queries_ + r * stride_, q + (r / a.group() * a.heads + r % a.group()) * a.head_dim, depth_ * 4);
+      const T* from = q + (r / a.group() * a.heads + r % a.group()) * a.head_dim;
+      for (int64_t d = 0; d < stride_; d += kLanes)
+        store_as(queries_ + r * stride_ + d, E::dwords(from + d * kPer, depth_ - d));
     }
   }
 
@@ -134,9 +140,9 @@ class RowAttention {
     for (int64_t r = 0; r < num_rows_; ++r) {
       const int64_t token = rows_.token + r / a_.group(), head = rows_.kv_head * a_.group() + r % a_.group();
       T* out = static_cast<T*>(a_.out) + (token * a_.heads + head) * a_.head_dim;
-      const __m512 scale = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(_mm512_loadu_ps(total.sum + r * kLanes)));
+      const float scale = 1.0f / reduce_add(load(total.sum + r * kLanes));
       for (int64_t d = 0; d < a_.head_dim; d += kLanes)
-        E::store(out + d, _mm512_mul_ps(scale, _mm512_loadu_ps(total.out + r * dim_ + d)), lanes(a_.head_dim - d));
+        pd::store(out + d, scale * load(total.out + r * dim_ + d), a_.head_dim - d);
     }
   }
 
@@ -149,14 +155,16 @@ class RowAttention {
       with_rows<kFewRows>(num_rows_, [&](auto rows) { attend_few<rows.value>(here, num_keys, to); });
       return;
     }
-    pack_keys(here, ahead_, a_.head_dim, keys_);
-    pack_values(here, ahead_, a_.head_dim, dim_, values_);
-    const int64_t tiles = ceil_div(num_rows_, kTileRows);
+    pack_keys<E>(here, ahead_, a_.head_dim, keys_);
+    pack_values<E>(here, ahead_, a_.head_dim, dim_, values_);
+    const int64_t tiles = ceil_div(num_rows_, kProductRows);
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t row = num_rows_ * tile / tiles, next = num_rows_ * (tile + 1) / tiles;
+      const int64_t row = product_row(tile, tiles, num_rows_), next = product_row(tile + 1, tiles, num_rows_);
       const int64_t first = rows_.position + row / a_.group(), last = rows_.position + (next - 1) / a_.group();
       if (key > last || key + num_keys <= first - a_.window + 1) continue;  // no row of the tile sees a key of the block
-      with_rows<kTileRows>(next - row, [&](auto rows) { attend_tile<rows.value>(row, key, num_keys, to); });
+      score<E>(tiles_, queries_ + row * stride_, stride_, depth_, keys_, next - row, scores_);
+      for (int64_t i = 0; i < next - row; ++i) softmax_row(i, row + i, key, num_keys, to);
+      add_values<E>(tiles_, weights_, values_, next - row, dim_, to.out + row * dim_);
     }
   }
 
@@ -177,74 +185,43 @@ class RowAttention {
 
   template <int ROWS>
   void attend_few(const KeyBlock<T>& here, int64_t num_keys, Partial& to) {
+    constexpr int kVecs = few_vecs(ROWS);
     score_unpacked<E, ROWS>(here, ahead_, a_.head_dim, queries_, stride_, scores_);
     for (int i = 0; i < ROWS; ++i) softmax_row(i, i, here.key, num_keys, to);
     int64_t d = 0;
-    for (; d + 4 * kLanes <= dim_; d += 4 * kLanes)
-      add_values_unpacked<E, ROWS, 4>(here, ahead_, a_.head_dim, d, weights_, to.out + d, dim_);
+    for (; d + kVecs * kLanes <= dim_; d += kVecs * kLanes)
+      add_values_unpacked<E, ROWS, kVecs>(here, ahead_, a_.head_dim, d, weights_, to.out + d, dim_);
     if (d < dim_) add_values_unpacked<E, ROWS, 2>(here, ahead_, a_.head_dim, d, weights_, to.out + d, dim_);
-  }
-
-  template <int ROWS>
-  void attend_tile(int64_t row, int64_t key, int64_t num_keys, Partial& to) {
-    constexpr int kVecs = ROWS <= 6 ? 4 : 2;  // few rows need more columns to hide the multiplier's latency
-    for (int64_t k = 0; k < kKeys; k += kVecs * kLanes) score<ROWS, kVecs>(row, k);
-    for (int i = 0; i < ROWS; ++i) softmax_row(i, row + i, key, num_keys, to);
-    int64_t d = 0;
-    for (; d + kVecs * kLanes <= dim_; d += kVecs * kLanes) add_values<ROWS, kVecs>(row, d, to);
-    if (d < dim_) add_values<ROWS, 2>(row, d, to);
-  }
-
-  template <int ROWS, int VECS>
-  void score(int64_t row, int64_t k) {
-    __m512 acc[ROWS][VECS];
-    for (auto& r : acc)
-      for (auto& v : r) v = _mm512_setzero_ps();
-    multiply<E>(Tile{queries_ + row * stride_, stride_, keys_ + k, kKeys, depth_}, acc);
-    for (int i = 0; i < ROWS; ++i)
-      for (int j = 0; j < VECS; ++j) _mm512_store_ps(scores_ + i * kKeys + k + j * kLanes, acc[i][j]);
   }
 
   // Turns row i of scores_ into weights under the row's running maximum, rescaling the earlier sums.
   void softmax_row(int i, int64_t row, int64_t key, int64_t num_keys, Partial& to) {
     const int64_t position = rows_.position + row / a_.group();
     const int64_t begin = std::max<int64_t>(0, position - a_.window + 1 - key), end = std::min(num_keys, position + 1 - key);
-    const __m512 scale = _mm512_set1_ps(a_.scale_log2), none = _mm512_set1_ps(-INFINITY);
-    __m512 s[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const __mmask16 seen = lanes(end - j * kLanes) & ~lanes(begin - j * kLanes);
-      s[j] = _mm512_mask_mul_ps(none, seen, scale, _mm512_loadu_ps(scores_ + i * kKeys + j * kLanes));
+    V s[kKeys / kLanes], seen_max = set1(-INFINITY);
+#pragma GCC unroll 16
+    for (int j = 0; j < kKeys / kLanes; ++j) {
+      const V scores = a_.scale_log2 * load(scores_ + i * kKeys + j * kLanes);
+      s[j] = select(begin - j * kLanes, end - j * kLanes, scores, set1(-INFINITY));
+      seen_max = pd::max(seen_max, s[j]);
     }
-    const float block_max = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(s[0], s[1]), _mm512_max_ps(s[2], s[3])));
-    const float old_max = to.max[row], max = std::max(old_max, block_max);
+    const float old_max = to.max[row], max = std::max(old_max, reduce_max(seen_max));
     if (max > old_max) {
       const float factor = exp2_scalar(old_max - max);
       scale_row(to.sum + row * kLanes, kLanes, factor);
       scale_row(to.out + row * dim_, dim_, factor);
       to.max[row] = max;
     }
-    const __m512 top = _mm512_set1_ps(max == -INFINITY ? 0.0f : max);
-    T* weights = reinterpret_cast<T*>(weights_ + i * (kKeys / kPer));
-    __m512 sum = _mm512_loadu_ps(to.sum + row * kLanes);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const __m512 p = exp2(_mm512_sub_ps(s[j], top));
-      E::store(weights + j * kLanes, p, 0xffff);
-      sum = _mm512_add_ps(sum, p);
+    const V top = set1(max == -INFINITY ? 0.0f : max);
+    auto* weights = reinterpret_cast<typename E::Operand*>(weights_ + i * (kKeys / kPer));
+    V sum = load(to.sum + row * kLanes);
+#pragma GCC unroll 16
+    for (int j = 0; j < kKeys / kLanes; ++j) {
+      const V p = exp2(s[j] - top);
+      pd::store(weights + j * kLanes, p, kLanes);
+      sum += p;
     }
-    _mm512_storeu_ps(to.sum + row * kLanes, sum);
-  }
-
-  template <int ROWS, int VECS>
-  void add_values(int64_t row, int64_t d, Partial& to) {
-    float* out = to.out + row * dim_ + d;
-    __m512 acc[ROWS][VECS];
-    for (int i = 0; i < ROWS; ++i)
-      for (int j = 0; j < VECS; ++j) acc[i][j] = _mm512_loadu_ps(out + i * dim_ + j * kLanes);
-    multiply<E>(Tile{weights_, kKeys / kPer, values_ + d, dim_, kKeys / kPer}, acc);
-    for (int i = 0; i < ROWS; ++i)
-      for (int j = 0; j < VECS; ++j) _mm512_storeu_ps(out + i * dim_ + j * kLanes, acc[i][j]);
+    store(to.sum + row * kLanes, sum);
   }
 
   const Attention& a_;
@@ -255,6 +232,7 @@ class RowAttention {
   uint32_t *weights_, *queries_;
   Partial total_, segment_;
   KeyBlock<T> ahead_;
+  Tiles tiles_;
 };
 
 }  // namespace pd

@@ -6,8 +6,6 @@
 // a fork).
 #include "pool.h"
 
-#include <immintrin.h>
-
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -19,6 +17,15 @@
 
 namespace pd {
 namespace {
+
+// Lets the core's other thread, or its power, have a loop that only waits.
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
 
 constexpr auto kSpin = std::chrono::microseconds(100);
 
@@ -49,7 +56,7 @@ class Pool {
     }
     take_tasks();
     open_.store(0);
-    for (int i = 0; active_.load() != 0; ++i) i < 4096 ? _mm_pause() : std::this_thread::yield();
+    for (int i = 0; active_.load() != 0; ++i) i < 4096 ? relax() : std::this_thread::yield();
   }
 
  private:
@@ -67,7 +74,7 @@ class Pool {
     do {
       for (int i = 0; i < 64; ++i) {
         if (has_new_job(last)) return;
-        _mm_pause();
+        relax();
       }
     } while (std::chrono::steady_clock::now() < deadline);
     std::unique_lock<std::mutex> lock(sleep_mutex_);

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "export.h"
 #include "pool.h"
 #include "simd.h"
 
@@ -20,56 +21,48 @@ void for_rows(int64_t rows, F&& f) {
   });
 }
 
-template <class E>
-float inverse_rms(const typename E::T* x, int64_t n, float eps) {
-  __m512 sum = _mm512_setzero_ps();
+template <class T>
+float inverse_rms(const T* x, int64_t n, float eps) {
+  V sum{};
   for (int64_t i = 0; i < n; i += kLanes) {
-    __m512 v = E::load(x + i, lanes(n - i));
-    sum = _mm512_fmadd_ps(v, v, sum);
+    const V v = load(x + i, n - i);
+    sum = fma(v, v, sum);
   }
-  return 1.0f / std::sqrt(_mm512_reduce_add_ps(sum) / static_cast<float>(n) + eps);
+  return 1.0f / std::sqrt(reduce_add(sum) / static_cast<float>(n) + eps);
 }
 
 // out = x / rms(x) * weight for each row; with a residual, x is added to it first and the norm is that of the
 // sum.
-template <class E>
-void rms_norm(const typename E::T* x, typename E::T* residual, const typename E::T* weight, typename E::T* out,
-              int64_t rows, int64_t n, float eps) {
+template <class T>
+void rms_norm(const T* x, T* residual, const T* weight, T* out, int64_t rows, int64_t n, float eps) {
   for_rows(rows, [&](int64_t row) {
-    const typename E::T* in = x + row * n;
+    const T* in = x + row * n;
     if (residual) {
-      typename E::T* sum = residual + row * n;
-      for (int64_t i = 0; i < n; i += kLanes) {
-        const __mmask16 mask = lanes(n - i);
-        E::store(sum + i, _mm512_add_ps(E::load(sum + i, mask), E::load(in + i, mask)), mask);
-      }
+      T* sum = residual + row * n;
+      for (int64_t i = 0; i < n; i += kLanes) store(sum + i, load(sum + i, n - i) + load(in + i, n - i), n - i);
       in = sum;
     }
-    const __m512 scale = _mm512_set1_ps(inverse_rms<E>(in, n, eps));
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const __mmask16 mask = lanes(n - i);
-      __m512 v = _mm512_mul_ps(E::load(in + i, mask), scale);
-      E::store(out + row * n + i, _mm512_mul_ps(v, E::load(weight + i, mask)), mask);
-    }
+    const float scale = inverse_rms(in, n, eps);
+    for (int64_t i = 0; i < n; i += kLanes)
+      store(out + row * n + i, load(in + i, n - i) * scale * load(weight + i, n - i), n - i);
   });
 }
 
 // Norms (where there is a weight) and rotates one head: out[i], out[i + D/2] from x[i], x[i + D/2].
-template <class E>
-void rotate(const typename E::T* x, const typename E::T* weight, float eps, const float* cos_sin, int64_t head_dim,
-            typename E::T* out) {
+template <class T>
+void rotate(const T* x, const T* weight, float eps, const float* cos_sin, int64_t head_dim, T* out) {
   const int64_t half = head_dim / 2;
-  const __m512 scale = _mm512_set1_ps(weight ? inverse_rms<E>(x, head_dim, eps) : 1.0f);
+  const float scale = weight ? inverse_rms(x, head_dim, eps) : 1.0f;
   for (int64_t i = 0; i < half; i += kLanes) {
-    const __mmask16 mask = lanes(half - i);
-    __m512 a = E::load(x + i, mask), b = E::load(x + half + i, mask);
+    const int64_t n = half - i;
+    V a = load(x + i, n), b = load(x + half + i, n);
     if (weight) {
-      a = _mm512_mul_ps(_mm512_mul_ps(a, scale), E::load(weight + i, mask));
-      b = _mm512_mul_ps(_mm512_mul_ps(b, scale), E::load(weight + half + i, mask));
+      a = a * scale * load(weight + i, n);
+      b = b * scale * load(weight + half + i, n);
     }
-    __m512 cos = F32::load(cos_sin + i, mask), sin = F32::load(cos_sin + half + i, mask);
-    E::store(out + i, _mm512_fmsub_ps(a, cos, _mm512_mul_ps(b, sin)), mask);
-    E::store(out + half + i, _mm512_fmadd_ps(b, cos, _mm512_mul_ps(a, sin)), mask);
+    const V cos = load(cos_sin + i, n), sin = load(cos_sin + half + i, n);
+    store(out + i, fma(a, cos, -(b * sin)), n);
+    store(out + half + i, fma(b, cos, a * sin), n);
   }
 }
 
@@ -82,61 +75,61 @@ struct Rope {
   float eps;
 };
 
-template <class E>
+template <class T>
 void rope_and_cache(const Rope& r) {
-  using T = typename E::T;
   const int64_t d = r.head_dim;
   for_rows(r.tokens, [&](int64_t t) {
     const T* in = static_cast<const T*>(r.qkv) + t * (r.heads + 2 * r.kv_heads) * d;
     const float* cos_sin = r.cos_sin + r.positions[t] * d;
     T* q = static_cast<T*>(r.q) + t * r.heads * d;
     for (int64_t h = 0; h < r.heads; ++h)
-      rotate<E>(in + h * d, static_cast<const T*>(r.q_norm), r.eps, cos_sin, d, q + h * d);
+      rotate(in + h * d, static_cast<const T*>(r.q_norm), r.eps, cos_sin, d, q + h * d);
     const T *k = in + r.heads * d, *v = k + r.kv_heads * d;
     const int64_t block = r.slots[t] / r.block_size, offset = r.slots[t] % r.block_size;
     for (int64_t h = 0; h < r.kv_heads; ++h) {
       const int64_t to = ((block * r.kv_heads + h) * r.block_size + offset) * d;
-      rotate<E>(k + h * d, static_cast<const T*>(r.k_norm), r.eps, cos_sin, d, static_cast<T*>(r.k_cache) + to);
+      rotate(k + h * d, static_cast<const T*>(r.k_norm), r.eps, cos_sin, d, static_cast<T*>(r.k_cache) + to);
       std::copy_n(v + h * d, d, static_cast<T*>(r.v_cache) + to);
     }
   });
 }
 
 int64_t argmax(const float* x, int64_t n) {
-  __m512 best = _mm512_set1_ps(-INFINITY);
-  for (int64_t i = 0; i < n; i += kLanes) best = _mm512_mask_max_ps(best, lanes(n - i), best, F32::load(x + i, lanes(n - i)));
-  const __m512 maximum = _mm512_set1_ps(_mm512_reduce_max_ps(best));
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const __mmask16 hit = _mm512_mask_cmp_ps_mask(lanes(n - i), F32::load(x + i, lanes(n - i)), maximum, _CMP_EQ_OQ);
-    if (hit) return i + __builtin_ctz(hit);
-  }
+  V best = set1(-INFINITY);
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) best = max(load(x + i), best);  // of NaN and a number, the number
+  float maximum = reduce_max(best);
+  for (int64_t i = whole; i < n; ++i) maximum = x[i] > maximum ? x[i] : maximum;
+  for (int64_t i = 0; i < whole; i += kLanes)
+    if (const int lane = find(load(x + i), set1(maximum)); lane < kLanes) return i + lane;
+  for (int64_t i = whole; i < n; ++i)
+    if (x[i] == maximum) return i;
   return 0;  // every value is NaN
 }
 
 }  // namespace
 }  // namespace pd
 
-extern "C" void pd_rms_norm(int bf16, const void* x, void* residual, const void* weight, void* out, int64_t rows,
-                            int64_t n, float eps) {
+extern "C" void PD_EXPORT(rms_norm)(int bf16, const void* x, void* residual, const void* weight, void* out, int64_t rows,
+                                    int64_t n, float eps) {
   using namespace pd;
-  if (bf16)
-    rms_norm<BF16>(static_cast<const uint16_t*>(x), static_cast<uint16_t*>(residual), static_cast<const uint16_t*>(weight),
-                   static_cast<uint16_t*>(out), rows, n, eps);
-  else
-    rms_norm<F32>(static_cast<const float*>(x), static_cast<float*>(residual), static_cast<const float*>(weight),
-                  static_cast<float*>(out), rows, n, eps);
+  with_element(bf16, [&](auto element) {
+    using T = typename decltype(element)::T;
+    rms_norm(static_cast<const T*>(x), static_cast<T*>(residual), static_cast<const T*>(weight), static_cast<T*>(out), rows,
+             n, eps);
+  });
 }
 
-extern "C" void pd_rope_and_cache(int bf16, const void* qkv, const int64_t* positions, const float* cos_sin,
-                                  const void* q_norm, const void* k_norm, float eps, void* k_cache, void* v_cache,
-                                  const int64_t* slots, void* q, int64_t tokens, int64_t heads, int64_t kv_heads,
-                                  int64_t head_dim, int64_t block_size) {
+extern "C" void PD_EXPORT(rope_and_cache)(int bf16, const void* qkv, const int64_t* positions, const float* cos_sin,
+                                          const void* q_norm, const void* k_norm, float eps, void* k_cache,
+                                          void* v_cache, const int64_t* slots, void* q, int64_t tokens, int64_t heads,
+                                          int64_t kv_heads, int64_t head_dim, int64_t block_size) {
   using namespace pd;
   const Rope r{qkv,     q_norm, k_norm, positions, slots,    cos_sin,    q,  k_cache,
                v_cache, tokens, heads,  kv_heads,  head_dim, block_size, eps};
-  bf16 ? rope_and_cache<BF16>(r) : rope_and_cache<F32>(r);
+  with_element(bf16, [&](auto element) { rope_and_cache<typename decltype(element)::T>(r); });
 }
 
-extern "C" void pd_argmax(const float* logits, int64_t* out, int64_t rows, int64_t n) {
+extern "C" void PD_EXPORT(argmax)(const float* logits, int64_t* out, int64_t rows, int64_t n) {
   pd::parallel_for(rows, [&](int64_t row) { out[row] = pd::argmax(logits + row * n, n); });
 }

@@ -2,46 +2,54 @@
 // use one thread.
 //
 // Cache: [layers, 2, blocks, heads, block_size, row] bytes; wire: [layers, 2, heads, tokens, row] bytes.
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cstring>
 
-#include "pool.h"
+#include "export.h"
+#include "simd.h"
 
 namespace {
+
+using pd::W;
 
 constexpr int64_t kLine = 64;
 constexpr int64_t kWord = 8;
 constexpr int64_t kAhead = 4096;  // bytes between the copy and the prefetch
 constexpr uint64_t kKeyStep = 0x9E3779B185EBCA87;
 
-// The wire's checksum as `Kernels` defines it, eight words at a time.
+constexpr int64_t kWords = sizeof(W) / kWord;  // of a vector
+
+// The wire's checksum as `Kernels` defines it, a vector of words at a time.
 class Checksum {
  public:
   // The next words added are at this offset of the wire.
   void seek(int64_t offset) {
-    const __m512i lanes = _mm512_set_epi64(8 * kKeyStep, 7 * kKeyStep, 6 * kKeyStep, 5 * kKeyStep, 4 * kKeyStep, 3 * kKeyStep,
-                                           2 * kKeyStep, kKeyStep);
-    keys_ = _mm512_add_epi64(_mm512_set1_epi64(offset / kWord * kKeyStep), lanes);
+    for (int64_t i = 0; i < kWords; ++i) keys_[i] = (offset / kWord + i + 1) * kKeyStep;
   }
 
-  // Lanes outside of `mask` must be zero.
-  void add(__m512i words, __mmask8 mask = 0xff) {
-    const __m512i mixed = _mm512_xor_si512(words, keys_);
-    const __m512i product = _mm512_maskz_mul_epu32(mask, mixed, _mm512_srli_epi64(mixed, 32));
-    sum_ = _mm512_add_epi64(sum_, _mm512_add_epi64(product, words));
-    keys_ = _mm512_add_epi64(keys_, _mm512_set1_epi64(8 * kKeyStep));
+  void add(W words) {
+    sum_ += pd::multiply_halves(words ^ keys_) + words;
+    keys_ += kWords * kKeyStep;
   }
 
-  uint64_t value() const { return _mm512_reduce_add_epi64(sum_); }
+  // The last ones, fewer than a vector of them.
+  void add_last(const char* words, int64_t bytes) {
+    W part{};
+    std::memcpy(&part, words, bytes);
+    const W mixed = part ^ keys_;
+    for (int64_t i = 0; i < bytes / kWord; ++i) sum_[i] += (mixed[i] & 0xffffffffu) * (mixed[i] >> 32) + part[i];
+  }
+
+  uint64_t value() const {
+    uint64_t sum = 0;
+    for (int64_t i = 0; i < kWords; ++i) sum += sum_[i];
+    return sum;
+  }
 
  private:
-  __m512i keys_ = _mm512_setzero_si512();
-  __m512i sum_ = _mm512_setzero_si512();
+  W keys_{};
+  W sum_{};
 };
-
-__mmask8 words_mask(int64_t bytes) { return static_cast<__mmask8>((1u << bytes / kWord) - 1); }
 
 // Calls f(cache offset, wire offset, bytes) for every run of tokens that is contiguous on both sides. A
 // block's heads come one after the other, as in the cache: memory serves one long pass over a block better
@@ -65,17 +73,16 @@ void for_runs(int64_t planes, int64_t num_blocks, int64_t heads, int64_t block_s
 // the next: blocks are anywhere, the hardware cannot predict them. The checksum is passed by value, to stay
 // in registers.
 Checksum copy_summing(char* to, const char* from, int64_t bytes, const char* next, Checksum checksum) {
+  constexpr int64_t kStep = sizeof(W);
   int64_t i = 0;
-  for (; i + kLine <= bytes; i += kLine) {
-    _mm_prefetch((i + kAhead < bytes ? from : next - bytes) + i + kAhead, _MM_HINT_NTA);
-    const __m512i words = _mm512_loadu_si512(from + i);
-    _mm512_storeu_si512(to + i, words);
+  for (; i + kStep <= bytes; i += kStep) {
+    __builtin_prefetch((i + kAhead < bytes ? from : next - bytes) + i + kAhead, 0, 0);
+    const W words = pd::load_as<W>(from + i);
+    pd::store_as(to + i, words);
     checksum.add(words);
   }
-  const __mmask8 mask = words_mask(bytes - i);
-  const __m512i words = _mm512_maskz_loadu_epi64(mask, from + i);
-  _mm512_mask_storeu_epi64(to + i, mask, words);
-  checksum.add(words, mask);
+  std::memcpy(to + i, from + i, bytes - i);
+  checksum.add_last(from + i, bytes - i);
   return checksum;
 }
 
@@ -85,15 +92,16 @@ void copy_streaming(char* to, const char* from, int64_t bytes) {
     std::memcpy(to, from, bytes);
     return;
   }
+  constexpr int64_t kStep = sizeof(W);
   int64_t i = 0;
-  for (; i + kLine <= bytes; i += kLine) _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+  for (; i + kStep <= bytes; i += kStep) pd::stream(to + i, pd::load_as<W>(from + i));
   std::memcpy(to + i, from + i, bytes - i);
 }
 
 }  // namespace
 
 // Returns the checksum of the bytes that it wrote.
-extern "C" uint64_t pd_gather_tokens(const char* cache, char* wire, int64_t planes, int64_t num_blocks, int64_t heads,
+extern "C" uint64_t PD_EXPORT(gather_tokens)(const char* cache, char* wire, int64_t planes, int64_t num_blocks, int64_t heads,
                                      int64_t block_size, int64_t row, const int64_t* block_ids, int64_t token_start,
                                      int64_t token_end) {
   Checksum checksum;
@@ -112,26 +120,26 @@ extern "C" uint64_t pd_gather_tokens(const char* cache, char* wire, int64_t plan
   return checksum.value();
 }
 
-extern "C" uint64_t pd_wire_checksum(const char* wire, int64_t bytes) {
+extern "C" uint64_t PD_EXPORT(wire_checksum)(const char* wire, int64_t bytes) {
   Checksum checksum;
   checksum.seek(0);
+  constexpr int64_t kStep = sizeof(W);
   int64_t i = 0;
-  for (; i + kLine <= bytes; i += kLine) checksum.add(_mm512_loadu_si512(wire + i));
-  const __mmask8 mask = words_mask(bytes - i);
-  checksum.add(_mm512_maskz_loadu_epi64(mask, wire + i), mask);
+  for (; i + kStep <= bytes; i += kStep) checksum.add(pd::load_as<W>(wire + i));
+  checksum.add_last(wire + i, bytes - i);
   return checksum.value();
 }
 
-extern "C" void pd_scatter_tokens(char* cache, const char* wire, int64_t planes, int64_t num_blocks, int64_t heads,
+extern "C" void PD_EXPORT(scatter_tokens)(char* cache, const char* wire, int64_t planes, int64_t num_blocks, int64_t heads,
                                   int64_t block_size, int64_t row, const int64_t* block_ids, int64_t token_start,
                                   int64_t token_end) {
   for_runs(planes, num_blocks, heads, block_size, row, block_ids, token_start, token_end,
            [&](int64_t in_cache, int64_t on_wire, int64_t bytes) { copy_streaming(cache + in_cache, wire + on_wire, bytes); });
-  _mm_sfence();  // streamed stores become visible before the signal that they are done
+  pd::stream_fence();  // streamed stores become visible before the signal that they are done
 }
 
 // pairs: (source, destination) blocks, copied in order in every plane.
-extern "C" void pd_copy_blocks(char* cache, int64_t planes, int64_t num_blocks, int64_t block_bytes, const int64_t* pairs,
+extern "C" void PD_EXPORT(copy_blocks)(char* cache, int64_t planes, int64_t num_blocks, int64_t block_bytes, const int64_t* pairs,
                                int64_t num_pairs) {
   for (int64_t plane = 0; plane < planes; ++plane) {
     char* base = cache + plane * num_blocks * block_bytes;

@@ -5,10 +5,12 @@ Specialises like Triton's own launcher (alignment, constants), by that launcher'
 names."""
 
 import contextlib
+import hashlib
 import io
 import re
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import triton
 from triton import knobs
@@ -19,6 +21,12 @@ from triton.runtime.jit import create_function_from_signature
 from .launch import INTERPRETED, Launch
 
 _WARP_SIZE = 32
+
+
+def source_digest() -> str:
+    """Returns a digest of everything here, from which the launches and their code follow."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

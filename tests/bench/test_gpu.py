@@ -60,14 +60,18 @@ def test_every_kernel_and_a_whole_engine_are_right_in_the_interpreter() -> None:
     run_interpreted()
 
 
-def test_every_sweep_variant_computes_the_same_and_names_gpu_needs() -> None:
-    printed = run_interpreted("--only", "sweep")
-    assert re.search(r"decode attention.*tile of 128 keys +needs a GPU", printed)
-    assert re.search(r"chunks of .* MiB, exposed +needs a GPU", printed)
+@pytest.fixture(scope="module")
+def diagnosis() -> str:
+    return run_interpreted("--only", "sweep", "profile")
 
 
-def test_the_profile_ends_with_the_gaps_between_kernels() -> None:
-    assert "gaps between kernels" in run_interpreted("--only", "profile")
+def test_every_sweep_variant_computes_the_same_and_names_gpu_needs(diagnosis: str) -> None:
+    assert re.search(r"decode attention.*tile of 128 keys +needs a GPU", diagnosis)
+    assert re.search(r"chunks of .* MiB, exposed +needs a GPU", diagnosis)
+
+
+def test_the_profile_ends_with_the_gaps_between_kernels(diagnosis: str) -> None:
+    assert "gaps between kernels" in diagnosis
 
 
 def one_element(

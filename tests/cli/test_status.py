@@ -53,6 +53,16 @@ def test_a_wide_terminal_has_the_table_of_a_pipe() -> None:
     assert as_text(status(), False, 200).plain == as_table(status())
 
 
+def test_unequal_kernels_are_named_with_their_workers() -> None:
+    one = status(kernels="avx2")
+    assert "kernels" not in as_table(one), "the other worker has none yet"
+    one.workers[0].kernels = "avx2"
+    assert "kernels" not in as_table(one)
+    assert "avx2" in as_table(one, wide=True)
+    one.workers[0].kernels = "amx"
+    assert as_table(one).endswith("amx on prefill-0; avx2 on decode-0")
+
+
 def test_states_have_colours() -> None:
     styles = {
         as_text(status(), False, 80).plain[span.start : span.end]: span.style

@@ -1,5 +1,5 @@
-"""Real clusters: Ray actors, sockets, shared memory. One Ray for the whole session, one cluster per test
-module or test."""
+"""Real clusters: Ray actors, sockets, shared memory. One Ray for the whole session, and one cluster after the
+other in it."""
 
 import os
 import shutil
@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import ray
 
+from pdserve.cluster.ray_start import without_unused_processes
 from pdserve.core.admin_socket import RUNTIME_FOLDER
 from pdserve.embedded import MODEL_DIR
 
 from ..checkpoints import small_checkpoint
-from .harness import SESSION_MARK, session_processes
+from .harness import SESSION_MARK, Clusters, session_processes
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,23 +25,23 @@ def ray_session() -> Iterator[None]:
     temp_dir = tempfile.mkdtemp(prefix="pdserve-test-", dir="/tmp")
     os.environ[SESSION_MARK] = temp_dir
     os.environ[RUNTIME_FOLDER] = f"{temp_dir}/runtime"
-    shared_memory, sockets = set(os.listdir("/dev/shm")), abandoned_sockets()
-    ray.init(
-        num_cpus=len(os.sched_getaffinity(0)),
-        num_gpus=2,  # mere numbers to Ray: nothing computes on them
-        include_dashboard=False,
-        namespace="pdserve",
-        object_store_memory=80 << 20,
-        log_to_driver=False,
-        _temp_dir=f"{temp_dir}/ray",
-        _system_config={"worker_niceness": 0},
-    )
+    shared_memory = set(os.listdir("/dev/shm"))
+    with without_unused_processes():
+        ray.init(
+            num_cpus=len(os.sched_getaffinity(0)),
+            num_gpus=2,  # mere numbers to Ray: nothing computes on them
+            include_dashboard=False,
+            namespace="pdserve",
+            object_store_memory=80 << 20,
+            log_to_driver=False,
+            _temp_dir=f"{temp_dir}/ray",
+            _system_config={"worker_niceness": 0},
+        )
     yield
     ray.shutdown()
     shutil.rmtree(temp_dir, ignore_errors=True)
     del os.environ[RUNTIME_FOLDER]
     assert session_processes() == {}
-    assert abandoned_sockets() <= sockets, "workers' sockets lie in Ray's folder, and go with it"
     assert not [
         name
         for name in set(os.listdir("/dev/shm")) - shared_memory
@@ -48,12 +49,23 @@ def ray_session() -> Iterator[None]:
     ]
 
 
-def abandoned_sockets() -> set[Path]:
-    """Returns folders for workers' sockets in /tmp that have no listener: other tests may run beside
-    these."""
-    folders = set(Path("/tmp").glob("kv-*"))
-    listeners = Path("/proc/net/unix").read_text()
-    return {folder for folder in folders if f"{folder}/" not in listeners and folder.exists()}
+@pytest.fixture(scope="session")
+def clusters(ray_session: None) -> Iterator[Clusters]:
+    clusters = Clusters()
+    yield clusters
+    clusters.end()
+
+
+@pytest.fixture
+def no_cluster(clusters: Clusters) -> None:
+    """Room for a cluster that the test launches."""
+    clusters.end()
+
+
+@pytest.fixture(scope="session")
+def own_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the embedded model that a test may damage, and repairs."""
+    return Path(shutil.copytree(MODEL_DIR, tmp_path_factory.mktemp("own") / "model"))
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,13 @@ import grpc
 import yaml
 
 from pdserve.cluster.launch import LaunchedCluster, launch
+from pdserve.cluster.ray_folder import session_folder
 from pdserve.core.config import ClusterConfig
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc as rpc
 
 READY = pb.WORKER_STATE_READY
-
+ADMIN_WITH_KEY = {"grpc": "127.0.0.1:0", "http": None}  # or, as the cluster's user, by its socket
+LISTEN = {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0", "admin_without_key": True}
 
 # an environment variable that every process of this test session inherits
 SESSION_MARK = "PDSERVE_TEST_SESSION"
@@ -34,10 +36,19 @@ def session_processes() -> dict[int, str]:
     return found
 
 
-class Cluster:
-    """A cluster, started on construction; `close` checks that every block is free before it ends."""
+def process_of(actor: str) -> int:
+    """Returns the process of the only actor of this class."""
+    (found,) = (pid for pid, command in session_processes().items() if actor in command)
+    return found
 
-    def __init__(self, path: str | Path, prefill: int = 1, decode: int = 1, **settings: Any) -> None:
+
+class Cluster:
+    """A cluster, started on construction; `close` checks that it leaves nothing behind. Tests get theirs from
+    `Clusters`."""
+
+    def __init__(
+        self, path: str | Path, prefill: int = 1, decode: int = 1, max_batch_size: int = 64, **settings: Any
+    ) -> None:
         self.settings: dict[str, Any] = {
             "model": {"path": str(path), "max_model_len": 2048},
             "pools": {
@@ -45,17 +56,17 @@ class Cluster:
                     "instances": prefill,
                     "cpus_per_instance": 0.5,
                     "kv_cache_bytes": 64 << 20,
-                    "max_batch_size": 64,
+                    "max_batch_size": max_batch_size,
                 },
                 "decode": {
                     "instances": decode,
                     "cpus_per_instance": 0.5,
                     "kv_cache_bytes": 64 << 20,
-                    "max_batch_size": 64,
+                    "max_batch_size": max_batch_size,
                 },
             },
             "routing": {"prefill_on_decode": "never"},
-            "listen": {"grpc": "127.0.0.1:0", "http": None},
+            "listen": LISTEN,
             "drain_timeout_s": 60.0,
         } | settings
         self._launched: LaunchedCluster = launch(ClusterConfig.model_validate(self.settings))
@@ -67,7 +78,7 @@ class Cluster:
         try:
             self.wait_for(prefill=prefill, decode=decode)
         except BaseException:  # Ray has room for one cluster at a time
-            self._end()
+            self.end()
             raise
 
     def wait_for(self, **ready: int) -> pb.ClusterStatus:
@@ -84,6 +95,22 @@ class Cluster:
             self.settings["pools"][pool]["instances"] = count
         text = yaml.safe_dump({"metadata": {"pdserve": self.settings}})
         return list(self.admin.Apply(pb.ApplyRequest(config_yaml=text)).changes)
+
+    def resize(self, **instances: int) -> pb.ClusterStatus:
+        """Gives the pools these sizes, and waits for them."""
+        self.apply(**instances)
+        return self.wait_for(**instances)
+
+    def status(self) -> pb.ClusterStatus:
+        return self.admin.GetStatus(pb.GetStatusRequest(), wait_for_ready=True, timeout=240)
+
+    def workers(self, role: str) -> list[pb.WorkerStatus]:
+        """Returns a pool's workers; their numbers depend on which were added and removed before."""
+        return [worker for worker in self.status().workers if worker.role == role]
+
+    def pids(self) -> dict[str, int]:
+        """Returns the workers' processes, by worker, even if the head dies meanwhile."""
+        return {worker.worker_id: worker.pid for worker in self.status().workers}
 
     def request(self, prompt: Sequence[int] | str, salt: str = "", **sampling: Any) -> pb.GenerateRequest:
         kind = {"text": prompt} if isinstance(prompt, str) else {"token_ids": pb.TokenIds(ids=prompt)}
@@ -113,13 +140,59 @@ class Cluster:
     def close(self) -> None:
         try:
             self.check_all_blocks_free()
+            num_sockets = len(list(session_folder().glob("kv-*/*")))
+            assert num_sockets >= len(self.pids()), "workers' sockets lie in Ray's folder, and go with it"
         finally:
-            self._end()
+            self.end()
 
-    def _end(self) -> None:
+    def abandon(self) -> None:
+        self.channel.close()
+        self._local.close()
+        self._launched.abandon()
+
+    def end(self) -> None:
         self.channel.close()
         self._local.close()
         self._launched.stop()
+
+
+class Clusters:
+    """The cluster that runs in this session's Ray, which has room for one. It is kept for whoever asks next for
+    the same settings, as a launch costs seconds of several processes."""
+
+    def __init__(self) -> None:
+        self._asked: tuple[str, dict[str, Any]] | None = None
+        self._running: Cluster | None = None
+
+    def get(
+        self, path: str | Path = "embedded", prefill: int = 1, decode: int = 1, **settings: Any
+    ) -> Cluster:
+        """Returns a cluster with these settings and numbers of ready workers, which may have served others."""
+        running = self._running
+        if running is None or self._asked != (str(path), settings):
+            self.end()
+            self._running = running = Cluster(path, prefill, decode, **settings)
+            self._asked = str(path), settings
+            return running
+        try:
+            running.resize(prefill=prefill, decode=decode)
+        except BaseException:  # whoever asks next gets another one
+            self._running = None
+            running.end()
+            raise
+        return running
+
+    def take(self, **settings: Any) -> Cluster:
+        """Returns a cluster that the caller ends."""
+        cluster = self.get(**settings)
+        self._running = None
+        return cluster
+
+    def end(self) -> None:
+        """Makes room for a cluster that a test launches itself."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.close()
 
 
 def tokens_of(events: Iterable[pb.GenerateEvent], choice: int = 0) -> list[int]:

@@ -33,12 +33,12 @@ from pdserve.router.supervisor import ConnectionLost
 from pdserve.worker import router_link as worker_link, router_session
 from pdserve.worker.router_link import RouterLink
 
+from ..deadlines import WAIT_S
 from ..handshakes import greeted, open_control
 from ..router.cluster import worker_info
 from ..worker.chain_model import spec
 
 HELLO = Hello(worker_id="decode-0", incarnation=1)
-WAIT_S = 20.0
 
 
 class WorkerEnd:
@@ -159,9 +159,7 @@ async def test_held_legs_arrive_in_several_frames_and_are_adopted_together() -> 
     routing = RouterService(router, observing, "token")
     _, writer = await open_control(await routing.start("127.0.0.1"), "token")
     encoder = FrameEncoder()
-    first, second, third = (
-        HeldLeg(spec=spec(name, range(4)), leg=Leg.DECODE, has_partner=False) for name in "abc"
-    )
+    first, second, third = (HeldLeg.of(spec(name, range(4)), Leg.DECODE, has_partner=False) for name in "abc")
     ready = Ready(info=worker_info("decode-0", Role.DECODE), held=(third,))
     for message in (HELLO, Holds(held=(first,)), Holds(held=(second,)), ready):
         writer.write(encoder.encode(message))

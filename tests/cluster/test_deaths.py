@@ -6,13 +6,14 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import count
 from typing import Any
 
 import pytest
 
 from pdserve.proto import pdserve_pb2 as pb
 
-from .harness import READY, Cluster, session_processes, tokens_of
+from .harness import READY, Cluster, Clusters, session_processes, tokens_of
 
 pytestmark = pytest.mark.cluster
 PROMPTS = [
@@ -26,24 +27,18 @@ MAX_TRIES = 5
 Events = list[pb.GenerateEvent]
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Cluster]:
-    cluster = Cluster("embedded", prefill=2, decode=2)
-    yield cluster
-    cluster.close()
-
-
 @pytest.fixture
-def cluster(shared: Cluster) -> Iterator[Cluster]:
-    """The module's cluster; every test must leave all workers ready, all blocks free and no extra process."""
-    yield shared
-    shared.wait_for(prefill=2, decode=2)
-    shared.check_all_blocks_free()
+def cluster(clusters: Clusters) -> Iterator[Cluster]:
+    """Every test must leave all workers ready, all blocks free and no extra process."""
+    cluster = clusters.get(prefill=2, decode=2)
+    yield cluster
+    cluster.wait_for(prefill=2, decode=2)
+    cluster.check_all_blocks_free()
     assert sum("WorkerActor" in command for command in session_processes().values()) == 4
 
 
 def worker(cluster: Cluster, worker_id: str) -> pb.WorkerStatus:
-    (found,) = [w for w in cluster.admin.GetStatus(pb.GetStatusRequest()).workers if w.worker_id == worker_id]
+    (found,) = (worker for worker in cluster.status().workers if worker.worker_id == worker_id)
     return found
 
 
@@ -106,7 +101,7 @@ def test_streams_survive_the_death_of_their_decode_worker_token_for_token(cluste
     undisturbed = cluster.generate_all(requests)
 
     def kill() -> list[Events]:
-        victim = worker(cluster, "worker-0")
+        victim = cluster.workers("decode")[0]
         calls, begun = begin(cluster, requests)
         os.kill(victim.pid, signal.SIGKILL)
         streams = finish(calls, begun)
@@ -119,22 +114,27 @@ def test_streams_survive_the_death_of_their_decode_worker_token_for_token(cluste
 
 def test_prompts_survive_the_death_of_their_prefill_worker(cluster: Cluster) -> None:
     undisturbed = cluster.generate_all(cluster.request(prompt, salt="undisturbed") for prompt in LONG_PROMPTS)
-    victim = worker(cluster, "worker-2")
-    with ThreadPoolExecutor(max_workers=len(LONG_PROMPTS)) as pool:
-        running = [
-            pool.submit(cluster.stream, cluster.request(prompt, salt="disturbed")) for prompt in LONG_PROMPTS
-        ]
-        while not worker(cluster, "worker-2").num_running:
-            assert not all(future.done() for future in running)
-        os.kill(victim.pid, signal.SIGKILL)
-        streams = [future.result() for future in running]
-    assert_equal_streams(streams, undisturbed)
-    assert_replaced(cluster, victim)
+    salts = (f"disturbed {number}" for number in count())  # so that no prompt is cached
+
+    def kill() -> list[Events]:
+        victim, salt = cluster.workers("prefill")[0], next(salts)
+        with ThreadPoolExecutor(max_workers=len(LONG_PROMPTS)) as pool:
+            running = [
+                pool.submit(cluster.stream, cluster.request(prompt, salt=salt)) for prompt in LONG_PROMPTS
+            ]
+            while not worker(cluster, victim.worker_id).num_running:
+                if all(future.done() for future in running):
+                    break
+            os.kill(victim.pid, signal.SIGKILL)
+            streams = [future.result() for future in running]
+        assert_equal_streams(streams, undisturbed)
+        assert_replaced(cluster, victim)
+        return streams
+
+    assert in_time(kill)
 
 
-def test_frozen_workers_are_given_up_and_their_late_reports_ignored(
-    cluster: Cluster,
-) -> None:
+def test_frozen_workers_are_given_up_and_their_late_reports_ignored(cluster: Cluster) -> None:
     """Hits one worker of each pool, with streams that decode there and prompts sent there before the failure
     is detected."""
     decoding = decoding_requests(cluster)
@@ -143,7 +143,7 @@ def test_frozen_workers_are_given_up_and_their_late_reports_ignored(
     )
 
     def freeze() -> list[Events]:
-        frozen = [worker(cluster, worker_id) for worker_id in ("worker-3", "worker-1")]
+        frozen = [cluster.workers(role)[1] for role in ("prefill", "decode")]
         processes = [os.pidfd_open(victim.pid) for victim in frozen]
         calls, begun = begin(cluster, decoding)
         for process in processes:
@@ -171,16 +171,17 @@ def test_prefill_workers_stand_in_while_no_decode_worker_is_left(cluster: Cluste
     undisturbed = cluster.generate_all(requests)
 
     def kill() -> list[Events]:
-        victims = [worker(cluster, worker_id) for worker_id in ("worker-0", "worker-1")]
+        victims = cluster.workers("decode")
         calls, begun = begin(cluster, requests)
         for victim in victims:
             os.kill(victim.pid, signal.SIGKILL)
         wait_until_lost(cluster, victims)
-        assert "prefill workers serve both phases" in cluster.admin.GetStatus(pb.GetStatusRequest()).degraded
+        assert "prefill workers serve both phases" in cluster.status().degraded
         streams = finish(calls, begun)
         assert_equal_streams(streams, undisturbed)
         for victim in victims:
             assert_replaced(cluster, victim)
         return streams
 
-    assert {attempt.decode.worker for attempt in in_time(kill)} & {"worker-2", "worker-3"}
+    stand_ins = {worker.worker_id for worker in cluster.workers("prefill")}
+    assert {attempt.decode.worker for attempt in in_time(kill)} & stand_ins

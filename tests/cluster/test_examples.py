@@ -6,7 +6,6 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,16 @@ import yaml
 
 from pdserve.cli.models import MODELS, installed
 
-from .harness import Cluster
+from .harness import Cluster, Clusters
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = ROOT / "examples"
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    listen = {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0", "admin_without_key": True}
-    cluster = Cluster("embedded", listen=listen)
-    yield cluster
-    cluster.close()
+@pytest.fixture
+def cluster(clusters: Clusters) -> Cluster:
+    return clusters.get()
 
 
 def run(*command: str, **variables: str) -> str:
@@ -46,7 +42,8 @@ def run(*command: str, **variables: str) -> str:
 def test_the_grpc_client_streams_and_names_its_workers(cluster: Cluster) -> None:
     printed = run(sys.executable, str(EXAMPLES / "grpc_client.py"), cluster.address, "The with statement")
     assert "[FINISH_REASON_LENGTH]" in printed
-    assert "prefill on worker-1, decode on worker-0" in printed
+    (prefill,), (decode,) = cluster.workers("prefill"), cluster.workers("decode")
+    assert f"prefill on {prefill.worker_id}, decode on {decode.worker_id}" in printed
 
 
 def test_the_openai_client_gets_the_same_text_whole_and_streamed(cluster: Cluster) -> None:

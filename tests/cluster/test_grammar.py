@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from pdserve.proto import pdserve_pb2 as pb
 
 from ..processes import await_end
-from .harness import Cluster, session_processes, text_of, tokens_of
+from .harness import Cluster, Clusters, session_processes, text_of, tokens_of
 
 pytestmark = pytest.mark.cluster
 PROMPT = "The with statement is used to wrap the execution of a block"
@@ -40,12 +40,11 @@ LATE_BOMB = 'start: "ab" BOMB\nBOMB: /(c{1000}){1000}/'
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[Cluster]:
-    cluster = Cluster("embedded", prefill=1, decode=2, listen={"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"})
-    yield cluster
+def shared(clusters: Clusters) -> Iterator[Cluster]:
+    yield clusters.get(prefill=1, decode=2)
     processes = grammar_processes()
     assert processes
-    cluster.close()
+    clusters.end()
     for pid in processes:  # a killed worker's grammar process outlives it briefly
         await_end(pid)
 

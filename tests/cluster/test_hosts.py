@@ -21,9 +21,9 @@ from pdserve.cluster.launch import launch
 from pdserve.core.config_file import parse_cluster_config
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc as rpc
 
-from .harness import READY, session_processes, tokens_of
+from .harness import READY, process_of, tokens_of
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("no_cluster")]
 
 OTHER = "127.0.0.2"
 
@@ -166,8 +166,7 @@ def test_a_cluster_grows_and_shrinks_with_its_hosts() -> None:
                 worker.worker_id: worker.pid for worker in cluster.wait_for(OTHER, "JOINED", fits + 2).workers
             }
             assert cluster.tokens() == expected
-            (head,) = (pid for pid, command in session_processes().items() if "HeadActor" in command)
-            os.kill(head, signal.SIGKILL)
+            os.kill(process_of("HeadActor"), signal.SIGKILL)
             status = cluster.wait_for(OTHER, "JOINED", fits + 2)
             assert {worker.worker_id: worker.pid for worker in status.workers} == before, (
                 "they were taken over"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from .harness import Cluster, tokens_of
+from .harness import Cluster, Clusters, tokens_of
 
 pytestmark = pytest.mark.cluster
 PROMPT = (
@@ -17,10 +17,8 @@ BODY = {"prompt": PROMPT, "temperature": 0, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    cluster = Cluster("embedded", listen={"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"})
-    yield cluster
-    cluster.close()
+def cluster(clusters: Clusters) -> Cluster:
+    return clusters.get()
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Launches and workers that fail: they report why concisely, and leave nothing behind or come back."""
 
+import logging
 import os
-import shutil
 import signal
 import tempfile
 import threading
@@ -20,12 +20,11 @@ from pdserve.cluster.errors import LaunchError
 from pdserve.cluster.launch import LaunchedCluster, launch
 from pdserve.core import admin_socket
 from pdserve.core.config import ClusterConfig
-from pdserve.embedded import MODEL_DIR
 from pdserve.head.spec import HeadSpec
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc as rpc
 
 from ..other_user import run_as_nobody
-from .harness import Cluster, tokens_of
+from .harness import ADMIN_WITH_KEY, Clusters, process_of, tokens_of
 
 pytestmark = pytest.mark.cluster
 
@@ -37,22 +36,69 @@ pytestmark = pytest.mark.cluster
         ({"pools": {"prefill": {"instances": 400}}}, r"core"),
     ],
 )
-def test_an_infeasible_configuration_is_not_launched(settings: dict[str, object], message: str) -> None:
+def test_an_infeasible_configuration_is_not_launched(
+    settings: dict[str, object], message: str, no_cluster: None
+) -> None:
     with pytest.raises(LaunchError, match=message) as caught:
         launch(ClusterConfig.model_validate(settings | {"listen": {"grpc": "127.0.0.1:0", "http": None}}))
     assert "Traceback" not in str(caught.value)
 
 
-def test_an_abandoned_cluster_is_gone_from_a_ray_that_stays() -> None:
-    listen = {"grpc": "127.0.0.1:0", "http": None}
-    cluster = launch(ClusterConfig.model_validate({"listen": listen}))
-    link = admin_socket.socket_link(cluster.grpc_address)
+def test_a_head_that_cannot_start_tries_again_and_says_why(
+    own_model: Path, clusters: Clusters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, away = own_model, own_model.with_name("away")
+    has_failed = threading.Event()
+    said: list[str] = []
+
+    def error(text: str, *values: object) -> None:
+        said.append(text % values)
+        if away.exists():
+            away.rename(model)
+        has_failed.set()
+
+    monkeypatch.setattr(logging.getLogger("pdserve.cluster.launch"), "error", error)
+    cluster = clusters.get(model)
+    before = cluster.pids()
+    model.rename(away)
+    os.kill(process_of("HeadActor"), signal.SIGKILL)
+    assert has_failed.wait(240.0)
+    assert cluster.pids() == before, "workers went on"
+    assert str(model) in said[0]
+
+
+def test_a_worker_that_cannot_load_reports_why_until_the_checkpoint_is_repaired(
+    own_model: Path, clusters: Clusters
+) -> None:
+    weights = own_model / "model.safetensors"
+    whole = weights.read_bytes()
+    cluster = clusters.get(own_model)
+    expected = tokens_of(cluster.stream(cluster.request("import this")))
+    (decode,) = cluster.workers("decode")
+    weights.write_bytes(whole[:-1000])
+    try:
+        os.kill(decode.pid, signal.SIGKILL)
+        for status in cluster.admin.WatchStatus(pb.WatchStatusRequest(), timeout=240):
+            (decode,) = (worker for worker in status.workers if worker.role == "decode")
+            if "truncated" in decode.message:
+                break
+        assert decode.state == pb.WORKER_STATE_FAILED
+        # the prefill worker stands in
+        assert tokens_of(cluster.stream(cluster.request("import this"))) == expected
+    finally:
+        weights.write_bytes(whole)
+    cluster.wait_for(prefill=1, decode=1)
+
+
+def test_an_abandoned_cluster_is_gone_from_a_ray_that_stays(own_model: Path, clusters: Clusters) -> None:
+    cluster = clusters.take(path=own_model)
+    link = admin_socket.socket_link(cluster.address)
     assert link.is_symlink()
     cluster.abandon()
     assert not link.is_symlink()
-    cluster._over.wait(30.0)
-    assert cluster.ended and cluster.poll() is None
-    launch(ClusterConfig.model_validate({"listen": listen})).stop()
+    cluster._launched._over.wait(60.0)
+    assert cluster._launched.ended and cluster._launched.poll() is None
+    assert clusters.get(listen=ADMIN_WITH_KEY).address
 
 
 def test_a_launch_interrupted_while_ray_starts_leaves_no_directory(
@@ -83,25 +129,21 @@ def test_a_squatted_runtime_folder_is_refused_before_anything_starts(
         launch(ClusterConfig.model_validate({"listen": {"grpc": "127.0.0.1:0", "http": None}}))
 
 
-def test_the_command_line_finds_a_running_cluster_by_its_address() -> None:
-    cluster = Cluster("embedded")
-    try:
-        port = int(cluster.address.rpartition(":")[2])
-        for host in ("127.0.0.1", "localhost"):
-            result = CliRunner().invoke(app, ["status", "--address", f"{host}:{port}"])
-            assert result.exit_code == 0 and "worker-0" in result.stdout, result.output
-        with (
-            grpc.insecure_channel(cluster.address) as channel,
-            pytest.raises(grpc.RpcError, match=r"admin_without_key"),
-        ):
-            rpc.ClusterStub(channel).GetStatus(pb.GetStatusRequest())
-        said = run_as_nobody(
-            "attempt('connect', lambda: connect(sys.argv[1]))", str(admin_socket.find(cluster.address))
-        )
-        assert said == ["connect EACCES"]
-    finally:
-        cluster.close()
-    assert not admin_socket.socket_link(cluster.address).is_symlink()
+def test_the_command_line_finds_a_running_cluster_by_its_address(clusters: Clusters) -> None:
+    cluster = clusters.get(listen=ADMIN_WITH_KEY)
+    port = int(cluster.address.rpartition(":")[2])
+    for host in ("127.0.0.1", "localhost"):
+        result = CliRunner().invoke(app, ["status", "--address", f"{host}:{port}"])
+        assert result.exit_code == 0 and "worker-0" in result.stdout, result.output
+    with (
+        grpc.insecure_channel(cluster.address) as channel,
+        pytest.raises(grpc.RpcError, match=r"admin_without_key"),
+    ):
+        rpc.ClusterStub(channel).GetStatus(pb.GetStatusRequest())
+    said = run_as_nobody(
+        "attempt('connect', lambda: connect(sys.argv[1]))", str(admin_socket.find(cluster.address))
+    )
+    assert said == ["connect EACCES"]
 
 
 def test_a_cluster_ends_with_an_error_when_the_raylet_dies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,25 +187,3 @@ def test_a_head_declared_dead_is_killed_before_its_successor_starts(
     monkeypatch.setattr(ray, "get", lambda reference: None)
     cluster._replace_head()
     assert done == ["old head killed", "new head made"]
-
-
-def test_a_worker_that_cannot_load_reports_why_until_the_checkpoint_is_repaired(tmp_path: Path) -> None:
-    path = shutil.copytree(MODEL_DIR, tmp_path / "model")
-    weights = path / "model.safetensors"
-    whole = weights.read_bytes()
-    cluster = Cluster(path)
-    try:
-        expected = tokens_of(cluster.stream(cluster.request("import this")))
-        weights.write_bytes(whole[:-1000])
-        decode = next(w for w in cluster.admin.GetStatus(pb.GetStatusRequest()).workers if w.role == "decode")
-        os.kill(decode.pid, signal.SIGKILL)
-        for status in cluster.admin.WatchStatus(pb.WatchStatusRequest(), timeout=240):
-            if "truncated" in status.workers[0].message:
-                break
-        assert status.workers[0].state == pb.WORKER_STATE_FAILED
-        # the prefill worker stands in
-        assert tokens_of(cluster.stream(cluster.request("import this"))) == expected
-        weights.write_bytes(whole)
-        cluster.wait_for(prefill=1, decode=1)
-    finally:
-        cluster.close()

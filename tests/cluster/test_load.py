@@ -2,7 +2,6 @@
 token."""
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 
@@ -13,16 +12,14 @@ from pdserve.loadgen.lengths import Fixed, Uniform
 from pdserve.loadgen.slo import Slo
 from pdserve.loadgen.workload import Drawn, SharedPrefixes
 
-from .harness import Cluster
+from .harness import Cluster, Clusters
 
 pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    cluster = Cluster("embedded")
-    yield cluster
-    cluster.close()
+def cluster(clusters: Clusters) -> Cluster:
+    return clusters.get()
 
 
 def load(cluster: Cluster, plan: CampaignPlan) -> Result:

@@ -17,7 +17,7 @@ from pdserve.core.errors import CapacityError, CheckpointError, ConfigError
 from pdserve.planner.plan import plan
 from pdserve.proto import pdserve_pb2 as pb
 
-from .harness import Cluster, tokens_of, workers_of
+from .harness import Cluster, Clusters, tokens_of, workers_of
 
 pytestmark = pytest.mark.cluster
 PROMPT = (
@@ -25,25 +25,20 @@ PROMPT = (
 )
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Cluster]:
-    cluster = Cluster("embedded")
-    yield cluster
-    cluster.close()
-
-
 @pytest.fixture
-def cluster(shared: Cluster) -> Iterator[Cluster]:
-    """The module's cluster; every test must leave all blocks free."""
-    yield shared
-    shared.check_all_blocks_free()
+def cluster(clusters: Clusters) -> Iterator[Cluster]:
+    """Every test must leave all blocks free."""
+    cluster = clusters.get()
+    yield cluster
+    cluster.check_all_blocks_free()
 
 
 def test_text_streams_from_two_workers_with_a_timeline(cluster: Cluster) -> None:
     events = cluster.stream(cluster.request(PROMPT, max_tokens=30))
     assert len(tokens_of(events)) == 30
     assert "".join(event.tokens.text for event in events if event.HasField("tokens"))
-    assert workers_of(events) == ("worker-1", "worker-0")
+    (prefill,), (decode,) = cluster.workers("prefill"), cluster.workers("decode")
+    assert workers_of(events) == (prefill.worker_id, decode.worker_id)
     transfer = events[-1].end.timeline.attempts[0].transfer
     assert transfer.num_bytes > 0
     assert transfer.num_chunks > 0
@@ -162,29 +157,24 @@ def test_no_request_fails_while_workers_are_added_drained_and_removed(cluster: C
         clients = [pool.submit(client, number) for number in range(6)]
         try:
             for prefill, decode in ((2, 1), (2, 2), (1, 2), (1, 1)):
-                cluster.apply(prefill=prefill, decode=decode)
-                cluster.wait_for(prefill=prefill, decode=decode)
+                cluster.resize(prefill=prefill, decode=decode)
         finally:
             stop.set()
         assert all(future.result() > 0 for future in clients)
 
 
 def test_a_drained_worker_finishes_its_streams_and_the_other_pool_stands_in(cluster: Cluster) -> None:
-    workers = cluster.admin.GetStatus(pb.GetStatusRequest()).workers
-    # its number depends on which was removed
-    (decoder,) = (worker.worker_id for worker in workers if worker.role == "decode")
+    (decoder,) = (worker.worker_id for worker in cluster.workers("decode"))
     long = cluster.generation.GenerateStream(cluster.request(PROMPT, max_tokens=400))
     events = [next(iter(long))]
     drain = cluster.admin.Drain(pb.DrainRequest(worker_ids=[decoder]))
     events += list(long)
     assert len(tokens_of(events)) == 400
     assert list(drain)[-1].done
-    status = cluster.admin.GetStatus(pb.GetStatusRequest())
-    assert "decode" in status.degraded
+    assert "decode" in cluster.status().degraded
     prefill, decode = workers_of(cluster.stream(cluster.request(PROMPT)))
     assert prefill == decode
-    cluster.apply(prefill=1, decode=1)
-    cluster.wait_for(prefill=1, decode=1)
+    cluster.resize(prefill=1, decode=1)
 
 
 def test_a_second_cluster_in_the_same_ray_is_refused(cluster: Cluster) -> None:

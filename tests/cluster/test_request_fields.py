@@ -9,7 +9,7 @@ import pytest
 from pdserve.embedded import MODEL_DIR
 from pdserve.gateway.text.tokenizer import Tokenizer
 
-from .harness import Cluster
+from .harness import Cluster, Clusters
 
 pytestmark = pytest.mark.cluster
 ASK: dict[str, Any] = {
@@ -21,10 +21,8 @@ ASK: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    cluster = Cluster("embedded", listen={"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"})
-    yield cluster
-    cluster.close()
+def cluster(clusters: Clusters) -> Cluster:
+    return clusters.get()
 
 
 @pytest.fixture

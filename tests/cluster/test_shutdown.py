@@ -13,15 +13,16 @@ import ray
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from pdserve.core import admin_socket
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc as rpc
 
-from .harness import Cluster, session_processes, tokens_of
+from .harness import ADMIN_WITH_KEY, Clusters, process_of, tokens_of
 
 pytestmark = pytest.mark.cluster
 
 
-def test_shutting_down_lets_streams_finish_and_ends_every_worker() -> None:
-    cluster = Cluster("embedded")
+def test_shutting_down_lets_streams_finish_and_ends_every_worker(clusters: Clusters) -> None:
+    cluster = clusters.take(listen=ADMIN_WITH_KEY)
     try:
         stream = cluster.generation.GenerateStream(cluster.request("import this", max_tokens=200))
         events = [next(iter(stream))]
@@ -32,9 +33,12 @@ def test_shutting_down_lets_streams_finish_and_ends_every_worker() -> None:
     finally:
         cluster.channel.close()
         cluster._launched.stop()
+    assert not admin_socket.socket_link(cluster.address).is_symlink()
 
 
-def test_sigterm_lets_streams_finish_refuses_new_requests_and_ends_the_process(tmp_path: Path) -> None:
+def test_sigterm_lets_streams_finish_refuses_new_requests_and_ends_the_process(
+    tmp_path: Path, no_cluster: None
+) -> None:
     pool = {"cpus_per_instance": 0.5, "kv_cache_bytes": 64 << 20, "max_batch_size": 64}
     settings = {
         "pools": {"prefill": pool, "decode": pool},
@@ -58,33 +62,33 @@ def test_sigterm_lets_streams_finish_refuses_new_requests_and_ends_the_process(t
         address = next(
             line.split(" at ")[1].split(",")[0] for line in process.stderr if line.startswith("ready: ")
         )
-        request = pb.GenerateRequest(
-            prompt=pb.Prompt(text="import this"), sampling=pb.SamplingParams(max_tokens=300, ignore_eos=True)
-        )
-        with grpc.insecure_channel(address) as channel:
+        # logprobs make the stream larger than what is buffered on its way: it runs until it is read
+        sampling = pb.SamplingParams(max_tokens=900, logprobs=20, ignore_eos=True)
+        request = pb.GenerateRequest(prompt=pb.Prompt(text="import this"), sampling=sampling)
+        with grpc.insecure_channel(address, [("grpc.http2.bdp_probe", 0)]) as channel:
             generation = rpc.GenerationStub(channel)
-            health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
+            health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=240)
             assert next(health).status == health_pb2.HealthCheckResponse.SERVING
-            stream = generation.GenerateStream(request, timeout=60)
+            stream = generation.GenerateStream(request, timeout=240)
             events = [next(iter(stream))]
             process.send_signal(signal.SIGTERM)
             assert next(health).status == health_pb2.HealthCheckResponse.NOT_SERVING
             with pytest.raises(grpc.RpcError) as refused:
-                generation.Generate(request, timeout=60)
+                generation.Generate(request, timeout=240)
             events += list(stream)
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
         assert refused.value.details() == "the cluster is shutting down"
-        assert len(tokens_of(events)) == 300
+        assert len(tokens_of(events)) == 900
         assert "stopped" in process.stderr.read().splitlines()
         assert process.wait(60) == 0
 
 
-def test_the_keepers_death_is_reported_and_ends_head_and_workers() -> None:
-    cluster = Cluster("embedded")
+def test_the_keepers_death_is_reported_and_ends_head_and_workers(clusters: Clusters) -> None:
+    cluster = clusters.take()
     try:
-        (keeper,) = (pid for pid, command in session_processes().items() if "KeeperActor" in command)
-        (head,) = (pid for pid, command in session_processes().items() if "HeadActor" in command)
-        processes = [os.pidfd_open(pid) for pid in (keeper, head, *_worker_pids(cluster))]
+        keeper = process_of("KeeperActor")
+        others = (process_of("HeadActor"), *cluster.pids().values())
+        processes = [os.pidfd_open(pid) for pid in (keeper, *others)]
         os.kill(keeper, signal.SIGKILL)
         for process in processes:
             ended, _, _ = select.select([process], [], [], 60.0)  # readable when the process has ended
@@ -95,7 +99,3 @@ def test_the_keepers_death_is_reported_and_ends_head_and_workers() -> None:
     finally:
         cluster.channel.close()
         cluster._launched.stop()
-
-
-def _worker_pids(cluster: Cluster) -> list[int]:
-    return [worker.pid for worker in cluster.admin.GetStatus(pb.GetStatusRequest()).workers]

@@ -15,7 +15,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from pdserve.proto import pdserve_pb2 as pb
 
 from ..telemetry.support import nonzero
-from .harness import Cluster, tokens_of
+from .harness import Cluster, Clusters, tokens_of
 
 pytestmark = pytest.mark.cluster
 PROMPT = (
@@ -55,10 +55,9 @@ def collector() -> Iterator[TraceReceiver]:
 
 
 @pytest.fixture(scope="module")
-def cluster(collector: TraceReceiver) -> Iterator[Cluster]:
-    cluster = Cluster("embedded", observability={"otlp_endpoint": f"http://127.0.0.1:{collector.port}"})
-    yield cluster
-    cluster.close()
+def cluster(collector: TraceReceiver, clusters: Clusters) -> Cluster:
+    """It has served nobody else."""
+    return clusters.get(observability={"otlp_endpoint": f"http://127.0.0.1:{collector.port}"})
 
 
 def until(cluster: Cluster, is_so: Callable[[dict[str, float]], bool]) -> dict[str, float]:

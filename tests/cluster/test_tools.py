@@ -11,7 +11,7 @@ import pytest
 
 from ..checkpoints import small_checkpoint
 from ..gateway.tools.models import eos_of, qwen
-from .harness import Cluster
+from .harness import Cluster, Clusters
 
 pytestmark = pytest.mark.cluster
 PARAMETERS = {
@@ -36,14 +36,12 @@ CHAT: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory, clusters: Clusters) -> Cluster:
     """A random model with Qwen's markers and template."""
     path = small_checkpoint(tmp_path_factory.mktemp("tools"), "llama-wide")
     qwen().pretrained.save_pretrained(path)
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_of(qwen())}))
-    cluster = Cluster(path, listen={"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"})
-    yield cluster
-    cluster.close()
+    return clusters.get(path)
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ from pdserve.worker.gpu_monitor import GpuMonitor
 from pdserve.worker.process import WorkerProcess
 from pdserve.worker.spec import WorkerSpec
 
+from ..deadlines import WAIT_S
 from ..engine.test_gpu import nvml, unsupported
 
 GPU = DeviceInfo(1, "NVIDIA H100 80GB HBM3", "GPU-11-1", 80 << 30, 79 << 30)
-WAIT_S = 10.0
 
 
 def spec(device: DeviceKind, num_blocks: int | None = None, **pool: float) -> WorkerSpec:

@@ -5,6 +5,7 @@ from pdserve.core.config import MAX_INSTANCES, ClusterConfig, PoolSection
 from pdserve.core.config_file import parse_cluster_config
 from pdserve.core.config_types import parse_host_port, parse_size
 from pdserve.core.errors import ConfigError
+from pdserve.core.messages import Role
 
 
 def config(**parts: object) -> ClusterConfig:
@@ -14,7 +15,7 @@ def config(**parts: object) -> ClusterConfig:
 def test_every_key_has_a_default_for_a_laptop_with_two_cores() -> None:
     default = ClusterConfig()
     assert default.model.path == "embedded"
-    assert sum(pool.instances * pool.num_cpus for _, pool in default.pools.items()) == 2
+    assert sum(pool.num_instances * pool.num_cpus for _, pool in default.pools.items()) == 2
     assert [default.kv.num_tokens_per_block(device) for device in ("cpu", "cuda")] == [16, 64]
     assert default.listen.grpc_host_port == ("127.0.0.1", 50051)
 
@@ -198,3 +199,54 @@ def test_a_configuration_survives_serialisation() -> None:
     )
     assert ClusterConfig.model_validate(original.model_dump()) == original
     assert ClusterConfig.model_validate_json(original.model_dump_json()) == original
+
+
+RANGE = {"prefill": {"instances": {"min": 1, "max": 4}}}
+
+
+def test_a_range_of_instances_starts_at_its_least_number() -> None:
+    pools = config(pools=RANGE).pools
+    assert (pools.prefill.num_instances, pools.decode.num_instances) == (1, 1)
+    started = config(pools={"decode": {"instances": {"min": 0, "max": 4, "start": 3}}}).pools.decode
+    assert started.num_instances == 3 and str(started.instances) == "3 of 0 to 4"
+
+
+@pytest.mark.parametrize(
+    ("given", "refusal"),
+    [
+        ("{min: 3, max: 2}", r"got max: 2, expected max of at least min \(3\)"),
+        ("{min: 1}", r"got min, expected max as well"),
+        ("{min: 1, max: 4097}", r"got 4097, expected max of at most 4096"),
+        ("{min: x, max: 2}", r"got 'x', expected min of an integer"),
+        ("{min: 1, max: 2, start: 3}", r"got start: 3, expected start from min to max \(1 to 2\)"),
+        ("{min: 1, max: 2, most: 3}", r"got most, expected min, max and start alone"),
+    ],
+)
+def test_a_range_of_instances_is_refused_by_name(given: str, refusal: str) -> None:
+    text = f"metadata: {{pdserve: {{pools: {{decode: {{instances: {given}}}}}}}}}"
+    with pytest.raises(ConfigError, match=rf"pools\.decode\.instances: {refusal}"):
+        parse_cluster_config(text)
+
+
+def test_a_planner_without_a_range_is_refused() -> None:
+    text = "metadata: {pdserve: {planner: {mode: auto}}}"
+    with pytest.raises(ConfigError, match=r"planner\.mode: auto, and instances: 1, 1, expected a pool"):
+        parse_cluster_config(text)
+
+
+def test_a_horizon_shorter_than_a_flip_is_refused() -> None:
+    text = "metadata: {pdserve: {planner: {horizon_s: 0.5}}}"
+    with pytest.raises(ConfigError, match=r"planner\.horizon_s: got 0\.5, expected at least 10"):
+        parse_cluster_config(text)
+
+
+def test_an_applied_range_keeps_the_number_in_force() -> None:
+    new = config(pools={**RANGE, "decode": {"instances": 2}})
+    kept = new.keeping({Role.PREFILL: 3, Role.DECODE: 5}).pools
+    assert (kept.prefill.num_instances, kept.decode.num_instances) == (3, 2)
+    assert new.keeping({Role.PREFILL: 9, Role.DECODE: 1}).pools.prefill.num_instances == 4
+
+
+def test_planner_and_ranges_change_without_a_restart() -> None:
+    new = config(pools=RANGE, planner={"mode": "auto", "horizon_s": 60.0, "objective": "cost"})
+    assert not config().changes_needing_restart(new)

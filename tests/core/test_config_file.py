@@ -72,7 +72,7 @@ slo:
         f"c.yaml:12: {at}.slo: got nothing, expected a mapping with keys of ttft_ms, itl_ms, enforce",
         (
             f"c.yaml:13: {at}.1: unknown key, expected one of model, pools, slo, kv, routing, limits, listen,"
-            " observability, kernels, device, drain_timeout_s, join_timeout_s"
+            " planner, observability, kernels, device, drain_timeout_s, join_timeout_s"
         ),
     ]
 
@@ -80,8 +80,14 @@ slo:
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("kernels: cuda", "kernels: got 'cuda', expected one of 'auto', 'native', 'torch' or 'triton'"),
-        ("kernels: null", "kernels: got nothing, expected one of 'auto', 'native', 'torch' or 'triton'"),
+        (
+            "kernels: cuda",
+            "kernels: got 'cuda', expected one of 'auto', 'native', 'amx', 'avx512_bf16', 'avx512', 'avx2', 'portable', 'torch' or 'triton'",
+        ),
+        (
+            "kernels: null",
+            "kernels: got nothing, expected one of 'auto', 'native', 'amx', 'avx512_bf16', 'avx512', 'avx2', 'portable', 'torch' or 'triton'",
+        ),
         (
             "kv: {transport: rdma}",
             "kv.transport: got 'rdma', expected one of 'auto', 'shm', 'gloo', 'cuda_ipc' or 'nccl'",

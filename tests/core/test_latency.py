@@ -179,5 +179,5 @@ def test_whatever_is_measured_coefficients_stay_finite_and_never_negative(
 ) -> None:
     fit = RecursiveLeastSquares((1e-3, 1e-5, 1e-10), 0.99)
     for tokens, squares, seconds in measured:
-        fit.observe((1.0, tokens, squares), seconds)
+        fit.observe(1.0, tokens, squares, seconds)
     assert all(0.0 <= c < float("inf") for c in fit.coefficients)

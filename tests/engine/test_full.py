@@ -11,6 +11,7 @@ from pdserve.engine import full as full_module
 from pdserve.engine.full import MIN_FREE_BYTES, full_parts
 from pdserve.worker import host_monitor
 from pdserve.worker.host_monitor import HostMonitor
+from tests.deadlines import WAIT_S
 
 GIB = 1 << 30
 
@@ -71,7 +72,7 @@ def test_a_monitor_reports_while_the_host_is_full(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(host_monitor, "INTERVAL_S", 0.0)
     monitor = HostMonitor(Path(os.sep), reports.append)
     monitor.start()
-    assert asked_all.wait(30.0)
+    assert asked_all.wait(WAIT_S)
     monitor.stop()
-    monitor._thread.join(30.0)
+    monitor._thread.join(WAIT_S)
     assert reports == [(("/tmp", GIB),)] * 2

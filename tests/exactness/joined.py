@@ -3,6 +3,7 @@ the cluster."""
 
 import queue
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from pdserve.core.failures import FailureKind
@@ -15,10 +16,12 @@ from pdserve.engine.outbox import Outbox
 from pdserve.engine.token_masks import NoGrammars, TokenMasks
 from pdserve.grammar.messages import GrammarSetup
 from pdserve.grammar.thread import GrammarThread
-from pdserve.kv_transfer.config import Membership, TransferConfig
+from pdserve.kv_transfer.config import Membership
 from pdserve.kv_transfer.endpoint import TransferEndpoint
 from pdserve.kv_transfer.interfaces import Gpu
 from pdserve.prefill_worker.worker import PrefillWorker
+
+from ..kv_transfer.support import CALM
 
 TOKEN = "a secret of this test"
 
@@ -96,10 +99,8 @@ class JoinedEngines:
         p, d = self.engines
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         listener = Listener(self._inbox, self)
-        config = TransferConfig(
-            chunk_bytes=1 << 16,  # small, so that small models send many chunks
-            dead_after_s=30.0,  # for a busy machine: nobody dies here
-        )
+        # chunks are small, so that small models send many
+        config = replace(CALM, chunk_bytes=1 << 16, heartbeat_s=0.5)
         self._ends = [
             TransferEndpoint(
                 engine.cache,

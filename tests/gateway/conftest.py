@@ -12,7 +12,9 @@ from google.rpc import error_details_pb2, status_pb2
 
 from pdserve.core.config import ClusterConfig
 from pdserve.gateway.app import GatewayServer, serve
+from pdserve.gateway.auth.rate_limit import TokenBucket
 from pdserve.proto import pdserve_pb2_grpc
+from tests.deadlines import WAIT_S
 from tests.gateway.support import ScriptedCluster, byte_level, model_info
 
 CONFIG = ClusterConfig.model_validate(
@@ -22,6 +24,12 @@ CONFIG = ClusterConfig.model_validate(
         "model": {"path": "tiny"},
     }
 )
+
+
+@pytest.fixture
+def standing_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is added to a key's quotas during a test, however long it takes."""
+    monkeypatch.setattr(TokenBucket, "_fill", lambda bucket, now_s: None)
 
 
 @pytest.fixture
@@ -56,7 +64,9 @@ def generation(channel: grpc.aio.Channel) -> "pdserve_pb2_grpc.GenerationAsyncSt
 
 @pytest.fixture
 async def http(server: GatewayServer) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as client:
+    async with httpx.AsyncClient(
+        base_url=f"http://{server.http_address}", trust_env=False, timeout=WAIT_S
+    ) as client:
         yield client
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from pdserve.gateway.app import GatewayServer, serve
 from pdserve.proto import pdserve_pb2 as pb
+from tests.deadlines import WAIT_S
 from tests.gateway.conftest import CONFIG
 from tests.gateway.support import ScriptedCluster, model_info
 
@@ -48,7 +49,7 @@ async def connect(address: str, count: int) -> list[tuple[asyncio.StreamReader, 
 async def first_to_end(opened: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]) -> int:
     """Returns the first connection that its server closes."""
     reads = {asyncio.create_task(until_closed(reader)): index for index, (reader, _) in enumerate(opened)}
-    done, pending = await asyncio.wait(reads, return_when=asyncio.FIRST_COMPLETED, timeout=30)
+    done, pending = await asyncio.wait(reads, return_when=asyncio.FIRST_COMPLETED, timeout=WAIT_S)
     for task in pending:
         task.cancel()
     return min(reads[task] for task in done)
@@ -72,7 +73,7 @@ async def until(holds: Callable[[], bool]) -> None:
             loop.call_soon(look)
 
     look()
-    await asyncio.wait_for(held.wait(), 30)
+    await asyncio.wait_for(held.wait(), WAIT_S)
 
 
 def hang_up(opened: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]) -> None:

@@ -30,6 +30,7 @@ from pdserve.gateway.text.tokenizer import Tokenizer
 from pdserve.gateway.text.tokenizer_loading.main import exported
 from pdserve.proto import pdserve_pb2 as pb
 from pdserve.router.events import ConsideredPlace, DispatchTimes, EmitChoiceEnd, EmitEnd, EmitTokens, Timeline
+from pdserve.router.planner_desk import PlannerState
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog and then the dog sleeps",
@@ -241,6 +242,7 @@ class ScriptedCluster:
         self.stopped: list[tuple[str, int | None]] = []
         self.applied: list[ClusterConfig] = []
         self.drained: list[tuple[tuple[str, ...], bool]] = []
+        self.planning = PlannerState()
         self.state = ClusterStatus(
             serving=True,
             shutting_down=False,
@@ -373,7 +375,12 @@ class ScriptedCluster:
             raise self.refusal
         if not dry_run:
             self.applied.append(config)
+            sizes = {role: pool.num_instances for role, pool in config.pools.items()}
+            self.state = replace(self.state, instances=sizes)
             self.on_apply()
+
+    def planner(self) -> PlannerState:
+        return self.planning
 
     async def drain(self, worker_ids: Sequence[str], shutdown: bool) -> None:
         known = {worker.worker_id for worker in self.state.workers}

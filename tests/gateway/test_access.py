@@ -89,6 +89,7 @@ async def test_every_call_except_a_health_check_needs_a_key(
         admin.WatchStatus(pb.WatchStatusRequest()),
         admin.Apply(pb.ApplyRequest()),
         admin.Scale(pb.ScaleRequest()),
+        admin.Planner(pb.PlannerRequest()),
         admin.Drain(pb.DrainRequest()),
         reflection.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")])),
         channel.unary_unary("/no.such.Service/Method", None, None)(b""),
@@ -160,6 +161,7 @@ async def test_clients_of_two_keys_may_choose_the_same_request_id(
     assert first.sampling.seed == second.sampling.seed
 
 
+@pytest.mark.usefixtures("standing_rates")
 async def test_an_exhausted_rate_is_reported_with_the_retry_delay(
     generation: "pdserve_pb2_grpc.GenerationAsyncStub",
     details: Callable[[grpc.aio.AioRpcError], dict[str, Any]],

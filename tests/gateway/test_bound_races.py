@@ -16,6 +16,7 @@ from pdserve.gateway.connections import GrpcConnections
 from pdserve.gateway.grpc.sockets import GrpcSocket, GrpcSockets
 from pdserve.gateway.translate import ClientGone, translated
 from pdserve.proto import pdserve_pb2 as pb
+from tests.deadlines import WAIT_S
 from tests.gateway.flooding import PREFACE, connect, first_to_end, hang_up, serving, until, until_closed
 from tests.gateway.support import ScriptedCluster
 
@@ -52,7 +53,7 @@ async def test_watching_connections_survives_errors(
     monkeypatch.setattr(connections, "QUIET_S", 0.0)
     monkeypatch.setattr(GrpcSockets, "look", look)
     async with serving(cluster):
-        await asyncio.wait_for(looked.wait(), 30)
+        await asyncio.wait_for(looked.wait(), WAIT_S)
     assert "connections cannot be counted" in caplog.text
 
 
@@ -72,7 +73,7 @@ async def test_a_pipelined_request_keeps_its_connection(cluster: ScriptedCluster
         opened = await connect(server.http_address, 20)
         await first_to_end(opened)
         cluster.say_on.set()
-        answers = await asyncio.wait_for(reader.readuntil(b'"completion_tokens":2'), 30)
+        answers = await asyncio.wait_for(reader.readuntil(b'"completion_tokens":2'), WAIT_S)
         assert answers.count(b"HTTP/1.1 200") == 2
         hang_up([(reader, writer), *opened])
 

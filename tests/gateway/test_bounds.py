@@ -25,6 +25,7 @@ from pdserve.gateway.http import server as http_server
 from pdserve.gateway.places import NoPlace
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from tests.certificates import Authority
+from tests.deadlines import WAIT_S
 from tests.gateway.flooding import as_key, connect, first_to_end, hang_up, request, serving
 from tests.gateway.support import ScriptedCluster
 
@@ -49,7 +50,9 @@ async def test_idle_http_connections_make_room_for_newcomers(cluster: ScriptedCl
     async with serving(cluster, max_connections=16) as server:
         assert server.http_address is not None
         opened = await connect(server.http_address, 8)  # the bound of one address
-        async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
+        async with httpx.AsyncClient(
+            base_url=f"http://{server.http_address}", trust_env=False, timeout=WAIT_S
+        ) as http:
             assert (await http.get("/livez")).status_code == 200
         assert await first_to_end(opened) == 0
         hang_up(opened)
@@ -58,7 +61,9 @@ async def test_idle_http_connections_make_room_for_newcomers(cluster: ScriptedCl
 async def test_http_streams_in_progress_keep_their_connections(cluster: ScriptedCluster) -> None:
     cluster.hold_after = 1
     async with serving(cluster, max_connections=16) as server:
-        async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
+        async with httpx.AsyncClient(
+            base_url=f"http://{server.http_address}", trust_env=False, timeout=WAIT_S
+        ) as http:
             answer = asyncio.create_task(
                 http.post("/v1/completions", json={"prompt": "hello", "max_tokens": 2})
             )
@@ -78,7 +83,7 @@ async def test_silent_tls_connections_make_room(cluster: ScriptedCluster, tmp_pa
         assert server.http_address is not None
         opened = await connect(server.http_address, 8)
         trusting = ssl.create_default_context(cafile=str(authority.certificate))
-        async with httpx.AsyncClient(verify=trusting, trust_env=False) as http:
+        async with httpx.AsyncClient(verify=trusting, trust_env=False, timeout=WAIT_S) as http:
             assert (await http.get(f"https://{server.http_address}/livez")).status_code == 200
         assert await first_to_end(opened) == 0
         hang_up(opened)
@@ -129,7 +134,9 @@ async def test_without_descriptors_accepting_pauses_and_logs_once(
         assert server._http is not None
         listener = _Exhausted(server._http._listener, 1)
         monkeypatch.setattr(server._http, "_listener", listener)
-        async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
+        async with httpx.AsyncClient(
+            base_url=f"http://{server.http_address}", trust_env=False, timeout=WAIT_S
+        ) as http:
             assert (await http.get("/livez")).status_code == 200
     assert caplog.text.count("cannot accept connections: Too many open files") == 1
 
@@ -240,7 +247,9 @@ async def test_no_key_takes_all_calls(
 async def test_an_unwanted_body_is_not_read(server: GatewayServer, path: str) -> None:
     (reader, writer), *_ = await connect(server.http_address or "", 1)
     writer.write(f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99999\r\n\r\n{{".encode())
-    answer = await asyncio.wait_for(reader.read(), 30)  # to the end of the connection; the body never arrives
+    answer = await asyncio.wait_for(
+        reader.read(), WAIT_S
+    )  # to the end of the connection; the body never arrives
     assert answer.split()[1] in (b"404", b"405")
     writer.close()
 
@@ -256,7 +265,9 @@ async def test_bodies_are_bounded_in_total_and_released(cluster: ScriptedCluster
             )
         refused = await first_to_end(opened)
         hang_up([opened[1 - refused]])
-        async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
+        async with httpx.AsyncClient(
+            base_url=f"http://{server.http_address}", trust_env=False, timeout=WAIT_S
+        ) as http:
             while (
                 answer := await http.post("/v1/completions", json={"prompt": "a" * 90_000})
             ).status_code == 429:
@@ -273,7 +284,7 @@ async def test_answers_are_bounded_while_they_are_put_together(
     body = {"prompt": [5] * 200, "echo": True, "logprobs": 20, "max_tokens": 20, "n": 4, "stream": stream}
     async with (
         serving(cluster, max_held_bytes=1 << 20) as server,
-        httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http,
+        httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False, timeout=WAIT_S) as http,
     ):
         answer = await http.post("/v1/completions", json=body)
         assert answer.status_code == 400  # no retry could help

@@ -20,6 +20,7 @@ from pdserve.gateway.app import serve
 from pdserve.gateway.auth.keys import make_key, new_key
 from pdserve.gateway.http.codings import SLICE_BYTES, Decoder, accepts_gzip
 from pdserve.gateway.http.pages import Pages
+from tests.deadlines import WAIT_S
 from tests.gateway.conftest import CONFIG
 from tests.gateway.support import ScriptedCluster, model_info
 
@@ -45,7 +46,7 @@ async def connect(cluster: ScriptedCluster) -> AsyncIterator[Connect]:
         settings["limits"] |= limits
         config = ClusterConfig.model_validate(settings)
         server = await serve(cluster, config, cluster.tokenizer, model_info(cluster.tokenizer))
-        client = httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False)
+        client = httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False, timeout=WAIT_S)
         opened.append((server, client))
         return client
 

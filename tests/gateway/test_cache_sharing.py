@@ -20,6 +20,7 @@ from pdserve.gateway.auth.keys import ApiKey, make_key, new_key
 from pdserve.gateway.frontend import StreamEvent
 from pdserve.proto import pdserve_pb2 as pb
 from pdserve.router.events import EmitEnd, Timeline
+from tests.deadlines import WAIT_S
 from tests.gateway.conftest import CONFIG
 from tests.gateway.support import ScriptedCluster, byte_level, model_info
 
@@ -123,7 +124,9 @@ class Asker:
 
 @pytest.fixture
 async def ask(server: GatewayServer, generation: Any) -> AsyncIterator[Asker]:
-    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
+    async with httpx.AsyncClient(
+        base_url=f"http://{server.http_address}", trust_env=False, timeout=WAIT_S
+    ) as http:
         yield Asker(generation, http)
 
 

@@ -16,6 +16,7 @@ from pdserve.gateway.auth.keys import make_key, new_key
 from pdserve.gateway.http.auth_middleware import PROBES
 from pdserve.gateway.http.hosts import AllowedHosts
 from tests.certificates import Authority
+from tests.deadlines import WAIT_S
 from tests.gateway.conftest import CONFIG
 from tests.gateway.support import ScriptedCluster, model_info
 
@@ -48,7 +49,9 @@ def official(server: GatewayServer, key: str) -> openai.AsyncOpenAI:
 
 
 async def test_every_path_except_probes_needs_a_key(server: GatewayServer) -> None:
-    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
+    async with httpx.AsyncClient(
+        base_url=f"http://{server.http_address}", trust_env=False, timeout=WAIT_S
+    ) as http:
         for path in ("/v1/models", "/v1/models/tiny", "/version", "/openapi.json", "/nothing"):
             assert (await http.get(path)).status_code == 401
             assert (await http.get(path, headers={"authorization": f"Bearer {BOB}"})).status_code != 401
@@ -62,14 +65,18 @@ async def test_every_path_except_probes_needs_a_key(server: GatewayServer) -> No
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW"])
 async def test_a_probe_without_a_key_is_get_or_head(server: GatewayServer, method: str) -> None:
-    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
+    async with httpx.AsyncClient(
+        base_url=f"http://{server.http_address}", trust_env=False, timeout=WAIT_S
+    ) as http:
         for path in PROBES:
             assert (await http.request(method, path, content=b"x" * 1000)).status_code == 401
             assert (await http.head(path)).status_code != 401
 
 
 async def test_metrics_require_a_marked_key(server: GatewayServer, cluster: ScriptedCluster) -> None:
-    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
+    async with httpx.AsyncClient(
+        base_url=f"http://{server.http_address}", trust_env=False, timeout=WAIT_S
+    ) as http:
         refused = await http.get("/metrics", headers=bearer(BOB))
         assert (refused.status_code, refused.json()["error"]["code"]) == (403, "not_permitted")
         assert "bob: this key may not read metrics" in refused.json()["error"]["message"]
@@ -83,7 +90,7 @@ async def test_no_other_path_leads_an_ordinary_key_to_metrics(server: GatewaySer
     reader, writer = await asyncio.open_connection(host, int(port))
     head = f"GET {path} HTTP/1.1\r\nhost: a.proxy\r\nauthorization: Bearer {BOB}\r\nconnection: close\r\n\r\n"
     writer.write(head.encode())
-    answer = await asyncio.wait_for(reader.read(), 30)
+    answer = await asyncio.wait_for(reader.read(), WAIT_S)
     writer.close()
     assert answer.startswith(b"HTTP/1.1 404 ")
 
@@ -93,7 +100,9 @@ async def test_workers_are_named_only_to_clients_with_a_key(
 ) -> None:
     stalled = tuple(replace(worker, stalled_s=31.0) for worker in cluster.state.workers)
     cluster.change(workers=stalled)
-    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
+    async with httpx.AsyncClient(
+        base_url=f"http://{server.http_address}", trust_env=False, timeout=WAIT_S
+    ) as http:
         for headers in ({}, bearer(new_key()), {"authorization": "Basic eA=="}):
             assert (await http.get("/startupz", headers=headers)).json() == {
                 "phase": "starting",
@@ -111,7 +120,9 @@ async def test_workers_are_named_only_to_clients_with_a_key(
 
 
 async def test_with_keys_any_host_is_accepted(server: GatewayServer) -> None:
-    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
+    async with httpx.AsyncClient(
+        base_url=f"http://{server.http_address}", trust_env=False, timeout=WAIT_S
+    ) as http:
         assert (await http.get("/livez", headers={"host": "serve.example"})).status_code == 200
 
 
@@ -120,7 +131,9 @@ async def test_a_page_whose_name_points_to_this_machine_reaches_nothing(cluster:
         update={"listen": CONFIG.listen.model_copy(update={"allowed_hosts": ("Serve.example",)})}
     )
     server = await serve(cluster, config, cluster.tokenizer, model_info(cluster.tokenizer))
-    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
+    async with httpx.AsyncClient(
+        base_url=f"http://{server.http_address}", trust_env=False, timeout=WAIT_S
+    ) as http:
         for method, path in (
             ("GET", "/livez"),
             ("GET", "/metrics"),
@@ -180,6 +193,7 @@ async def test_the_official_client_is_admitted_by_its_key(
     assert (cluster.requests[0].client, cluster.requests[0].request_id) == ("key:bob", "bob/mine")
 
 
+@pytest.mark.usefixtures("standing_rates")
 async def test_an_exhausted_key_is_informed_when_to_retry(server: GatewayServer) -> None:
     async with official(server, ALICE) as alice:
         await alice.completions.create(model="tiny", prompt="hello", max_tokens=140)
@@ -197,7 +211,7 @@ async def test_tls_protects_it_too(cluster: ScriptedCluster, tmp_path: Path) -> 
     config = CONFIG.model_copy(update={"listen": CONFIG.listen.model_copy(update={"tls": tls})})
     server = await serve(cluster, config, cluster.tokenizer, model_info(cluster.tokenizer))
     trusting = ssl.create_default_context(cafile=str(authority.certificate))
-    async with httpx.AsyncClient(verify=trusting, trust_env=False) as http:
+    async with httpx.AsyncClient(verify=trusting, trust_env=False, timeout=WAIT_S) as http:
         assert (await http.get(f"https://{server.http_address}/livez")).status_code == 200
         with pytest.raises(httpx.TransportError):
             await http.get(f"http://{server.http_address}/livez")

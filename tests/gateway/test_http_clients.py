@@ -12,6 +12,7 @@ from pdserve.core.errors import ConfigError
 from pdserve.gateway.app import GatewayServer, serve
 from pdserve.gateway.http import auth_middleware, connection, server as http_server
 from pdserve.gateway.http.connection import MAX_HEADER_BYTES
+from tests.deadlines import WAIT_S
 from tests.gateway.conftest import CONFIG
 from tests.gateway.support import ScriptedCluster, byte_level, model_info
 
@@ -176,7 +177,9 @@ async def test_more_open_calls_than_allowed_are_refused_and_probes_are_not() -> 
     config = CONFIG.model_copy(update={"limits": limits})
     server = await serve(cluster, config, cluster.tokenizer, model_info(cluster.tokenizer))
     cluster.hold_after = 0
-    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
+    async with httpx.AsyncClient(
+        base_url=f"http://{server.http_address}", trust_env=False, timeout=WAIT_S
+    ) as http:
         first = asyncio.create_task(http.post("/v1/completions", json={"prompt": "hello"}))
         await cluster.held.wait()
         refused = await http.post("/v1/completions", json={"prompt": "hello"})
@@ -201,7 +204,9 @@ async def test_a_chunk_does_not_wait_until_the_one_before_is_acknowledged(
         made(self, transport)
 
     monkeypatch.setattr(connection.Connection, "connection_made", watched)
-    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as client:
+    async with httpx.AsyncClient(
+        base_url=f"http://{server.http_address}", trust_env=False, timeout=WAIT_S
+    ) as client:
         await client.get("/v1/models")
     assert delays_allowed == [False]
 

@@ -13,6 +13,7 @@ from pdserve.gateway.app import GatewayServer, serve
 from pdserve.gateway.auth.keys import make_key, new_key
 from pdserve.gateway.text.tokenizer import Tokenizer
 from pdserve.proto import pdserve_pb2 as pb
+from tests.deadlines import WAIT_S
 from tests.gateway.conftest import CONFIG
 from tests.gateway.support import ScriptedCluster, model_info
 
@@ -23,7 +24,9 @@ Stub = Any
 
 
 @pytest.fixture
-async def server(cluster: ScriptedCluster, tmp_path: Path) -> AsyncIterator[GatewayServer]:
+async def server(
+    cluster: ScriptedCluster, tmp_path: Path, standing_rates: None
+) -> AsyncIterator[GatewayServer]:
     """Gives alice many requests and few tokens a minute, bob few requests and unlimited tokens."""
     path = tmp_path / "keys"
     path.touch(0o600)
@@ -42,7 +45,7 @@ async def server(cluster: ScriptedCluster, tmp_path: Path) -> AsyncIterator[Gate
 @pytest.fixture
 async def http(server: GatewayServer) -> AsyncIterator[httpx.AsyncClient]:
     async with httpx.AsyncClient(
-        base_url=f"http://{server.http_address}", trust_env=False, timeout=30
+        base_url=f"http://{server.http_address}", trust_env=False, timeout=WAIT_S
     ) as client:
         yield client
 

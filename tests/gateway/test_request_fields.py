@@ -22,6 +22,7 @@ from pdserve.gateway.app import GatewayServer, serve
 from pdserve.gateway.http.chat_schema import ChatCompletionRequest
 from pdserve.gateway.http.schema import CompletionRequest
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
+from tests.deadlines import WAIT_S
 from tests.gateway.conftest import CONFIG
 from tests.gateway.support import Built, ScriptedCluster, byte_level, model_info
 
@@ -169,7 +170,9 @@ async def test_unknown_fields_are_ignored_where_the_operator_says_so(cluster: Sc
     settings["limits"] |= {"unknown_fields": "ignore"}
     config = ClusterConfig.model_validate(settings)
     server = await serve(cluster, config, cluster.tokenizer, model_info(cluster.tokenizer))
-    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
+    async with httpx.AsyncClient(
+        base_url=f"http://{server.http_address}", trust_env=False, timeout=WAIT_S
+    ) as http:
         large = {"unknown": ["x" * 70_000]}
         for more in ({}, {"temprature": 1, "nested": {"a": [1]}}, large):
             assert (await ask(http, TEXT | more, **{"x-request-id": "mine"})).is_success
@@ -340,7 +343,7 @@ async def test_a_silent_request_gets_the_models_defaults(cluster: ScriptedCluste
     info = replace(model_info(cluster.tokenizer), default_sampling=defaults)
     server = await serve(cluster, CONFIG, cluster.tokenizer, info)
     async with (
-        httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http,
+        httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False, timeout=WAIT_S) as http,
         grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
     ):
         generation: Stub = pdserve_pb2_grpc.GenerationStub(channel)
@@ -386,7 +389,9 @@ async def shown(server: GatewayServer) -> AsyncIterator[Callable[..., Any]]:
     own = await serve(cluster, CONFIG, tokenizer, model_info(byte_level()))
 
     async def show(body: dict[str, Any]) -> str:
-        async with httpx.AsyncClient(base_url=f"http://{own.http_address}", trust_env=False) as http:
+        async with httpx.AsyncClient(
+            base_url=f"http://{own.http_address}", trust_env=False, timeout=WAIT_S
+        ) as http:
             answer = await ask(http, {"messages": [USER]} | body)
             assert answer.is_success, answer.text
         return tokenizer.decode(cluster.requests[-1].prompt_token_ids)
@@ -474,7 +479,9 @@ async def test_a_bad_word_that_the_tokenizer_drops_is_none(cluster: ScriptedClus
     backend.normalizer = normalizers.Replace("x", "")
     tokenizer = Built(PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=SHOWS))
     server = await serve(cluster, CONFIG, tokenizer, model_info(byte_level()))
-    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
+    async with httpx.AsyncClient(
+        base_url=f"http://{server.http_address}", trust_env=False, timeout=WAIT_S
+    ) as http:
         assert (await ask(http, TEXT | {"bad_words": ["x", "the"]})).is_success
     assert cluster.requests[0].sampling.bad_words[0] == byte_level().encode("the")
     await server.stop(0)

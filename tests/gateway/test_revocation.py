@@ -19,6 +19,7 @@ from pdserve.gateway.auth.access import Access, NotPermitted, RequiredAccess, Re
 from pdserve.gateway.auth.keys import ApiKey, make_key, new_key
 from pdserve.gateway.auth.revocation import Revocation
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
+from tests.deadlines import WAIT_S
 from tests.gateway.conftest import CONFIG
 from tests.gateway.support import ScriptedCluster, model_info
 
@@ -56,7 +57,7 @@ async def server(cluster: ScriptedCluster, file: Path) -> AsyncIterator[GatewayS
 @pytest.fixture
 async def http(server: GatewayServer) -> AsyncIterator[httpx.AsyncClient]:
     async with httpx.AsyncClient(
-        base_url=f"http://{server.http_address}", trust_env=False, timeout=30
+        base_url=f"http://{server.http_address}", trust_env=False, timeout=WAIT_S
     ) as client:
         yield client
 

@@ -20,6 +20,7 @@ from pdserve.gateway.app import GatewayServer, serve
 from pdserve.gateway.auth.tls import ServerTls
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from tests.certificates import Authority, Pair
+from tests.deadlines import WAIT_S
 from tests.gateway.conftest import CONFIG
 from tests.gateway.support import ScriptedCluster, model_info
 
@@ -103,7 +104,7 @@ async def answers(channel: grpc.aio.Channel) -> bool:
     async with channel:
         stub = pdserve_pb2_grpc.GenerationStub(channel)
         try:
-            info = await stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=20.0)
+            info = await stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=WAIT_S)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE:
                 return False

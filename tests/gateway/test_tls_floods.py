@@ -22,6 +22,7 @@ from pdserve.gateway.http.tls import (
     whole_records,
 )
 from tests.certificates import Authority
+from tests.deadlines import WAIT_S
 from tests.gateway.flooding import connect, first_to_end, hang_up, serving, until, until_closed
 from tests.gateway.support import ScriptedCluster
 
@@ -57,7 +58,7 @@ async def serving_https(
 
 
 async def is_live(server: HttpServer, trusting: ssl.SSLContext) -> bool:
-    async with httpx.AsyncClient(verify=trusting, trust_env=False, timeout=30) as http:
+    async with httpx.AsyncClient(verify=trusting, trust_env=False, timeout=WAIT_S) as http:
         return (await http.get(f"https://{server.address}/livez")).status_code == 200
 
 
@@ -96,7 +97,7 @@ class Client:
             try:
                 return self._tls.read(1 << 16)
             except ssl.SSLWantReadError:
-                self._incoming.write(await asyncio.wait_for(reader.read(1 << 16), 30))
+                self._incoming.write(await asyncio.wait_for(reader.read(1 << 16), WAIT_S))
 
 
 # handshakes
@@ -157,14 +158,14 @@ async def test_a_hello_in_pieces_is_answered(https: HttpServer, trusting: ssl.SS
         writer.write(bytes([byte]))
         await writer.drain()
         await asyncio.sleep(0)
-    assert (await asyncio.wait_for(reader.readexactly(1), 30)) == b"\x16"
+    assert (await asyncio.wait_for(reader.readexactly(1), WAIT_S)) == b"\x16"
     writer.transport.abort()
 
 
 async def test_http_without_tls_is_refused_at_once(https: HttpServer) -> None:
     ((reader, writer),) = await connect(https.address, 1)
     writer.write(b"GET /livez HTTP/1.1\r\n")
-    assert (await asyncio.wait_for(reader.read(), 5))[:1] in (b"", b"\x15")  # an alert
+    assert (await asyncio.wait_for(reader.read(), WAIT_S))[:1] in (b"", b"\x15")  # an alert
     writer.close()
 
 
@@ -187,7 +188,7 @@ async def test_a_handshake_is_bounded_in_bytes(https: HttpServer, monkeypatch: p
     ((reader, writer),) = await connect(https.address, 1)
     piece = b"\x16\x03\x01\x40\x00" + b"\x01\x01\xff\xff\x03\x03" + b"a" * ((1 << 14) - 6)
     writer.write(piece * (MAX_HANDSHAKE_BYTES // len(piece) + 1))
-    await asyncio.wait_for(until_closed(reader), 30)
+    await asyncio.wait_for(until_closed(reader), WAIT_S)
     await until(lambda: not https._sockets and not len(https._places))
     writer.close()
 
@@ -259,7 +260,9 @@ async def test_records_without_data_end_their_connection(https: HttpServer, auth
     try:
         while num_updates < 4 * MAX_EMPTY_RECORDS:
             client.stdin.write(b"k\n")
-            while (line := await asyncio.wait_for(client.stderr.readline(), 30)) and line != b"KEYUPDATE\n":
+            while (
+                line := await asyncio.wait_for(client.stderr.readline(), WAIT_S)
+            ) and line != b"KEYUPDATE\n":
                 pass
             if not line:
                 break

@@ -28,6 +28,7 @@ from pdserve.gateway.grpc.unauthenticated_traffic import (
 )
 from pdserve.gateway.places import connection_name
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
+from tests.deadlines import WAIT_S
 from tests.gateway.flooding import PREFACE, as_key, connect, request, serving, until, until_closed
 from tests.gateway.support import ScriptedCluster
 from tests.gateway.test_unauthenticated_calls import (
@@ -199,7 +200,7 @@ async def test_a_flood_of_calls_that_the_library_refuses_ends_its_connection(
     async with serving(cluster, keys) as server:
         ((reader, writer),) = await connect(server.grpc_address, 1)
         closed = asyncio.create_task(until_closed(reader))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(WAIT_S):
             with suppress(ConnectionError):
                 for calls in refused_calls():
                     writer.write(calls)

@@ -14,6 +14,7 @@ from pdserve.gateway.grpc import unauthenticated_traffic
 from pdserve.gateway.grpc.auth_interceptor import MAX_HEADERS
 from pdserve.gateway.grpc.unauthenticated_traffic import MAX_CALLS, WINDOW_S, UnauthenticatedTraffic
 from pdserve.proto import pdserve_pb2_grpc
+from tests.deadlines import WAIT_S
 from tests.gateway.flooding import PREFACE, as_key, connect, request, serving, until_closed
 from tests.gateway.support import ScriptedCluster
 
@@ -57,7 +58,7 @@ async def test_a_call_with_very_many_headers_ends_its_connection(cluster: Script
     async with serving(cluster) as server:
         ((reader, writer),) = await connect(server.grpc_address, 1)
         writer.write(PREFACE + frame(SETTINGS_FRAME, 0, 0, b"") + bomb(1, MAX_HEADERS))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(WAIT_S):
             await until_closed(reader)
         writer.transport.abort()
         async with grpc.aio.insecure_channel(server.grpc_address) as channel:
@@ -82,7 +83,7 @@ async def test_very_many_calls_without_a_key_end_their_connection(
         asyncio.get_running_loop().create_task(_watch_end(channel, closed))
         while not closed.is_set():
             with pytest.raises(grpc.aio.AioRpcError):
-                await pdserve_pb2_grpc.GenerationStub(channel).Generate(request(), timeout=30)
+                await pdserve_pb2_grpc.GenerationStub(channel).Generate(request(), timeout=WAIT_S)
 
 
 async def _watch_end(channel: grpc.aio.Channel, closed: asyncio.Event) -> None:

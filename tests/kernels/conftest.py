@@ -1,16 +1,25 @@
 """Kernels under test, and random paged batches to run them on."""
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from pdserve.kernels import AttentionBatch, KernelRequirements, Kernels, load_kernels
-from pdserve.kernels.native import why_unavailable
+from pdserve.kernels import AttentionBatch, KernelRequirements, Kernels, build, load_kernels
+from pdserve.kernels.levels import LEVELS, LevelLibrary, usable_levels
+from pdserve.kernels.native import NativeKernels
 from pdserve.kernels.triton.kernels import TritonKernels
 
 MakeKernels = Callable[..., Kernels]
+
+TILE_MODEL = "amx in software"
+NATIVE = [*LEVELS, TILE_MODEL]
 
 
 class Subject(NamedTuple):
@@ -29,11 +38,29 @@ def make_subject(name: str, dtype: torch.dtype, num_threads: int = 1) -> Subject
     requirements = KernelRequirements(dtype, head_dim=64, block_size=16)
     if name == "triton":
         return Subject(TritonKernels(requirements), "cuda" if torch.cuda.is_available() else "cpu")
-    if name == "native" and (reason := why_unavailable(requirements)):
-        pytest.skip(reason)
-    return Subject(
-        load_kernels("cpu", requirements, "native" if name == "native" else "torch", num_threads), "cpu"
-    )
+    if name == TILE_MODEL:
+        return Subject(_tile_model(requirements, num_threads), "cpu")
+    if name in LEVELS and name not in usable_levels(dtype):
+        pytest.skip(f"{name} kernels do not compute {dtype} on this machine")
+    return Subject(load_kernels("cpu", requirements, name, num_threads), "cpu")
+
+
+def _tile_model(requirements: KernelRequirements, num_threads: int) -> Kernels:
+    if requirements.dtype != torch.bfloat16 or "avx512_bf16" not in usable_levels(torch.bfloat16):
+        pytest.skip("the tiles' model computes bfloat16, beside AVX-512 with bf16")
+    kernels = NativeKernels(requirements, LevelLibrary.open("amx", _tile_model_library()))
+    kernels.set_num_threads(num_threads)
+    return kernels
+
+
+@cache
+def _tile_model_library() -> Path:
+    """The kernels for AMX with the tiles in software, compiled once a session."""
+    if (compiler := shutil.which("g++")) is None:
+        pytest.skip("the tiles' model is compiled here, and there is no g++")
+    folder = Path(tempfile.mkdtemp(prefix="pdserve-tiles-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return build.compile_library([compiler], "objcopy", {"amx": build.TILE_MODEL}, folder)
 
 
 @pytest.fixture(autouse=True)
@@ -41,12 +68,12 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def native() -> MakeKernels:
-    """Returns native(dtype, num_threads=1): the native kernels; skips the test where this machine has
-    none."""
+@pytest.fixture(params=NATIVE)
+def native(request: pytest.FixtureRequest) -> MakeKernels:
+    """Returns native(dtype, num_threads=1): the native kernels of one level after the other; skips the test
+    where this machine does not run it."""
 
-    return lambda dtype, num_threads=1: make_subject("native", dtype, num_threads).kernels
+    return lambda dtype, num_threads=1: make_subject(request.param, dtype, num_threads).kernels
 
 
 def halves(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,23 +1,56 @@
 """Kernels are chosen once, the choice is logged, and a choice that cannot be met is an error."""
 
+import ctypes
 import logging
 import sys
-from typing import Literal
+from types import SimpleNamespace
+from typing import Literal, get_args
 
 import pytest
 import torch
 
-from pdserve.core.devices import KERNELS
-from pdserve.kernels import KernelRequirements, load, load_kernels, native
+from pdserve.core.devices import KERNELS, KernelChoice
+from pdserve.kernels import KernelRequirements, levels, load, load_kernels
+from pdserve.kernels.levels import LEVELS, usable_levels
 
-from .conftest import MakeKernels
+from .conftest import MakeKernels, assert_close
 
 REQUIREMENTS = KernelRequirements(torch.float32, head_dim=64, block_size=16)
 
 
-def test_auto_takes_the_native_kernels_where_they_run(native: MakeKernels) -> None:
-    native(torch.float32)
-    assert load_kernels("cpu", REQUIREMENTS, "auto", 1).name == "native"
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_auto_takes_the_fastest_level_left_as_each_is_switched_off(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requirements = KernelRequirements(dtype, head_dim=64, block_size=16)
+    off: set[str] = set()
+    runs_here = levels._runs_here
+    monkeypatch.setattr(levels, "_runs_here", lambda level: level not in off and runs_here(level))
+    x, weight = torch.randn(3, 64).to(dtype), torch.randn(40, 64).to(dtype)
+    for level in usable_levels(dtype):
+        kernels = load_kernels("cpu", requirements, "auto", 1)
+        assert kernels.name == level
+        assert_close(kernels.linear(x, kernels.pack_linear(weight)), x.double() @ weight.double().T)
+        off.add(level)
+        if level != "portable":
+            with pytest.raises(
+                ValueError, match=f"kernels: '{level}' cannot run here: {dtype} has .*portable"
+            ):
+                load_kernels("cpu", requirements, level, 1)
+
+
+def test_a_level_without_float32_refuses_it() -> None:
+    with pytest.raises(ValueError, match=r"'avx512_bf16' cannot run here: torch\.float32 has .*portable"):
+        load_kernels("cpu", REQUIREMENTS, "avx512_bf16", 1)
+
+
+def test_refused_tile_registers_are_logged_and_passed_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusing = SimpleNamespace(pd_cpu_has=lambda level: 1, pd_request_tiles=lambda: -1)
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: refusing)
+    assert not levels._runs_here.__wrapped__("amx")
+    assert "refuses its tile registers" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -33,10 +66,8 @@ def test_auto_takes_torch_where_native_is_unavailable_and_logs_why(
         load_kernels("cpu", requirements, "native", 1)
 
 
-def test_a_missing_library_is_an_error_when_native_is_configured(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: object
-) -> None:
-    monkeypatch.setattr(native, "LIBRARY_PATH", native.LIBRARY_PATH.with_name("absent.so"))
+def test_a_missing_library_is_an_error_when_native_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(levels, "LIBRARY_PATH", levels.LIBRARY_PATH.with_name("absent.so"))
     assert load_kernels("cpu", REQUIREMENTS, "auto", 1).name == "torch"
     with pytest.raises(ValueError, match="was not built"):
         load_kernels("cpu", REQUIREMENTS, "native", 1)
@@ -55,7 +86,7 @@ def test_a_missing_library_is_an_error_when_native_is_configured(
 )
 def test_bad_choices_are_refused(device: str, choice: str, num_threads: int, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        load_kernels(device, REQUIREMENTS, choice, num_threads)  # type: ignore[arg-type]
+        load_kernels(device, REQUIREMENTS, choice, num_threads)
 
 
 @pytest.mark.parametrize("choice", ["auto", "triton"])
@@ -140,3 +171,5 @@ def test_native_operations_refuse_arguments_they_would_misread(native: MakeKerne
 
 def test_the_choices_a_configuration_accepts_are_those_that_exist() -> None:
     assert load._CHOICES == KERNELS
+    choices = {choice for of_device in KERNELS.values() for choice in of_device}
+    assert choices == set(get_args(KernelChoice)) == {"auto", "native", *LEVELS, "torch", "triton"}

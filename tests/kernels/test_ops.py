@@ -6,10 +6,10 @@ import torch
 from pdserve.kernels import AttentionBatch
 from pdserve.kernels.reference import TorchKernels
 
-from .conftest import assert_close, halves, make_subject, paged_batch
+from .conftest import NATIVE, assert_close, halves, make_subject, paged_batch
 
 DTYPES = [torch.float32, torch.bfloat16]
-NAMES = ["native", "triton"]
+NAMES = [*NATIVE, "triton"]
 reference = TorchKernels()
 
 
@@ -126,7 +126,8 @@ ATTENTION_BATCHES = [  # query lengths, context lengths, sliding window
 
 ATTENTION_SUBJECTS = [  # name, type, threads, shape
     *(
-        ("native", dtype, num_threads, shape)
+        (level, dtype, num_threads, shape)
+        for level in NATIVE
         for dtype in DTYPES
         for shape in ATTENTION_SHAPES
         for num_threads in (1, 3)
@@ -174,5 +175,5 @@ def test_argmax_takes_the_first_of_equal_maxima(name: str) -> None:
     logits[1, [400, 401, 900]] = 50.0
     logits[2, 1002] = 50.0
     logits[3] = -torch.inf
-    subject = make_subject(name, torch.float32)
+    subject = make_subject(name, torch.bfloat16)
     assert subject.kernels.argmax(logits.to(subject.device)).tolist() == logits.argmax(-1).tolist()

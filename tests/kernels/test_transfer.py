@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from pdserve.kernels import token_range_bytes
+from pdserve.kernels.levels import LEVELS
 
 from .conftest import make_subject
 
-NAMES = ["native", "torch", "triton"]
+NAMES = [*LEVELS, "torch", "triton"]
 NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, NUM_BLOCKS = 3, 2, 8, 12
 
 
@@ -38,7 +39,7 @@ def _wire_checksum(buffer: torch.Tensor) -> int:
 @settings(max_examples=40, deadline=None)
 def test_a_round_trip_moves_exactly_the_requested_tokens(name: str, data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
-    kernels, device = make_subject(name, dtype)
+    kernels, device = make_subject(name, torch.bfloat16)
     sizes = [data.draw(st.sampled_from([8, 16, 24, 32])) for _ in range(2)]
     token_end = data.draw(st.integers(1, 6 * min(sizes)))
     token_start = data.draw(st.integers(0, token_end - 1))
@@ -71,7 +72,7 @@ def test_a_round_trip_moves_exactly_the_requested_tokens(name: str, data: st.Dat
 def test_a_checksum_detects_flipped_bits_swapped_words_and_zeroed_stretches(
     name: str, data: st.DataObject
 ) -> None:
-    kernels = make_subject(name, torch.float32).kernels
+    kernels = make_subject(name, torch.bfloat16).kernels
     num_words = data.draw(st.integers(2, 100))
     words = torch.tensor(
         data.draw(st.lists(st.integers(1, 2**63 - 1), min_size=num_words, max_size=num_words, unique=True))
@@ -112,7 +113,7 @@ def test_copy_blocks_copies_every_layer_in_order(name: str) -> None:
     ],
 )
 def test_a_transfer_outside_the_cache_or_buffer_is_refused(name: str, changed: dict, complaint: str) -> None:
-    kernels, device = make_subject(name, torch.float32)
+    kernels, device = make_subject(name, torch.bfloat16)
     cache = _random_cache(16, torch.float32).to(device)
     buffer = torch.empty(token_range_bytes(cache, 2, 20), dtype=torch.uint8)
     good: dict[str, Any] = {

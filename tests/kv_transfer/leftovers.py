@@ -10,11 +10,10 @@ import pytest
 
 from pdserve.core.request import TransferId
 
-from .support import pair
+from .support import WAIT_S, pair
 
 TRANSPORTS = ("shm", "gloo")
 T = TransferId("request", 0)
-ENDING_S = 10.0
 
 
 def open_things() -> tuple[int, int, int]:
@@ -44,5 +43,6 @@ def _nothing_is_left(_gloo_is_warm: None) -> Iterator[None]:
     yield
     for thread in set(threading.enumerate()) - threads:
         if thread.name.startswith("pdserve"):
-            thread.join(ENDING_S)  # one that has been let go ends by itself
-    assert open_things() == before, "descriptors, threads or rings were left behind"
+            thread.join(WAIT_S)  # one that has been let go ends by itself
+    after = open_things()  # what earlier tests had left to end by itself may have ended meanwhile
+    assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)

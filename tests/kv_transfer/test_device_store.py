@@ -3,6 +3,7 @@ a GPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,9 +21,7 @@ from .support import CALM
 SECOND = TransferId("second", 0)
 THEIRS, OURS = [5, 1, 9, 2], [3, 11, 4, 7]
 NUM_TOKENS = 29
-ONE_SLOT = TransferConfig(
-    chunk_bytes=1 << 16, ring_slots=1, heartbeat_s=0.05, dead_after_s=5.0, chunk_timeout_s=30.0
-)
+ONE_SLOT = replace(CALM, chunk_bytes=1 << 16, ring_slots=1)
 
 
 @contextmanager
@@ -215,8 +214,7 @@ def test_a_device_error_ends_the_transfer_but_not_the_link(side: str) -> None:
 
 
 def test_close_does_not_wait_for_a_device_indefinitely() -> None:
-    config = TransferConfig(chunk_bytes=1 << 16, heartbeat_s=0.05, dead_after_s=5.0, chunk_timeout_s=0.05)
-    with devices(config=config) as (sender, receiver):
+    with devices(config=replace(CALM, chunk_bytes=1 << 16, chunk_timeout_s=0.05)) as (sender, receiver):
         sender.device.hold()
         push(sender, receiver)
         sender.device.wait_for_work()

@@ -70,8 +70,7 @@ def test_an_offer_may_precede_its_reservation() -> None:
 
 def test_chunks_leave_while_later_layers_and_tokens_are_computed() -> None:
     # the second chunk leaves when the first is acknowledged
-    config = TransferConfig(chunk_bytes=4096, ring_slots=1)
-    with pair(config=config) as (sender, receiver):
+    with pair(config=replace(CALM, ring_slots=1)) as (sender, receiver):
         arrived = threading.Semaphore(0)
         receiver.store.on_scatter = arrived.release
         receiver.expect(T, sender.key, [4, 5, 6, 7, 8, 9, 10, 11], 64)
@@ -116,8 +115,7 @@ def test_many_transfers_of_a_pair_share_its_ring(transport: str) -> None:
 
 
 def test_an_idle_link_is_closed_and_opened_again_on_use() -> None:
-    config = TransferConfig(chunk_bytes=4096, heartbeat_s=0.05, dead_after_s=5.0, max_idle_s=0.1)
-    with pair(config=config) as (sender, receiver):
+    with pair(config=replace(CALM, max_idle_s=0.1)) as (sender, receiver):
         for attempt in range(2):
             transfer = TransferId("request", attempt)
             receiver.expect(transfer, sender.key, [attempt], 8)

@@ -1,15 +1,16 @@
 """Two endpoints in one process: transfers that are aborted, refused or cut off end without affecting others,
 and report why."""
 
+from dataclasses import replace
+
 import msgspec
 import numpy as np
 import pytest
 
 from pdserve.core.request import TransferId
-from pdserve.kv_transfer import TransferConfig
 
 from .leftovers import TRANSPORTS, T, _gloo_is_warm, _nothing_is_left  # noqa: F401  (fixtures)
-from .support import Worker, layout, pair
+from .support import CALM, Worker, layout, pair
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -60,10 +61,7 @@ def test_cancelling_an_unknown_or_ended_transfer_does_nothing() -> None:
 
 
 def test_an_unmatched_reservation_or_offer_ends_with_the_lease() -> None:
-    config = TransferConfig(
-        chunk_bytes=4096, heartbeat_s=0.05, dead_after_s=30.0, lease_s=0.2, max_lease_s=0.5
-    )
-    with pair(config=config) as (sender, receiver):
+    with pair(config=replace(CALM, lease_s=0.2, max_lease_s=0.5)) as (sender, receiver):
         receiver.expect(T, sender.key, [1], 8)
         assert "lease" in receiver.ends.receive_error(T)
         other = TransferId("other", 0)

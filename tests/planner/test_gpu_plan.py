@@ -160,7 +160,7 @@ def test_tensor_parallelism_is_refused() -> None:
     [
         ("cuda", "native", "auto, triton"),
         ("cuda", "torch", "auto, triton"),
-        ("cpu", "triton", "auto, native, torch"),
+        ("cpu", "triton", "auto, native, amx, avx512_bf16, avx512, avx2, portable, torch"),
     ],
 )
 def test_kernels_belong_to_a_device(device: str, kernels: str, expected: str) -> None:

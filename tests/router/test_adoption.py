@@ -303,10 +303,16 @@ def test_an_unclaimed_stream_makes_room_and_waits_for_its_client() -> None:
     assert cluster.router.status(0.0).num_queued == 1
 
 
+def scored(spec: SequenceSpec, num_tokens: int) -> HeldLeg:
+    outputs = [TokenOutput(spec.transfer, 0, index, 100 + index, logprob=-1.0) for index in range(num_tokens)]
+    return HeldLeg.of(spec, Leg.DECODE, outputs, has_partner=False)
+
+
 def test_a_take_over_is_cut_into_turns_between_which_others_are_heard() -> None:
-    """A turn replays no more than some legs, however many there are, or the tokens of a slice."""
+    """A turn replays no more than some legs, however many there are, or a slice of what has more beside its
+    tokens."""
     requests = [make_request(f"r{number}", max_tokens=100) for number in range(5)]
-    legs = tuple(held(Leg.DECODE, spec_of(request), 50, partner=False) for request in requests)
+    legs = tuple(scored(spec_of(request), 50) for request in requests)
     router = Router(RouterConfig(take_over_tokens=40), first_attempt=FIRST_ATTEMPT, adopts=True)
     router.handle(WorkerReady(worker_info("decode-0"), legs), 0.0)
     router.handle(Adopted(), 0.0)
@@ -332,6 +338,29 @@ def test_a_take_over_is_cut_into_turns_between_which_others_are_heard() -> None:
     commands = router.handle(Submit(requests[0]), 0.0)
     tokens = [token.index for one in commands if isinstance(one, EmitTokens) for token in one.tokens]
     assert tokens == list(range(51)), "what came meanwhile follows"
+
+
+@pytest.mark.parametrize("is_scored", [False, True])
+def test_tokens_of_legs_that_overlap_come_once_whatever_is_beside_them(is_scored: bool) -> None:
+    request = make_request(max_tokens=9)
+    first, second = spec_of(request), spec_of(request, 1, (100, 101, 102))
+    legs = [held(Leg.DECODE, first, 6, partner=False), held(Leg.DECODE, second, 2, partner=False)]
+    if is_scored:
+        legs = [scored(first, 6), legs[1]]
+    cluster = Successor(*legs)
+    cluster.report(
+        "decode-0", TokenOutput(second.transfer, 0, 5, 105), TokenOutput(second.transfer, 0, 6, 106)
+    )
+    commands = cluster.submit(request)
+    tokens = [token for one in commands if isinstance(one, EmitTokens) for token in one.tokens]
+    assert [(token.index, token.token_id) for token in tokens] == [(at, 100 + at) for at in range(7)]
+
+
+def test_another_prompt_of_the_same_length_is_another_request() -> None:
+    request = make_request(max_tokens=9)
+    cluster = Successor(held(Leg.DECODE, spec_of(request), 3, partner=False))
+    with pytest.raises(DuplicateRequest):
+        cluster.submit(msgspec.structs.replace(request, prompt_token_ids=request.prompt_token_ids[::-1]))
 
 
 def test_an_adopting_router_waits_for_reports_of_what_is_cached() -> None:

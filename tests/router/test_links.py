@@ -1,9 +1,12 @@
 """Links between hosts are probed where no transfer has used them, and avoided while they are broken."""
 
+from collections import Counter
+from itertools import permutations
+
 import msgspec
 
 from pdserve.core.messages import Probed, Role
-from pdserve.router.links import MAX_BACKOFF_S, PROBE_AGAIN_S, Links
+from pdserve.router.links import MAX_BACKOFF_S, MAX_PROBES, MAX_PROBES_OF_A_HOST, PROBE_AGAIN_S, Links
 from pdserve.router.registry import RegisteredWorker, Registry
 
 from .cluster import worker_info
@@ -150,3 +153,41 @@ def test_the_problem_names_both_hosts_the_port_cause_and_fix() -> None:
         "KV does not get from host a to host b (b.example:4000; no answer within 5.0 s): their workers are"
         " not paired; let all TCP between the hosts of the cluster through their firewalls"
     ]
+
+
+def test_a_turn_begins_a_bounded_number_of_probes_and_all_links_are_probed_once() -> None:
+    hosts = {f"decode-{number}": worker(f"decode-{number}", f"h{number}") for number in range(60)}
+    registry, links = serving(*hosts.values()), Links()
+    links.workers_changed()
+    asked: list[tuple[str, str]] = []
+    pending: list[tuple[RegisteredWorker, RegisteredWorker]] = []
+    num_turns = 0
+    while (begun := list(links.probes(registry, 1.0))) or pending:
+        assert len(begun) <= MAX_PROBES
+        num_turns += 1
+        asked += [(source.worker_id, target.worker_id) for source, target in begun]
+        pending += begun
+        under_way = Counter(source.worker_id for source, _ in pending)
+        assert max(under_way.values()) <= MAX_PROBES_OF_A_HOST
+        if not begun:
+            links.probed(answer(*pending.pop()), 1.0)
+    assert sorted(asked) == sorted(permutations(hosts, 2))
+    assert not list(links.probes(registry, 1e9))
+
+
+def test_a_new_worker_of_a_known_host_causes_no_probe() -> None:
+    registry, links = serving(A, B), Links()
+    for pair in probes(links, registry, 0.0):
+        links.probed(answer(*pair), 0.0)
+    registry.add(ALSO_B.info)
+    assert not probes(links, registry, 1.0)
+
+
+def test_links_of_a_host_that_has_left_are_probed_again_when_it_returns() -> None:
+    registry, links = serving(A, B), Links()
+    for pair in probes(links, registry, 0.0):
+        links.probed(answer(*pair), 0.0)
+    registry.lose(registry.add(msgspec.structs.replace(B.info, incarnation=2)))
+    assert not probes(links, registry, 1.0)
+    registry.add(msgspec.structs.replace(B.info, incarnation=3))
+    assert len(probes(links, registry, 2.0)) == 2

@@ -10,6 +10,7 @@ from pdserve.core.errors import KillsWorkers
 from pdserve.core.failures import FailureKind
 from pdserve.core.messages import Leg, Prefill, Reserve, Serve, StepReport, TokenOutput, WorkerLoad
 from pdserve.core.request import FinishReason, Request, SequenceSpec
+from pdserve.core.token_ids import digest
 from pdserve.router.config import RouterConfig
 from pdserve.router.deaths import MAX_CONVICTIONS, MAX_KEPT, REFUSED_S, Deaths
 from pdserve.router.events import Cancel, LossCause, WorkerDraining, WorkerLost, WorkersExpected
@@ -205,6 +206,20 @@ def test_an_unexplained_loss_delays_a_request_by_a_second_at_most() -> None:
     assert isinstance(cluster.last(other), Serve)
 
 
+def test_a_standstill_of_the_router_does_not_make_a_verdict_late() -> None:
+    cluster = Cluster("both-0", "both-1")
+    cluster.submit(make_request("a"))
+    (lost,) = [name for name, num in cluster.num_legs().items() if num]
+    other = "both-1" if lost == "both-0" else "both-0"
+    num_before = len(cluster.sent[other])
+    cluster.handle(WorkerLost(lost, 1, "connection reset", UNKNOWN))
+    cluster.tick(20.0)
+    assert len(cluster.sent[other]) == num_before
+    assert cluster.router.next_tick_s() == pytest.approx(cluster.now_s + VERDICT_S)
+    cluster.handle(WorkerLost(lost, 1, "SIGKILL", DIED))
+    assert cluster.router._registry.apart(), "it runs alone"
+
+
 def test_a_late_verdict_makes_a_suspect_of_a_stuck_request() -> None:
     cluster = Cluster("both-0", "both-1")
     cluster.submit(make_request("a", max_tokens=40))
@@ -313,7 +328,7 @@ def test_a_client_that_goes_on_killing_is_refused_for_twice_as_long_each_time() 
             continue
         if num_killed % MAX_CONVICTIONS == 0:
             begins_s.append(now_s)
-        deaths.convict(new, now_s)
+        convict(deaths, new, now_s)
         num_killed += 1
     assert begins_s == [0.0] + [REFUSED_S * (2.0**k - 1) for k in range(1, 8)]
     assert num_killed == 48
@@ -324,7 +339,7 @@ def test_a_likely_killer_ends_when_no_second_worker_has_come_in_time() -> None:
     cluster.handle(WorkersExpected(1))
     for number in range(3):
         request = make_request(f"r{number}", client="key:x", first_token=50 * number)
-        cluster.router._requests.deaths.convict(request, 0.0)
+        convict(cluster.router._requests.deaths, request, 0.0)
     cluster.submit(make_request("again", client="key:x", first_token=5000))
     (user,) = crowd(cluster, 1)
     limit_s = cluster.router.config.max_wait_for_worker_s
@@ -342,11 +357,15 @@ def test_a_likely_killer_ends_when_no_second_worker_has_come_in_time() -> None:
     assert not cluster.num_legs()["both-0"]
 
 
+def convict(deaths: Deaths, request: Request, now_s: float) -> None:
+    deaths.convict(request, digest(request.prompt_token_ids), now_s)
+
+
 def test_the_last_worker_is_not_risked_for_a_likely_killer_while_another_starts() -> None:
     cluster = DeadlyCluster("both-0", "both-1", is_deadly=lambda spec, at: False)
     deaths = cluster.router._requests.deaths
     for number in range(3):
-        deaths.convict(make_request(f"r{number}", client="key:x", first_token=50 * number), 0.0)
+        convict(deaths, make_request(f"r{number}", client="key:x", first_token=50 * number), 0.0)
     cluster.die("both-0")
     cluster.submit(make_request("again", client="key:x", first_token=5000))
     (user,) = crowd(cluster, 1)
@@ -361,24 +380,25 @@ def test_the_last_worker_is_not_risked_for_a_likely_killer_while_another_starts(
 def test_a_clients_convictions_are_forgotten_in_time_and_concern_no_other() -> None:
     deaths = Deaths()
     for number in range(3):
-        deaths.convict(make_request(f"r{number}", client="key:x", first_token=50 * number), float(number))
+        convict(deaths, make_request(f"r{number}", client="key:x", first_token=50 * number), float(number))
     new = make_request("new", client="key:x", first_token=5000)
     assert deaths.num_under(new, 10.0) == 3
     assert deaths.num_under(make_request("new", client="key:y", first_token=5000), 10.0) == 0
     assert deaths.num_under(new, REFUSED_S) == 0
 
 
-def test_an_address_is_not_refused_for_what_one_behind_it_sends() -> None:
+def test_an_address_runs_alone_first_and_is_not_refused_for_one_behind_it() -> None:
     deaths = Deaths()
     for number in range(2 * MAX_CONVICTIONS):
-        deaths.convict(make_request(f"r{number}", client="address:10.0.0.1", first_token=50 * number), 0.0)
-    assert deaths.num_under(make_request("new", client="address:10.0.0.1", first_token=5000), 1.0) == 0
+        convict(deaths, make_request(f"r{number}", client="address:10.0.0.1", first_token=50 * number), 0.0)
+    assert deaths.num_under(make_request("new", client="address:10.0.0.1", first_token=5000), 1.0) > 0
+    assert deaths.num_under(make_request("new", client="address:10.0.0.2", first_token=5000), 1.0) == 0
 
 
 def test_memory_of_deaths_is_bounded() -> None:
     deaths = Deaths()
     for number in range(3 * MAX_KEPT):
-        deaths.convict(make_request(f"r{number}", first_token=number), 0.0)
+        convict(deaths, make_request(f"r{number}", first_token=number), 0.0)
     assert len(deaths._records) == 2 * MAX_KEPT
     with pytest.raises(KillsWorkers):
         deaths.num_under(make_request(f"r{3 * MAX_KEPT - 1}"), 1.0)
@@ -387,8 +407,8 @@ def test_memory_of_deaths_is_bounded() -> None:
 
 def test_a_client_is_recognised_by_its_key_and_not_by_its_address() -> None:
     deaths = Deaths()
-    deaths.convict(make_request("a", client="key:one"), 0.0)
-    deaths.convict(make_request("b", client="ipv4:10.0.0.1:4711", first_token=50), 0.0)
+    convict(deaths, make_request("a", client="key:one"), 0.0)
+    convict(deaths, make_request("b", client="ipv4:10.0.0.1:4711", first_token=50), 0.0)
     assert deaths.num_under(make_request("a", client="key:two"), 1.0) == 0
     with pytest.raises(KillsWorkers):
         deaths.num_under(make_request("b", client="ipv4:10.0.0.1:4712", first_token=99), 1.0)

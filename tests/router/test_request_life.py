@@ -25,7 +25,7 @@ from pdserve.core.messages import (
     WorkerInfo,
     WorkerLoad,
 )
-from pdserve.core.request import FinishReason, SequenceSpec
+from pdserve.core.request import FinishReason, HeldSpec, SequenceSpec
 from pdserve.router.config import RouterConfig
 from pdserve.router.core import Router
 from pdserve.router.events import (
@@ -173,8 +173,9 @@ def test_a_request_backs_off_and_is_queued_when_it_is_due() -> None:
     cluster.now_s = due_s
     cluster.handle(Tick())
     assert live_request(cluster).state is RequestState.QUEUED
+    held = HeldSpec.of(cluster.spec("both-0"))
     with pytest.raises(UnexpectedEvent):
-        cluster.router._requests.handle(LiveRequest(make_request(), 0.0, is_adopted=True), Due(), 0.0)
+        cluster.router._requests.handle(LiveRequest(make_request(), 0.0, held=held), Due(), 0.0)
 
 
 NAMES = st.sampled_from("abc")

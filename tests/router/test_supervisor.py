@@ -116,6 +116,16 @@ def test_a_process_that_does_not_end_in_time_is_killed_once() -> None:
     assert KillProcess(("worker-0", 1)) not in world.handle(Tick())
 
 
+def test_a_process_that_ended_while_the_head_stood_still_has_died() -> None:
+    world = World()
+    world.up()
+    world.handle(ConnectionLost("worker-0", 1, "reset", is_silent=False))
+    world.now_s = 10 * STOP_TIMEOUT_S
+    assert KillProcess(("worker-0", 1)) not in world.handle(Tick())
+    commands = world.handle(ProcessEnded("worker-0", 1, "SIGSEGV", has_died=True))
+    assert WorkerLost("worker-0", 1, "reset", LossCause.DIED) in commands
+
+
 def test_a_silent_worker_is_killed_without_being_asked() -> None:
     world = World()
     world.up()

@@ -22,6 +22,7 @@ from pdserve.router.supervisor import ConnectionLost, WorkerProgress
 from pdserve.router.worker_sessions import (
     CLOSED,
     MAX_SILENT_BEATS,
+    REPLACED,
     HangUp,
     Refused,
     Say,
@@ -49,16 +50,57 @@ def sessions() -> WorkerSessions[str]:
 
 
 def held(name: str) -> HeldLeg:
-    return HeldLeg(spec=spec(name, range(4)), leg=Leg.DECODE, has_partner=False)
+    return HeldLeg.of(spec(name, range(4)), Leg.DECODE, has_partner=False)
 
 
-def test_an_expected_worker_is_admitted_once_and_found_by_its_key(sessions: WorkerSessions[str]) -> None:
+def test_an_expected_worker_is_admitted_and_found_by_its_key(sessions: WorkerSessions[str]) -> None:
     assert sessions.received("a", HELLO) == []
     assert sessions.connection(KEY) == "a" and sessions.num_unproven == 0
-    sessions.opened("b", 0.0)
-    refused, hang_up = sessions.received("b", HELLO)
-    assert isinstance(refused, Refused) and not refused.is_harmless and hang_up == HangUp("b")
-    assert sessions.connection(KEY) == "a"
+
+
+def test_a_worker_that_connects_again_is_away_until_it_is_ready_there(sessions: WorkerSessions[str]) -> None:
+    sessions.received("a", HELLO)
+    sessions.received("a", READY)
+    sessions.opened("b", 1.0)
+    assert sessions.received("b", HELLO) == [
+        HangUp("a"),
+        ToRouter(WorkerAway(*KEY)),
+        ToSupervisor(ConnectionLost(*KEY, REPLACED, comes_back=True)),
+    ]
+    assert sessions.connection(KEY) == "b"
+    assert sessions.received("a", REPORT) == [], "what the broken connection still brings does not count"
+    assert sessions.closed("a", "reset", 1.0) == []
+    assert ToRouter(WorkerReady(READY.info)) in sessions.received("b", READY)
+    assert sessions.num_refused == 0
+
+
+def test_a_loading_worker_that_connects_again_goes_on_loading(sessions: WorkerSessions[str]) -> None:
+    sessions.received("a", HELLO)
+    sessions.opened("b", 1.0)
+    assert sessions.received("b", HELLO) == [HangUp("a")]
+    assert sessions.closed("a", None, 1.0) == []
+    assert sessions.connection(KEY) == "b"
+
+
+def test_a_worker_on_which_we_hung_up_does_not_escape_its_loss(sessions: WorkerSessions[str]) -> None:
+    sessions.received("a", HELLO)
+    sessions.received("a", READY)
+    sessions.hang_up("a", "broken frame")
+    sessions.opened("b", 1.0)
+    assert HangUp("b") in sessions.received("b", HELLO)
+    assert ToRouter(WorkerLost(*KEY, "broken frame", LossCause.GONE)) in sessions.closed("a", None, 1.0)
+
+
+def test_a_replaced_connection_may_be_closed_after_the_one_that_replaced_it(
+    sessions: WorkerSessions[str],
+) -> None:
+    sessions.received("a", HELLO)
+    sessions.opened("b", 1.0)
+    sessions.received("b", HELLO)
+    lost = ToRouter(WorkerLost(*KEY, "reset", LossCause.UNKNOWN))
+    assert lost in sessions.closed("b", "reset", 1.0)
+    assert sessions.closed("a", None, 2.0) == []
+    assert sessions.connection(KEY) is None
 
 
 @pytest.mark.parametrize("message", [Hello(worker_id="decode-0", incarnation=2), REPORT, READY])
@@ -137,17 +179,24 @@ def test_a_worker_lost_to_our_own_standstill_is_away(
     assert ToRouter(WorkerReady(READY.info)) in sessions.received("b", READY)
 
 
-@pytest.mark.parametrize(("after_s", "is_away"), [(0.1, True), (2.9, True), (3.1, False)])
+@pytest.mark.parametrize("beat_s", [0.5, 6.5])  # moving again, or still in long turns
+@pytest.mark.parametrize(
+    ("num_beats", "is_away"), [(0, True), (MAX_SILENT_BEATS - 1, True), (MAX_SILENT_BEATS, False)]
+)
 def test_a_worker_may_hang_up_when_we_have_just_moved_again(
-    sessions: WorkerSessions[str], after_s: float, is_away: bool
+    sessions: WorkerSessions[str], beat_s: float, num_beats: int, is_away: bool
 ) -> None:
     sessions.received("a", HELLO)
     sessions.received("a", READY)
+    now_s = 110.0
     sessions.beat("a", 100.0)
-    sessions.beat("a", 110.0)
-    sessions.beat("a", 110.0 + after_s)
+    sessions.beat("a", now_s)
+    for _ in range(num_beats):
+        now_s += beat_s
+        sessions.heard("a")
+        sessions.beat("a", now_s)
     event = WorkerAway(*KEY) if is_away else WorkerLost(*KEY, CLOSED, LossCause.UNKNOWN)
-    assert sessions.closed("a", None, 110.0 + after_s)[0] == ToRouter(event)
+    assert sessions.closed("a", None, now_s)[0] == ToRouter(event)
 
 
 def test_a_worker_that_reports_its_failure_is_lost_for_that_reason(sessions: WorkerSessions[str]) -> None:

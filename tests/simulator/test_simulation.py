@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
+from pdserve.simulator.drawing import draw_scenario
 from pdserve.simulator.run import simulate
-from pdserve.simulator.scenario import draw_scenario
 from pdserve.simulator.simulation import Simulation
 
-NUM_SEEDS = 1000
+NUM_SEEDS = 400
 FIGURE = re.compile(r"^(.+?)  +([0-9,]+)$", re.MULTILINE)
 FAULTS = ("worker killed", "worker frozen", "message lost", "chunk corrupted", "router restarted")
 

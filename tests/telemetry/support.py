@@ -5,6 +5,7 @@ from typing import Any
 from pdserve.core.hosts import HostState
 from pdserve.core.messages import Leg, LegEnded, Role, StepReport, StepTiming, TransferStats, WorkerLoad
 from pdserve.router.events import RequestClosed, RouterCommand, RouterEvent, Timeline
+from pdserve.router.planner_desk import PlannerState
 from pdserve.telemetry.exposition import Exposition, Snapshot
 from pdserve.telemetry.steps import StepCosts, StepTally
 from pdserve.telemetry.tally import Tally
@@ -43,6 +44,7 @@ class Watched(Cluster):
             configured={Role.PREFILL: 1, Role.DECODE: 1},
             restarts={"decode-0": (Role.DECODE, 2)},
             hosts={HostState.JOINED: 2, HostState.LOST: 1},
+            planner=PlannerState(num_changes=3),
             num_takeovers=1,
             num_spans=0,
             stall_s=0.25,

@@ -1,11 +1,19 @@
 """The legs that a worker remembers for a router that does not know them."""
 
 import msgspec
+import pytest
 from hypothesis import given, strategies as st
 
 from pdserve.core.messages import HeldLeg, Leg, LegEnded, TokenLogprobs, TokenOutput
 from pdserve.core.request import FinishReason, SamplingParams, SequenceSpec, TransferId
-from pdserve.worker.held_legs import KEPT_S, MAX_FRAME_TOKENS, MAX_KEPT_TOKENS, HeldLegs, in_frames
+from pdserve.worker.held_legs import (
+    KEPT_S,
+    LEG_TOKENS,
+    MAX_FRAME_TOKENS,
+    MAX_KEPT_TOKENS,
+    HeldLegs,
+    in_frames,
+)
 
 from .chain_model import spec
 
@@ -24,6 +32,10 @@ def ended(name: str) -> LegEnded:
 
 def token(name: str, index: int) -> TokenOutput:
     return TokenOutput(TransferId(name, 0), 0, index, 7)
+
+
+def resumed(name: str, num_tokens: int) -> SequenceSpec:
+    return msgspec.structs.replace(spec(name, range(4)), output_token_ids=tuple(range(num_tokens)))
 
 
 def test_an_ended_leg_is_reported_with_all_tokens_for_a_while() -> None:
@@ -61,8 +73,8 @@ def test_remembered_ended_legs_are_bounded() -> None:
 def test_all_held_legs_are_reported_in_order_across_frames() -> None:
     legs = HeldLegs(HandSetClock())
     for number in range(7):
-        legs.accepted(spec(f"{number}", range(MAX_FRAME_TOKENS // 3)), Leg.DECODE, has_partner=False)
-    legs.accepted(spec("long", range(2 * MAX_FRAME_TOKENS)), Leg.DECODE, has_partner=False)
+        legs.accepted(resumed(f"{number}", MAX_FRAME_TOKENS // 3 - LEG_TOKENS), Leg.DECODE, has_partner=False)
+    legs.accepted(resumed("long", 2 * MAX_FRAME_TOKENS), Leg.DECODE, has_partner=False)
     frames = list(in_frames(legs.all()))
     assert [len(frame) for frame in frames] == [3, 3, 1, 1]
     assert [leg for frame in frames for leg in frame] == list(legs.all())
@@ -96,4 +108,12 @@ def test_plain_tokens_travel_as_numbers_alone() -> None:
     spec = SequenceSpec(transfer=transfer, prompt_token_ids=(1,), sampling=SamplingParams())
     outputs = [TokenOutput(transfer, 0, index, index) for index in range(5, 9)]
     leg = HeldLeg.of(spec, Leg.DECODE, outputs, has_partner=False)
-    assert (leg.first_index, leg.token_ids, leg.later_outputs) == (5, (5, 6, 7, 8), ())
+    assert (leg.first_index, leg.token_ids.tolist(), leg.later_outputs) == (5, [5, 6, 7, 8], ())
+
+
+def test_half_a_token_is_refused_with_its_field() -> None:
+    leg = HeldLeg.of(spec("a", range(4)), Leg.DECODE, [token("a", 0)], has_partner=False)
+    sent = msgspec.to_builtins(leg, builtin_types=(bytes,))
+    sent["packed_tokens"] = b"123"
+    with pytest.raises(msgspec.ValidationError, match="packed_tokens: 3 bytes, expected 4 for each token"):
+        msgspec.msgpack.decode(msgspec.msgpack.encode(sent), type=HeldLeg)

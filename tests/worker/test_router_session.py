@@ -1,6 +1,7 @@
 """A worker's side of its connections with routers, without a socket or a clock."""
 
 from pdserve.core.messages import HeldLeg, Holds, Leg, Ready, Role
+from pdserve.worker.held_legs import LEG_TOKENS
 from pdserve.worker.router_session import (
     BRIEF_S,
     DEAD_AFTER_S,
@@ -76,5 +77,5 @@ def test_each_router_is_greeted_once_with_all_that_the_worker_holds() -> None:
 
 def test_legs_that_exceed_a_frame_are_reported_before_ready() -> None:
     a, b, c = held("a"), held("b"), held("c")
-    greeting = session(max_frame_tokens=8).greeting("router", INFO, [a, b, c], 0)
+    greeting = session(max_frame_tokens=2 * LEG_TOKENS).greeting("router", INFO, [a, b, c], 0)
     assert greeting == [Holds(held=(a, b)), Ready(info=INFO, held=(c,))]

@@ -28,10 +28,11 @@ class PeerError(RuntimeError):
 
 @dataclass(frozen=True)
 class PeerSpec:
-    """A peer's program, and the interpreter whose environment it needs."""
+    """A peer's program, the interpreter whose environment it needs, and arguments of its own."""
 
     module: str
     python: str = sys.executable
+    arguments: tuple[str, ...] = ()
 
 
 TRANSFORMERS = PeerSpec("peers.transformers_peer")
@@ -53,7 +54,7 @@ class Peer:
         # Started in the folder of the package `peers`, not in the repository's: there the rooms' names would
         # hide installed packages.
         self._process = subprocess.Popen(
-            [spec.python, "-m", spec.module, *options, *counts],
+            [spec.python, "-m", spec.module, *options, *counts, *spec.arguments],
             cwd=_FOLDER,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -114,6 +114,7 @@ def open_engine(options: PeerOptions) -> "Engine":
         num_blocks=NUM_TOKENS // 16,
         max_model_len=2048,
         num_threads=options.num_threads,
+        kernels=options.kernels,  # type: ignore[arg-type]
     )
     return Engine.open(options.checkpoint, engine_options)
 

@@ -84,6 +84,7 @@ class PeerOptions:
     num_threads: int
     num_repeats: int
     cases: tuple[Case, ...] | None  # None: they come as lines on standard input
+    kernels: str = "auto"  # of pdserve alone
 
     @property
     def vocab_size(self) -> int:
@@ -100,6 +101,7 @@ def parse_options(argv: Sequence[str] | None = None) -> PeerOptions:
         "--shape", help="the shape's name in the results; by default the checkpoint folder's name"
     )
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--kernels", default="auto", help="the kind of kernel, for pdserve alone")
     parser.add_argument(
         "--cases", help="a JSON list of cases; by default one case per line is read from standard input"
     )
@@ -110,6 +112,7 @@ def parse_options(argv: Sequence[str] | None = None) -> PeerOptions:
         dtype=args.dtype,
         num_threads=args.threads,
         num_repeats=args.repeats,
+        kernels=args.kernels,
         cases=None if args.cases is None else tuple(Case(**case) for case in json.loads(args.cases)),
     )
 

@@ -24,6 +24,7 @@ from pdserve.gateway.offload.offload import Offload
 from pdserve.gateway.offload.work import read_message
 from pdserve.gateway.translate import UnknownModel
 from pdserve.proto import pdserve_pb2 as pb
+from tests.deadlines import WAIT_S
 from tests.gateway.support import ScriptedCluster, byte_level, model_info
 
 LIMITS = LimitsSection(max_tokens=200, max_n=4)
@@ -325,7 +326,9 @@ async def server() -> AsyncIterator[GatewayServer]:
 async def test_clients_cannot_see_where_their_request_was_read(
     server: GatewayServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as client:
+    async with httpx.AsyncClient(
+        base_url=f"http://{server.http_address}", trust_env=False, timeout=WAIT_S
+    ) as client:
 
         async def answers() -> list[tuple[int, str]]:
             got = []

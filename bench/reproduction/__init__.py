@@ -1,0 +1,1 @@
+"""Scripts that print published figures, or recorded loads, against ours."""

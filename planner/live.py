@@ -1,0 +1,270 @@
+"""The live planner's decisions: whether another ratio serves the load of the next horizon better than the
+present one, by more than the change costs.
+
+    Summary --observe--> SeenLoad, Calibration
+    decide: forecast -> replay of each candidate -> gain, cost -> Advice
+
+Every candidate serves the same requests. The requests are cut into batches, and a gain is the lower end of
+the confidence interval of the mean of the batches' differences (batch means; Law, Simulation Modeling and
+Analysis, chapter 9). No clock and no I/O."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import sqrt
+from statistics import fmean, stdev
+
+from msgspec import structs
+
+from ..core.messages import Role
+from ..loadgen.slo import Slo
+from ..router.planning import Advice, Candidate, InstanceFacts, Objective, Ratio, SeenRequest, Summary, Window
+from .calibration import Calibration
+from .changes import price
+from .durations import Durations
+from .forecast import Forecast, last_window, recent_peaks
+from .seen_load import SeenLoad, arrivals, window_of
+from .virtual_cluster import VirtualCluster
+from .virtual_instance import InstanceShape
+
+NUM_BATCHES = 6  # the first one fills the empty cluster, and is not counted
+STUDENT = 2.776  # two-sided 95 % point of Student's t, with 4 degrees of freedom
+MIN_REQUESTS = 60
+MIN_SHARE_SEEN = 0.5  # of a horizon
+# a replay takes some 16 us a token of output, and a tenth of that a token of a prompt: at most 0.7 s
+MAX_REPLAYED = 40_000  # tokens of output, and tenths of those of prompts
+BLOCK_TOKENS = 64  # replays hash prompts in blocks of at least this size
+SCREENED = 4  # a first look at candidates takes one request in so many
+NUM_FINALISTS = 3
+MAX_CANDIDATES = 9
+MARGIN = 0.02  # of the requests of a horizon: what a change has to bring beyond its cost
+INSTANCE_SHARE = 0.03  # under the objective "cost", an instance counts as much as this share of the requests
+LEAST_TRUST = 0.5
+RETURN_FACTOR = 2.0  # costs and margin of a change that takes back the last one, for two horizons
+
+FORECASTS: dict[Objective, Forecast] = {Objective.GOODPUT: last_window, Objective.COST: recent_peaks}
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """How one ratio served."""
+
+    are_good: tuple[bool, ...]
+    mean_e2e_s: float
+
+    def shares(self) -> list[float]:
+        """Returns the share of good requests in each batch that counts."""
+        size = len(self.are_good) / NUM_BATCHES
+        cuts = [round(number * size) for number in range(1, NUM_BATCHES + 1)]
+        return [fmean(self.are_good[start:end]) for start, end in pairwise(cuts)]
+
+
+class LivePlanner:
+    """Fed with every summary in order; `decide` looks at what is known then."""
+
+    def __init__(self) -> None:
+        self._load = SeenLoad()
+        self._calibration = Calibration()
+        self._latest: Summary | None = None
+        self._left: tuple[Ratio, float] | None = None  # the ratio before the last change, and when that was
+
+    def observe(self, summary: Summary) -> None:
+        if self._latest is not None and summary.ratio != self._latest.ratio:
+            self._left = self._latest.ratio, summary.at_s
+        self._latest = summary
+        self._load.add(summary)
+        self._calibration.observe(summary)
+
+    def decide(self) -> Advice:
+        """Returns the advice that follows from the latest summary; there must be one."""
+        summary = self._latest
+        assert summary is not None
+        terms = summary.terms
+        rates = self._load.rates()
+        rate = last_window(rates) if rates else 0.0
+        forecast = FORECASTS[terms.objective](rates) if rates else 0.0
+        requests = self._load.latest(MAX_REPLAYED)
+        window = window_of(requests, rate, forecast)
+        why_not = self._why_not(summary, window)
+        if why_not is not None:
+            return self._stay(summary, window, why_not)
+        candidates = self._weigh(summary, window, requests)
+        predicted = {one.ratio: rate * one.attainment for one in candidates}
+        self._calibration.predict(summary.at_s, terms.horizon_s, predicted)
+        return self._choose(summary, window, candidates)
+
+    def _why_not(self, summary: Summary, window: Window) -> str | None:
+        """Returns why nothing can be said yet."""
+        terms, seen_s = summary.terms, self._load.seen_s
+        if not summary.is_settled:
+            return f"the workers of {summary.ratio} are not all ready, or others drain"
+        if not summary.knows_latency:
+            return "too few steps were measured to predict others"
+        if seen_s < MIN_SHARE_SEEN * terms.horizon_s:
+            return f"{seen_s:.0f} s were seen, of at least {MIN_SHARE_SEEN * terms.horizon_s:.0f}"
+        if window.num_requests < MIN_REQUESTS:
+            return f"{window.num_requests} requests ended in the last horizon, of at least {MIN_REQUESTS}"
+        if window.forecast_rate <= 0:
+            return "no request is expected"
+        if next(iter(_nearest(summary)), None) is None:
+            return f"no other ratio is allowed beside {summary.ratio}"
+        return None
+
+    def _stay(
+        self, summary: Summary, window: Window, reason: str, candidates: Sequence[Candidate] = ()
+    ) -> Advice:
+        return self._advice(summary, window, None, reason, candidates)
+
+    def _advice(
+        self,
+        summary: Summary,
+        window: Window,
+        to: Ratio | None,
+        reason: str,
+        candidates: Sequence[Candidate],
+    ) -> Advice:
+        return Advice(
+            number=summary.number,
+            at_s=summary.at_s,
+            made_for=summary.ratio,
+            to=to,
+            reason=reason,
+            window=window,
+            candidates=tuple(candidates),
+            trust=self._calibration.trust,
+            checks=self._calibration.checks,
+        )
+
+    # candidates
+
+    def _weigh(self, summary: Summary, window: Window, requests: Sequence[SeenRequest]) -> list[Candidate]:
+        """Returns the candidates, the one with the highest net gain first; the present ratio is one."""
+        present, others = summary.ratio, _nearest(summary)
+        screened: list[Candidate] = []
+        few = requests[-(len(requests) // SCREENED) :]
+        if len(others) > NUM_FINALISTS and len(few) >= MIN_REQUESTS:
+            looks = self._compare(summary, window, few, others)
+            screened = [structs.replace(look, is_screened_out=True) for look in looks[NUM_FINALISTS:]]
+            others = [look.ratio for look in looks[:NUM_FINALISTS]]
+        found = self._compare(summary, window, requests, [present, *others])
+        return found + screened
+
+    def _compare(
+        self, summary: Summary, window: Window, requests: Sequence[SeenRequest], ratios: Sequence[Ratio]
+    ) -> list[Candidate]:
+        """Returns the ratios on these requests, the one with the highest net gain first."""
+        rate = window.forecast_rate
+        base = _replay(summary, summary.ratio, requests, rate)
+        found = []
+        for ratio in ratios:
+            served = base if ratio == summary.ratio else _replay(summary, ratio, requests, rate)
+            found.append(self._judge(summary, requests, ratio, rate, base, served))
+        return sorted(found, key=lambda candidate: candidate.cost - candidate.gain)
+
+    def _judge(
+        self,
+        summary: Summary,
+        requests: Sequence[SeenRequest],
+        ratio: Ratio,
+        rate: float,
+        base: _Replay,
+        served: _Replay,
+    ) -> Candidate:
+        terms = summary.terms
+        worth = 0.0
+        if terms.objective is Objective.COST:
+            worth = INSTANCE_SHARE * (summary.ratio.num_instances - ratio.num_instances)
+        differences = [
+            theirs - ours + worth for theirs, ours in zip(served.shares(), base.shares(), strict=True)
+        ]
+        low = fmean(differences) - STUDENT * stdev(differences) / sqrt(len(differences))
+        attainment = fmean(served.shares())
+        paid = price(summary, ratio, requests, rate * fmean(base.shares()), base.mean_e2e_s)
+        served_s = max(0.0, terms.horizon_s - paid.delay_s)
+        return Candidate(
+            ratio=ratio,
+            goodput=rate * attainment,
+            attainment=attainment,
+            gain=rate * served_s * (low * self._calibration.trust if low > 0 else low),
+            cost=paid.num_requests,
+        )
+
+    def _choose(self, summary: Summary, window: Window, candidates: Sequence[Candidate]) -> Advice:
+        best = next(
+            (c for c in candidates if c.ratio != summary.ratio and not c.is_screened_out), candidates[0]
+        )
+        requests = window.forecast_rate * summary.terms.horizon_s
+        factor = RETURN_FACTOR if self._takes_back(summary, best.ratio) else 1.0
+        needed = factor * (best.cost + MARGIN * requests)
+        if best.ratio == summary.ratio or best.gain <= needed:
+            reason = (
+                f"{best.ratio} would bring {best.gain:.3g} good requests in {summary.terms.horizon_s:g} s, of"
+                f" at least {needed:.3g} ({best.cost:.3g} for the change)"
+            )
+            return self._stay(summary, window, reason, candidates)
+        if self._calibration.trust < LEAST_TRUST:
+            reason = (
+                f"{best.ratio} would be better, but the latest predictions were wrong by"
+                f" {1 - self._calibration.trust:.0%}"
+            )
+            return self._stay(summary, window, reason, candidates)
+        reason = (
+            f"{best.ratio} brings {best.gain:.3g} good requests in {summary.terms.horizon_s:g} s, with 95 %"
+            f" confidence, and costs {best.cost:.3g}"
+        )
+        return self._advice(summary, window, best.ratio, reason, candidates)
+
+    def _takes_back(self, summary: Summary, ratio: Ratio) -> bool:
+        if self._left is None:
+            return False
+        left, at_s = self._left
+        return ratio == left and summary.at_s - at_s < 2 * summary.terms.horizon_s
+
+
+def _nearest(summary: Summary) -> list[Ratio]:
+    """Returns the allowed ratios that take the fewest instances to flip, start or stop."""
+    present = summary.ratio
+
+    def distance(ratio: Ratio) -> tuple[int, int, Ratio]:
+        prefill = abs(ratio.num_prefill - present.num_prefill)
+        decode = abs(ratio.num_decode - present.num_decode)
+        return max(prefill, decode), prefill + decode, ratio
+
+    others = (ratio for ratio in summary.terms.bounds.ratios() if ratio != present)
+    return sorted(others, key=distance)[:MAX_CANDIDATES]
+
+
+def _replay(summary: Summary, ratio: Ratio, requests: Sequence[SeenRequest], rate: float) -> _Replay:
+    terms = summary.terms
+    coarser = max(1, BLOCK_TOKENS // terms.layout.block_size)
+    layout = structs.replace(terms.layout, block_size=coarser * terms.layout.block_size)
+    cluster = VirtualCluster(_shapes(summary, ratio, coarser), layout, terms.router)
+    served = cluster.serve(arrivals(requests, rate, terms.max_model_len))
+    slo = Slo(ttft=terms.ttft_slo_s * 1e3, tpot=terms.itl_slo_s * 1e3)
+    times = [one.e2e_s for one in served if one.e2e_s is not None]
+    return _Replay(tuple(not one.misses(slo) for one in served), fmean(times) if times else 0.0)
+
+
+def _shapes(summary: Summary, ratio: Ratio, coarser: int) -> list[InstanceShape]:
+    """Returns the instances of a ratio: those that are there, prefill first, then new ones like them. Blocks
+    are so many times as large."""
+    terms = summary.terms
+    there = sorted(summary.instances, key=lambda one: one.role is not Role.PREFILL)
+    durations = Durations.learnt(summary.latency)
+    num_blocks = round(fmean(one.num_blocks for one in there))
+    shapes = []
+    for index in range(ratio.num_instances):
+        role = Role.PREFILL if index < ratio.num_prefill else Role.DECODE
+        limits = terms.prefill if role is Role.PREFILL else terms.decode
+        facts = there[index] if index < len(there) else InstanceFacts(role, num_blocks, 1.0, 1.0)
+        shapes.append(
+            InstanceShape(
+                role=role,
+                durations=durations.slowed(facts.prefill_factor, facts.decode_factor),
+                num_blocks=facts.num_blocks // coarser,
+                max_model_len=terms.max_model_len,
+                max_batch_tokens=limits.max_batch_tokens,
+                max_batch_size=limits.max_batch_size,
+            )
+        )
+    return shapes

@@ -1,0 +1,464 @@
+"""Scenarios in which one thing goes wrong on an otherwise sound cluster, so that its effect can be
+bounded."""
+
+from dataclasses import replace
+from random import Random
+
+import msgspec
+
+from ..core.messages import Role
+from ..core.request import Request, SamplingParams
+from ..router.fair_queue import OUTPUT_TOKEN
+from .faults import Accident, FaultRates
+from .kv_model import VOCABULARY
+from .scenario import (
+    CALM_S,
+    CONTEST_TOKENS,
+    MAX_MODEL_LEN,
+    Deadly,
+    Gray,
+    GrayKind,
+    Inequality,
+    PlannedAccident,
+    PlannedRequest,
+    Scenario,
+    Severed,
+)
+from .simulated_hosts import PlannedHost
+
+SOON_S = 1.0  # deadline for the first token of a request that others must not delay
+ONE_EACH = {Role.PREFILL: 1, Role.DECODE: 1}
+SWAP = 1.0, 0.0  # draws of `Accident.SCALE`: all to prefill, then one each
+
+
+def with_greedy_client(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without faults in which one client has twice as many long streams as there are
+    places; others arrive later."""
+    max_batch_size = rng.choice((2, 4, 16))
+    shapes = {
+        role: replace(
+            shape,
+            num_blocks=10 * MAX_MODEL_LEN // shape.block_size,
+            max_batch_size=max_batch_size,
+            step_s=0.03,
+        )
+        for role, shape in scenario.shapes.items()
+    }
+    n = 1 if max_batch_size == 2 else rng.choice((1, 2))
+    num_greedy = 2 * max_batch_size * scenario.pools[Role.DECODE] // n
+    greedy = [_plain_request(rng, f"greedy{number}", "greedy", 0.0, 110, n) for number in range(num_greedy)]
+    modest = [
+        _plain_request(rng, f"modest{number}", f"c{number}", rng.uniform(2.5, 4.0), 5, 1)
+        for number in range(3)
+    ]
+    return replace(
+        scenario,
+        shapes=shapes,
+        rates=FaultRates(),
+        accidents=(),
+        max_queued_requests=1024,
+        requests=(*greedy, *(replace(plan, first_token_within_s=SOON_S) for plan in modest)),
+    )
+
+
+def with_gray_worker(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without other faults in which one of three workers of a pool fails fast."""
+    worker_id, rate = f"worker-{rng.randrange(6)}", rng.choice((1.0, 1.0, 0.3))
+    return replace(_pools_of_three(rng, scenario), gray=Gray(worker_id, rng.choice(list(GrayKind)), rate))
+
+
+def with_severed_pair(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without other faults in which a prefill and a decode worker can never connect."""
+    prefill, decode = (f"worker-{3 * is_prefill + rng.randrange(3)}" for is_prefill in (True, False))
+    scenario = _pools_of_three(rng, scenario)
+    if rng.random() < 0.3:
+        scenario = replace(scenario, hosts=(PlannedHost(3, 0.0), PlannedHost(3, 0.0)))
+    more = tuple(
+        _plain_request(rng, f"later{number}", f"c{number % 4}", rng.uniform(6.0, 12.0), 5, 1)
+        for number in range(180)
+    )
+    return replace(
+        scenario,
+        requests=(*scenario.requests, *more),
+        severed=Severed(prefill, decode, is_silent=rng.random() < 0.5),
+    )
+
+
+def _pools_of_three(rng: Random, scenario: Scenario) -> Scenario:
+    return replace(
+        _staged(scenario),
+        pools={Role.PREFILL: 3, Role.DECODE: 3},
+        max_attempts=5,
+        prefill_on_decode=False,
+        requests=tuple(
+            _plain_request(rng, f"r{number}", f"c{number % 4}", 2.0 + rng.uniform(0.0, 4.0), 5, 1)
+            for number in range(60)
+        ),
+    )
+
+
+def with_long_start(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without faults in which workers load for longer than they may without progress."""
+    return replace(
+        _staged(scenario),
+        pools=ONE_EACH,
+        start_s=rng.uniform(7.0, 12.0),
+        requests=tuple(
+            _plain_request(rng, f"r{number}", f"c{number % 4}", rng.uniform(0.0, CALM_S), 5, 1)
+            for number in range(8)
+        ),
+    )
+
+
+def with_slow_worker(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without other faults in which one of three workers of a pool takes ten or twenty
+    times as long for each step. Once that is known, no request has to wait for it."""
+    start_s, known_s = 2.0, 4.0
+    plans = [
+        _plain_request(
+            rng,
+            f"r{number}",
+            f"c{number % 4}",
+            start_s + rng.uniform(0.0, 4.0),
+            20,
+            1,
+            num_tokens=rng.choice((9, 60)),
+        )
+        for number in range(50)
+    ]
+    return replace(
+        _staged(scenario),
+        pools={Role.PREFILL: 3, Role.DECODE: 3},
+        prefill_on_decode=False,
+        requests=tuple(replace(plan, ends_within_s=3.0 if plan.at_s >= known_s else None) for plan in plans),
+        unequal={f"worker-{rng.randrange(6)}": Inequality(slowness=rng.choice((10.0, 20.0)))},
+    )
+
+
+def with_swap(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without other faults in which the decode worker, `worker-0`, and the prefill worker
+    swap roles amid prompts that each hardly holds beside another."""
+    at_s = 3.0
+    staged = _staged(scenario, num_blocks=32)
+    return replace(
+        staged,
+        pools=ONE_EACH,
+        shapes={
+            role: replace(shape, max_batch_tokens=12, runs_ahead=False)
+            for role, shape in staged.shapes.items()
+        },
+        accidents=(
+            PlannedAccident(at_s + 0.01, Accident.SCALE, SWAP[0], 0.0),
+            PlannedAccident(at_s + rng.uniform(0.012, 0.03), Accident.SCALE, SWAP[1], 0.0),
+        ),
+        lease_s=30.0,
+        prefill_on_decode=False,
+        requests=tuple(
+            _plain_request(
+                rng, f"r{number}", f"c{number}", at_s + after_s, max_tokens, 1, num_tokens=num_tokens
+            )
+            for number, (after_s, num_tokens, max_tokens) in enumerate(
+                (
+                    (0.0, 20, 3),
+                    (0.001, 100, 2),
+                    (0.035 + rng.uniform(0.0, 0.01), 36, 2),
+                    (0.05, rng.choice((24, 36)), 2),
+                )
+            )
+        ),
+        unequal={"worker-1": Inequality(num_blocks=28 / 32)},
+    )
+
+
+def with_lost_workers(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario in which long streams lose their worker more often than a request may fail in a row,
+    and get on in between."""
+    return replace(
+        _staged(scenario, step_s=0.04),
+        pools={Role.PREFILL: 1, Role.DECODE: 2},
+        max_attempts=3,
+        rates=FaultRates(max_half_open_s=0.0),  # nothing is dispatched to a worker that is gone
+        accidents=tuple(
+            PlannedAccident(1.2 + number, Accident.CUT, rng.random(), 0.0) for number in range(7)
+        ),
+        requests=tuple(
+            _plain_request(rng, f"r{number}", f"c{number}", rng.uniform(0.5, 1.0), 110, 1)
+            for number in range(6)
+        ),
+        keeps_streams=True,
+    )
+
+
+def with_crash(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without other faults in which workers' engines crash amid streams."""
+    return replace(
+        _staged(scenario),
+        pools={Role.PREFILL: 2, Role.DECODE: 3},
+        max_attempts=50,
+        accidents=tuple(
+            PlannedAccident(rng.uniform(1.5, 4.0), Accident.CRASH, rng.random(), 0.0)
+            for _ in range(rng.choice((1, 2)))
+        ),
+        requests=tuple(
+            _plain_request(rng, f"r{number}", f"c{number % 4}", rng.uniform(1.0, 4.0), rng.choice((5, 40)), 1)
+            for number in range(20)
+        ),
+    )
+
+
+def with_hidden_room(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without faults in which three of four decode workers have no blocks left, and the
+    fourth has, though many small streams make it the most loaded."""
+    start_s = 2.0
+
+    def requests(
+        name: str, number: int, at_s: float, num_tokens: int, max_tokens: int
+    ) -> list[PlannedRequest]:
+        return [
+            _plain_request(rng, f"{name}{one}", f"{name}{one}", at_s, max_tokens, 1, num_tokens=num_tokens)
+            for one in range(number)
+        ]
+
+    small = requests("small", 13, start_s + 0.3, 20, 100)
+    return replace(
+        _staged(scenario, num_blocks=34, step_s=0.1),
+        pools={Role.PREFILL: 1, Role.DECODE: 4},
+        prefill_on_decode=False,
+        requests=(
+            *requests("large", 4, start_s, 110, 18),
+            *(replace(plan, first_token_within_s=SOON_S) for plan in small),
+        ),
+        unequal={"worker-3": Inequality(num_blocks=8.0)},
+    )
+
+
+def with_deadly_request(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without other faults in which a request ends the process of each worker that
+    computes it, and its client sends it again and again, beside the streams of others."""
+    start_s = 2.0
+    n = rng.choice((1, 1, 2))
+    deadly = _plain_request(rng, "deadly", "key:deadly", 0.0, 30, n)
+    return replace(
+        _staged(scenario),
+        start_s=0.3,
+        max_attempts=50,
+        requests=(
+            *(
+                _plain_request(
+                    rng,
+                    f"r{number}",
+                    f"c{number % 4}",
+                    start_s + rng.uniform(0.0, 3.0),
+                    rng.choice((5, 40)),
+                    1,
+                )
+                for number in range(20)
+            ),
+            *(replace(deadly, at_s=start_s + at_s) for at_s in (1.0, 1.1, 3.0)),
+        ),
+        deadly=Deadly("deadly", rng.choice((0, 0, 1, 2, 9, 20))),
+        heard_s=rng.choice((0.005, 0.9)),
+        accidents=_standstill(rng, start_s + 1.0) if rng.random() < 0.4 else (),
+    )
+
+
+def _standstill(rng: Random, at_s: float) -> tuple[PlannedAccident, ...]:
+    """Returns a standstill of the router soon after `at_s`."""
+    duration_s = rng.choice((0.5, 2.0, 12.0, 20.0))
+    return (PlannedAccident(at_s + rng.uniform(0.0, 0.3), Accident.ROUTER_FREEZE, 0.0, duration_s),)
+
+
+def with_contest(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without faults in which each of some clients has more queued than one worker can
+    serve: prompts, outputs, choices and weights differ from client to client."""
+    clients = [f"c{number}" for number in range(rng.choice((2, 2, 3)))]
+    weights = {client: rng.choice((1.0, 1.0, 2.0)) for client in clients}
+    requests: list[PlannedRequest] = []
+    for client in clients:
+        num_tokens, max_tokens, n = rng.choice(((9, 20, 2), (60, 5, 1), (30, 15, 1)))
+        cost = num_tokens + OUTPUT_TOKEN * max_tokens * n
+        # one that needs few turns for its share must not run out first
+        num_requests = int(2.0 * CONTEST_TOKENS * weights[client] / cost)
+        requests += [
+            _weighted(
+                _plain_request(rng, f"{client}.{number}", client, 2.0, max_tokens, n, num_tokens=num_tokens),
+                weights[client],
+            )
+            for number in range(num_requests)
+        ]
+    return replace(
+        _staged(scenario, max_batch_size=2, step_s=0.01),
+        pools=ONE_EACH,
+        prefill_on_decode=False,
+        requests=tuple(requests),
+        contest=tuple(clients),
+    )
+
+
+def _weighted(plan: PlannedRequest, weight: float) -> PlannedRequest:
+    return replace(plan, request=msgspec.structs.replace(plan.request, weight=weight))
+
+
+def with_crowd(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without faults in which three clients always have something queued, and one more
+    request comes: a small one of a fourth client, one of lower priority, or a large one of the first."""
+    start_s = 2.0
+    client, num_tokens, priority = rng.choice((("c3", 9, 0), ("c3", 9, 7), ("c0", 100, 0)))
+    crowd = [
+        _plain_request(rng, f"{name}.{number}", name, start_s + 2.0 * (number >= 5), rng.randint(3, 9), 1)
+        for name in ("c0", "c1", "c2")
+        for number in range(5 if name == client else 40)  # it would wait for its own
+    ]
+    one = _plain_request(rng, "one", client, start_s + rng.uniform(0.1, 1.0), 5, 1, num_tokens=num_tokens)
+    return replace(
+        _staged(scenario, num_blocks=30, max_batch_size=4, step_s=0.1),
+        pools=ONE_EACH,
+        prefill_on_decode=False,
+        requests=(*crowd, _prioritised(replace(one, is_counted=True), priority, None)),
+    )
+
+
+def with_large_bodies(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without other faults in which bodies arrive in a bunch, each of which takes the
+    head's loop for long, all together for so long that workers may hang up."""
+    at_s = 3.0
+    streams = [
+        _plain_request(rng, f"r{number}", f"c{number % 4}", rng.uniform(1.0, at_s), rng.choice((5, 40)), 1)
+        for number in range(10)
+    ]
+    bodies = [
+        replace(_plain_request(rng, f"large{number}", "large", at_s, 5, 1), body_s=rng.uniform(1.0, 2.5))
+        for number in range(rng.choice((2, 8)))
+    ]
+    return replace(
+        _staged(scenario, step_s=rng.choice((0.03, 0.12))),
+        pools={Role.PREFILL: rng.randint(1, 3), Role.DECODE: rng.randint(1, 3)},
+        requests=(*streams, *bodies),
+    )
+
+
+def with_priorities(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without faults in which streams of low priority have all places when others of high
+    priority come, which must not wait for them; one of low priority that comes amid those is not starved."""
+    start_s, is_flood = 2.0, rng.random() < 0.5
+    num_low, num_high = (1, 60) if is_flood else (12, 6)
+    low = [
+        _plain_request(rng, f"low{number}", "low", start_s + is_flood, 5 if is_flood else 110, 1)
+        for number in range(num_low)
+    ]
+    # of one client: turns among clients would make room
+    high = [
+        _plain_request(rng, f"high{number}", "low", start_s + (not is_flood), 20 if is_flood else 5, 1)
+        for number in range(num_high)
+    ]
+    within_s = 3.0 * SOON_S if is_flood else SOON_S
+    return replace(
+        _staged(scenario, max_batch_size=4),
+        pools=ONE_EACH,
+        requests=(
+            *(_prioritised(plan, 7, within_s if is_flood else None) for plan in low),
+            *(_prioritised(plan, -7, None if is_flood else within_s) for plan in high),
+        ),
+    )
+
+
+def _prioritised(plan: PlannedRequest, priority: int, within_s: float | None) -> PlannedRequest:
+    request = msgspec.structs.replace(plan.request, priority=priority)
+    return replace(plan, request=request, first_token_within_s=within_s)
+
+
+def with_large_request(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario without faults in which a client's large request has to wait for a stream to end,
+    and its small ones must not."""
+    start_s = 2.0
+    return replace(
+        _staged(scenario, num_blocks=40),
+        pools=ONE_EACH,
+        prefill_on_decode=False,
+        requests=(
+            _plain_request(rng, "stream", "c", start_s, 60, 1, num_tokens=60),
+            _plain_request(rng, "large", "c", start_s + 0.3, 5, 1, num_tokens=100),
+            *(
+                replace(
+                    _plain_request(rng, f"small{number}", "c", start_s + rng.uniform(0.4, 0.9), 2, 1),
+                    first_token_within_s=SOON_S,
+                )
+                for number in range(3)
+            ),
+        ),
+    )
+
+
+def with_standing_router(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario in which the router stands still amid streams, mostly for so long that the workers
+    hang up."""
+    is_starting = rng.random() < 0.2  # workers load when it stops
+    begin_s = 1.5 + (0.5 if is_starting else rng.uniform(0.5, 2.0))
+    durations_s = rng.choice(((1.0,), (11.0,), (12.0, 11.0), (20.0,), (30.0,), (60.0,)))
+    staged = _staged(scenario)
+    return replace(
+        staged,
+        shapes={
+            role: replace(shape, step_s=rng.choice((0.03, 0.12))) for role, shape in staged.shapes.items()
+        },
+        start_s=1.0 if is_starting else 0.1,
+        accidents=tuple(
+            PlannedAccident(begin_s + 13.0 * number, Accident.ROUTER_FREEZE, 0.0, duration_s)
+            for number, duration_s in enumerate(durations_s)
+        ),
+        requests=tuple(
+            replace(
+                _plain_request(
+                    rng,
+                    f"r{number}",
+                    f"c{number % 4}",
+                    rng.uniform(1.0, begin_s + 1.0),
+                    rng.choice((5, 40, 100)),
+                    rng.choice((1, 1, 2)),
+                ),
+                cancel_after_s=rng.choice((None, None, 1.0, 10.0)),
+            )
+            for number in range(rng.randint(5, 20))
+        ),
+    )
+
+
+def _staged(
+    scenario: Scenario,
+    *,
+    num_blocks: int = 10 * MAX_MODEL_LEN,
+    max_batch_size: int = 16,
+    step_s: float = 0.03,
+) -> Scenario:
+    """Returns a scenario without faults or refusals, on one host and with equal workers of this size."""
+    return replace(
+        scenario,
+        shapes={
+            role: replace(
+                shape,
+                num_blocks=num_blocks,
+                block_size=4,
+                max_batch_tokens=256,
+                max_batch_size=max_batch_size,
+                step_s=step_s,
+            )
+            for role, shape in scenario.shapes.items()
+        },
+        hosts=(PlannedHost(64, 0.0),),
+        start_s=0.1,
+        rates=FaultRates(),
+        accidents=(),
+        max_queued_requests=1024,
+    )
+
+
+def _plain_request(
+    rng: Random, request_id: str, client: str, at_s: float, max_tokens: int, n: int, *, num_tokens: int = 9
+) -> PlannedRequest:
+    request = Request(
+        request_id=request_id,
+        prompt_token_ids=tuple(rng.randrange(VOCABULARY) for _ in range(num_tokens)),
+        sampling=SamplingParams(max_tokens=max_tokens, n=n, seed=rng.getrandbits(32)),
+        client=client,
+    )
+    return PlannedRequest(at_s, request)

@@ -704,7 +704,7 @@ def follow_advice_beyond_the_bounds() -> Planted:
 FIRST_FOUND: dict[Mutation, int] = {
     forget_which_links_between_hosts_are_broken: 69,
     leave_links_untried_until_a_request_needs_them: 2,
-    place_workers_on_a_host_that_has_died: 28,
+    place_workers_on_a_host_that_has_died: 7,
     forget_that_a_lost_host_is_asked_for: 72,
     forget_running_instances_when_a_host_is_opened: 33,
     place_workers_in_the_order_in_which_they_ask: 16,

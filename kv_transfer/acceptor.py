@@ -108,7 +108,12 @@ class TransferAcceptor:
             self._count_refusal(f"{MAX_UNPROVEN} newer ones have proved nothing yet")
         task = loop.create_task(self._meet(sock))
         self._unproven[task] = None
-        task.add_done_callback(lambda done: self._unproven.pop(done, None))
+        task.add_done_callback(partial(self._met, sock))
+
+    def _met(self, sock: socket.socket, task: asyncio.Task[None]) -> None:
+        self._unproven.pop(task, None)
+        if task.cancelled():  # perhaps before it had begun
+            sock.close()
 
     async def _meet(self, sock: socket.socket) -> None:
         """Checks whether the peer belongs to this cluster; one that does may greet in the time that

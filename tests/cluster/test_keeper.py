@@ -245,6 +245,7 @@ def head_of(generation: int, calls: list[tuple[Any, ...]], monkeypatch: pytest.M
     head._service = SimpleNamespace(router=router)  # type: ignore[assignment]
     head._controller = SimpleNamespace(handle=lambda event: None)  # type: ignore[assignment]
     head._telemetry = SimpleNamespace(configure=lambda config: None)  # type: ignore[assignment]
+    head._planning = SimpleNamespace(configure=lambda config, terms: None)  # type: ignore[assignment]
     return head
 
 

@@ -54,8 +54,11 @@ class FakeActor:
 class FakeConnection:
     """A worker's connection; messages are discarded."""
 
+    is_closed = False
+
     def send(self, message: object) -> None: ...
-    def hang_up(self) -> None: ...
+    def hang_up(self) -> None:
+        self.is_closed = True
 
 
 class FakeKeeper:

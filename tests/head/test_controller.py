@@ -17,7 +17,7 @@ from pdserve.router.supervisor import ProcessState
 from pdserve.router.worker_sessions import MAX_SILENT_BEATS
 
 from ..router.cluster import worker_info
-from .controller_world import D, FakeActor, P, World
+from .controller_world import D, FakeActor, FakeConnection, P, World
 
 
 async def test_a_replacement_waits_for_the_cores_of_the_frozen_worker_before_it(
@@ -199,12 +199,14 @@ async def test_nothing_is_started_once_the_controller_is_closed(monkeypatch: pyt
         actor.ended.exception()
 
 
-async def test_a_worker_connects_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_has_one_connection_its_latest(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch)
     world.controller.handle(Apply({P: 1, D: 1}))
     spec = world.actor("worker-0").spec
     assert world.introduce(spec)
-    assert not world.introduce(spec)
+    first = world.service.sessions.connection(spec.key)
+    assert world.introduce(spec)
+    assert isinstance(first, FakeConnection) and first.is_closed
 
 
 async def test_an_unexplained_loss_of_a_worker_makes_its_host_suspect(

@@ -2,7 +2,9 @@
 concurrently."""
 
 import asyncio
+import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
@@ -150,6 +152,34 @@ async def test_a_pair_waits_for_each_connection_that_is_being_prepared(
         assert pair.is_idle
     finally:
         acceptor.stop_listening()
+
+
+async def test_a_connection_is_closed_though_its_handshake_never_began() -> None:
+    """The acceptor closes in the turn of the loop in which it has accepted it."""
+    here, _ = local()
+    links = LinkMaker("127.0.0.1", here.config, None, lambda why: None)
+    membership = Membership("d", 1, "secret", "127.0.0.1")
+    acceptor = TransferAcceptor(here, membership, links, lambda connect: "refused")
+    accepted: list[socket.socket] = []
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(acceptor.unix_path)
+        listener = cast(Any, AcceptingSocket(acceptor._unix, accepted))
+        acceptor._accept(listener)
+        await acceptor.close()
+    assert [sock.fileno() for sock in accepted] == [-1]
+
+
+@dataclass
+class AcceptingSocket:
+    """A listener that remembers what it has accepted."""
+
+    listener: socket.socket
+    accepted: list[socket.socket]
+
+    def accept(self) -> tuple[socket.socket, object]:
+        sock, address = self.listener.accept()
+        self.accepted.append(sock)
+        return sock, address
 
 
 def greeting(epoch: int) -> SenderMessage:

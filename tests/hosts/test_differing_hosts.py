@@ -26,7 +26,7 @@ metadata:
     model: {{path: /root/model}}
     pools:
       prefill: {{instances: 1, kv_cache_bytes: 256MiB}}
-      decode: {{instances: 2, kv_cache_bytes: 256MiB}}
+      decode: {{instances: 2, kv_cache_bytes: 256MiB, max_batch_size: 2}}  # so that four streams need both
 """
 SETTINGS = "RAY_AUTH_MODE=token RAY_worker_niceness=0 RAY_raylet_start_wait_time_s=240"
 RAY = SETTINGS + " ray start {role} --node-ip-address={address} --num-cpus=1 --temp-dir=/root/.pdserve/ray"

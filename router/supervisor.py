@@ -322,12 +322,12 @@ class Supervisor(Generic[S]):
     def _connection_lost(self, event: ConnectionLost, now_s: float) -> None:
         """A worker that was to end, or has not begun to serve, is better explained by the end of its process.
         One that fell silent may be frozen, and a new incarnation needs its cores: it is killed, not asked to
-        end."""
-        key = event.key
-        if not self.is_serving(key):
+        end. One that was away, and whose new connection breaks before it is ready again, is lost as well: the
+        router has given it up."""
+        key, process = event.key, self.processes.get(event.key)
+        if process is None or process.state not in (ProcessState.SERVING, ProcessState.AWAY):
             return
         if event.comes_back:
-            process = self.processes[key]
             process.state, process.num_beats_left = ProcessState.AWAY, NUM_AWAY_BEATS
             self._be_patient(key, now_s + HEARTBEAT_S)
             return

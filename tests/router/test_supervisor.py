@@ -221,6 +221,16 @@ def test_a_worker_that_stays_away_is_lost_and_killed() -> None:
     assert KillProcess(("worker-0", 1)) in commands
 
 
+def test_a_worker_whose_connection_breaks_before_it_is_back_is_lost() -> None:
+    """The router has given it up by then, and takes this incarnation no more."""
+    world = World()
+    world.up()
+    world.handle(ConnectionLost("worker-0", 1, "reset", comes_back=True))
+    commands = world.handle(ConnectionLost("worker-0", 1, "frame 5 came, 6 was due"))
+    assert EndProcess(("worker-0", 1)) in commands
+    assert not world.supervisor.expects(("worker-0", 1))
+
+
 def test_a_process_that_ends_while_it_is_away_is_lost_at_once() -> None:
     world = World()
     world.up()

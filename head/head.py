@@ -19,7 +19,7 @@ from ..core.status import ClusterStatus, WorkerState, WorkerStatus
 from ..engine.checkpoint import open_checkpoint, resolve_model_path
 from ..gateway.app import GatewayServer, open_gateway
 from ..planner.device_choice import resolve_device, why_device
-from ..planner.plan import plan
+from ..planner.plan import plan, planned_layout
 from ..planner.priors import priors, rates_of
 from ..router.core import Router
 from ..router.events import Closing, EmitChoiceEnd, EmitEnd, EmitTokens, Tick, Timeline
@@ -266,16 +266,7 @@ class Head:
     @property
     def _layout(self) -> KVLayout:
         model = open_checkpoint(resolve_model_path(self._config.model.path)).config
-        planned = self._plan
-        return KVLayout(
-            model.num_layers,
-            model.num_kv_heads,
-            model.head_dim,
-            planned.dtype,
-            planned.block_size,
-            "",
-            self._config.kv.wire,
-        )
+        return planned_layout(model, self._plan, self._config.kv.wire)
 
     def _max_instances(self, config: ClusterConfig) -> int:
         """Returns how many instances of both pools together have a place, as far as ranges allow."""

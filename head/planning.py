@@ -28,7 +28,7 @@ START_S = 30.0  # assumed, until an instance has started
 
 
 class PlannedFleet(Protocol):
-    """What the planner has to know of the workers, and may do."""
+    """The workers, as far as the planner has to know and may change them."""
 
     def sizes(self) -> Mapping[Role, int]: ...
     def is_settled(self) -> bool:

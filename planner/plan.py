@@ -6,6 +6,7 @@ chose."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ..core.config import ClusterConfig, PoolSection
 from ..core.config_types import format_size
@@ -16,6 +17,7 @@ from ..core.request import DefaultSampling
 from ..engine.checkpoint import Checkpoint, open_checkpoint, resolve_model_path
 from ..engine.generation_config import default_sampling
 from ..engine.gpu import GPU_MEMORY_FRACTION, Node, probe_node
+from ..engine.model_config import ModelConfig
 from ..kv_transfer.chunk_size import CHUNK_BYTES
 from ..kv_transfer.config import TransferConfig
 from .device_choice import device_findings, resolve_device, why_device
@@ -105,6 +107,13 @@ def plan(config: ClusterConfig, nodes: Sequence[Node] | None = None, *, more_may
         (probe_node(),) if nodes is None else nodes,
         more_may_come=more_may_come,
         defaults=default_sampling(config.model),
+    )
+
+
+def planned_layout(model: ModelConfig, planned: Plan, wire: Literal["raw", "int8"]) -> KVLayout:
+    """Returns the layout of the KV of planned instances, which have no fingerprint of weights yet."""
+    return KVLayout(
+        model.num_layers, model.num_kv_heads, model.head_dim, planned.dtype, planned.block_size, "", wire
     )
 
 

@@ -9,7 +9,7 @@ from .virtual_cluster import Arrival
 
 
 class SeenLoad:
-    """What has come. Requests older than a horizon are forgotten, and arrivals older than some."""
+    """The load that has come. Requests older than a horizon are forgotten, and arrivals older than some."""
 
     def __init__(self) -> None:
         self._summaries: deque[Summary] = deque()

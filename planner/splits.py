@@ -16,7 +16,7 @@ from ..loadgen.statistics import Summary
 from ..router.config import RouterConfig
 from .durations import Durations
 from .offered_load import OfferedLoad
-from .plan import Plan, make_plan
+from .plan import Plan, make_plan, planned_layout
 from .priors import Rates, priors
 from .virtual_cluster import ServedRequest, VirtualCluster
 from .virtual_instance import InstanceShape
@@ -117,16 +117,7 @@ class Site:
 
     @cached_property
     def layout(self) -> KVLayout:
-        model, planned = self.checkpoint.config, self.plan(Split(0, 1))
-        return KVLayout(
-            model.num_layers,
-            model.num_kv_heads,
-            model.head_dim,
-            planned.dtype,
-            planned.block_size,
-            "",
-            self.config.kv.wire,
-        )
+        return planned_layout(self.checkpoint.config, self.plan(Split(0, 1)), self.config.kv.wire)
 
     def shapes(self, split: Split) -> list[InstanceShape]:
         planned = self.plan(split)

@@ -368,7 +368,7 @@ class ClusterServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Planner(self, request, context):
-        """What the planner sees, considered and predicts, what it did, and what came of its predictions.
+        """Returns what the planner has seen, considered and predicted, what it did, and how its predictions held.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

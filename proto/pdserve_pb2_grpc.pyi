@@ -142,7 +142,7 @@ class ClusterStub:
     replaces it.
     """
     Planner: _grpc.UnaryUnaryMultiCallable[_pdserve_pb2.PlannerRequest, _pdserve_pb2.PlannerReport]
-    """What the planner sees, considered and predicts, what it did, and what came of its predictions."""
+    """Returns what the planner has seen, considered and predicted, what it did, and how its predictions held."""
     Drain: _grpc.UnaryStreamMultiCallable[_pdserve_pb2.DrainRequest, _pdserve_pb2.DrainProgress]
     """Stops giving work to workers and waits until they are idle, at most for `drain_timeout_s` of the configuration. The
     stream shows progress; its last message has `done` set. Draining goes on when the client leaves.
@@ -175,7 +175,7 @@ class ClusterAsyncStub(ClusterStub):
     replaces it.
     """
     Planner: _aio.UnaryUnaryMultiCallable[_pdserve_pb2.PlannerRequest, _pdserve_pb2.PlannerReport]  # type: ignore[assignment]
-    """What the planner sees, considered and predicts, what it did, and what came of its predictions."""
+    """Returns what the planner has seen, considered and predicted, what it did, and how its predictions held."""
     Drain: _aio.UnaryStreamMultiCallable[_pdserve_pb2.DrainRequest, _pdserve_pb2.DrainProgress]  # type: ignore[assignment]
     """Stops giving work to workers and waits until they are idle, at most for `drain_timeout_s` of the configuration. The
     stream shows progress; its last message has `done` set. Draining goes on when the client leaves.
@@ -235,7 +235,7 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
         request: _pdserve_pb2.PlannerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_pdserve_pb2.PlannerReport, _abc.Awaitable[_pdserve_pb2.PlannerReport]]:
-        """What the planner sees, considered and predicts, what it did, and what came of its predictions."""
+        """Returns what the planner has seen, considered and predicted, what it did, and how its predictions held."""
 
     @_abc_1.abstractmethod
     def Drain(

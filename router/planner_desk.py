@@ -1,5 +1,6 @@
-"""What the head does with a planner's advice. In: advice, and every change of the ratio or of the terms. Out:
-the ratio to change to, and a record.
+"""Decides what the head does with a planner's advice.
+
+In: advice, and every change of the ratio or of the terms. Out: the ratio to change to, and a record.
 
 Advice is tied to the summary that it was made from, and thereby to the ratio and the terms that it was made
 for. It counts once, and only until either changes: advice that is late, repeated or out of order does
@@ -22,7 +23,7 @@ class Mode(enum.Enum):
 
 
 class Deed(enum.Enum):
-    """What became of advice to change."""
+    """The outcome of advice to change."""
 
     CHANGED = "changed"
     ADVISED = "advised"  # nothing was done, as the mode says

@@ -52,7 +52,7 @@ class Deadly:
 
 
 class GrayKind(enum.Enum):
-    """What goes wrong at a gray worker."""
+    """The fault of a gray worker."""
 
     STORE = "it fails to read or write a block"
     CORRUPT = "bytes that it sends or receives are altered"

@@ -1,4 +1,4 @@
-"""What the live planner costs the head's loop: processor time of each request that ends, and of a summary
+"""The live planner's cost to the head's loop: processor time of each request that ends, and of a summary
 every five seconds.
 
     python -m bench.microbench.planner_summaries [--rate 100]"""

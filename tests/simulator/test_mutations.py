@@ -594,6 +594,10 @@ def run_suspects_beside_others() -> Planted:
     return patch.object(Job, "is_suspect", False)
 
 
+def dispatch_again_before_the_verdict() -> Planted:
+    return patch.object(Job, "awaits_verdict", False)
+
+
 def forget_which_requests_have_killed() -> Planted:
     return patch.object(Deaths, "num_under", lambda self, request, now_s: 0)
 
@@ -770,6 +774,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     keep_the_places_of_low_priority: 3,
     starve_low_priority: 8,
     forget_the_bound_on_one_client: 2,
+    dispatch_again_before_the_verdict: 26,
     forget_which_requests_have_killed: 26,
     kill_what_has_ended_while_we_stood_still: 493,
     take_each_lost_connection_for_a_death: 13,

@@ -12,7 +12,7 @@ class RequestState(enum.Enum):
 
     QUEUED = "queued"  # the queue: some of its work may be dispatched, and workers have none
     RUNNING = "running"  # workers have some of its work
-    BACKING_OFF = "backing off"  # the queue: its remaining work has failed, and is due soon, or awaits a verdict
+    BACKING_OFF = "backing off"  # the queue: its remaining work is due soon, or awaits a verdict
     UNREAD = "unread"  # nobody: its client does not read, and its work is set aside
     UNCLAIMED = "unclaimed"  # workers, maybe: an earlier router had it, and its client has not come back yet
     UNDELIVERED = "undelivered"  # it has ended unclaimed, and its whole stream is kept for its client

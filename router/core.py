@@ -187,6 +187,7 @@ class Router:
             self._requests.deadlines.next_s(),
             self._queue.next_wake_s(),
             self._requests.claims_end_s,
+            self._requests.next_verdict_s(),
             self._health.next_s(),
             None if waits_since_s is None else waits_since_s + self.config.max_wait_for_worker_s,
         )

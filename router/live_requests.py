@@ -2,6 +2,7 @@
 `request_life.py`."""
 
 from collections import deque
+from dataclasses import dataclass
 from itertools import islice
 
 from ..core.errors import DuplicateRequest
@@ -22,7 +23,19 @@ from .status import Counters
 
 BY_DECISION = (FinishReason.CANCELLED, FinishReason.DEADLINE)
 
+# how long work waits for the verdict on a lost worker: its end is known by then, unless its host is down too
+MAX_VERDICT_S = 5.0
+LATE_S = 0.5  # by which only a router that stood still looks at what is due
 ABANDONED_TOKENS = 64  # as many as a stream costs that is abandoned, beside those that are replayed
+
+
+@dataclass(slots=True)
+class _Loss:
+    """The dispatches that were at a lost worker, until it is known whether its process died."""
+
+    dispatches: list[Dispatch]
+    due_s: float
+    is_overdue: bool = False  # they are being served again
 
 
 class LiveRequests:
@@ -36,8 +49,7 @@ class LiveRequests:
         self._life = RequestLife(queue, ledger, config, self.deaths)
         self._queue = queue
         self._ledger = ledger
-        # by a lost worker's id and incarnation: what was there, until it is known whether its process died
-        self._losses: dict[tuple[str, int], list[Dispatch]] = {}
+        self._losses: dict[tuple[str, int], _Loss] = {}  # by the worker's id and incarnation
         self._unclaimed: deque[LiveRequest] = deque()  # and those that have been claimed since
         self._requests: dict[str, LiveRequest] = {}
 
@@ -161,22 +173,22 @@ class LiveRequests:
         commands: list[RouterCommand] = []
         at_worker = self._ledger.at(worker)
         # all but those that only waited for their KV to leave
-        loss = [
+        lost = [
             dispatch
             for dispatch in at_worker
             if dispatch.state is not DispatchState.RUNNING or dispatch.needs(dispatch.leg_at(worker))
         ]
         if cause is LossCause.UNKNOWN:
-            for dispatch in loss:
+            for dispatch in lost:
                 self._life.await_verdict(dispatch, now_s)
         for dispatch in at_worker:
             error = f"{worker.worker_id}: {reason}"
             over = LegOver(dispatch, dispatch.leg_at(worker), error, loss=cause)
             commands += self.handle(dispatch.live, over, now_s)
         if cause is LossCause.DIED:
-            commands += self._judge(loss, True, now_s, was_due=False)
-        elif cause is LossCause.UNKNOWN and loss:
-            self._losses[worker.worker_id, worker.incarnation] = loss
+            commands += self._judge(lost, True, now_s, was_due=False)
+        elif cause is LossCause.UNKNOWN and lost:
+            self._losses[worker.worker_id, worker.incarnation] = _Loss(lost, now_s + MAX_VERDICT_S)
         return commands
 
     def explain_loss(self, event: WorkerLost, now_s: float) -> list[RouterCommand]:
@@ -184,13 +196,20 @@ class LiveRequests:
         if event.cause is LossCause.UNKNOWN:
             return []
         loss = self._losses.pop((event.worker_id, event.incarnation), None)
-        return [] if loss is None else self._judge(loss, event.cause is LossCause.DIED, now_s, was_due=True)
+        has_died = event.cause is LossCause.DIED
+        if loss is None or (loss.is_overdue and not has_died):
+            return []
+        return self._judge(loss.dispatches, has_died, now_s, was_due=not loss.is_overdue)
+
+    def next_verdict_s(self) -> float | None:
+        """Returns when the first of the verdicts that are due is waited for no longer."""
+        return min((loss.due_s for loss in self._losses.values() if not loss.is_overdue), default=None)
 
     def _judge(
-        self, loss: list[Dispatch], has_died: bool, now_s: float, *, was_due: bool
+        self, dispatches: list[Dispatch], has_died: bool, now_s: float, *, was_due: bool
     ) -> list[RouterCommand]:
         commands: list[RouterCommand] = []
-        for dispatch in loss:
+        for dispatch in dispatches:
             live = dispatch.live
             if not live.state.is_over:
                 commands += self.handle(live, Judged(dispatch, has_died, was_due), now_s)
@@ -204,6 +223,14 @@ class LiveRequests:
         """Ends requests that are past their deadline or unclaimed for too long; queues jobs whose backoff has
         elapsed."""
         commands: list[RouterCommand] = []
+        for loss in self._losses.values():
+            if loss.is_overdue or now_s < loss.due_s:
+                continue
+            if now_s > loss.due_s + LATE_S:  # we stood still ourselves: the verdict may have come meanwhile
+                loss.due_s = now_s + MAX_VERDICT_S
+            else:
+                loss.is_overdue = True
+                commands += self._judge(loss.dispatches, False, now_s, was_due=True)
         for live in self.deadlines.expired(now_s):
             commands += self.handle(live, End(FinishReason.DEADLINE), now_s)
         if self.claims_end_s is not None and now_s >= self.claims_end_s:

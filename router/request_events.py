@@ -40,8 +40,8 @@ class LegOver(msgspec.Struct, frozen=True):
 
 
 class Judged(msgspec.Struct, frozen=True):
-    """It is known now whether the process of a lost worker died under the dispatch. `was_due`: its work has
-    waited for that."""
+    """It is known now, or will not be soon, whether the process of a lost worker died under the dispatch.
+    `was_due`: its work has waited for that."""
 
     dispatch: Dispatch
     has_died: bool

@@ -283,7 +283,7 @@ def with_deadly_request(rng: Random, scenario: Scenario) -> Scenario:
             *(replace(deadly, at_s=start_s + at_s) for at_s in (1.0, 1.1, 3.0)),
         ),
         deadly=Deadly("deadly", rng.choice((0, 0, 1, 2, 9, 20))),
-        heard_s=rng.choice((0.005, 0.9, 3.0, 8.0)),
+        heard_s=rng.choice((0.005, 0.9, 3.0, 4.5)),
         accidents=_standstill(rng, start_s + 1.0) if rng.random() < 0.4 else (),
     )
 

@@ -107,8 +107,10 @@ def test_a_replaced_connection_may_be_closed_after_the_one_that_replaced_it(
 def test_an_unexpected_or_unauthenticated_peer_is_refused(
     sessions: WorkerSessions[str], message: Hello | StepReport | Ready
 ) -> None:
-    refused, hang_up = sessions.received("a", message)
+    refused, hang_up, *told = sessions.received("a", message)
     assert isinstance(refused, Refused) and hang_up == HangUp("a")
+    lives = [ToRouter(WorkerLost("decode-0", 2, "its connection broke", LossCause.GONE))]
+    assert told == (lives if isinstance(message, Hello) else []), "a process that dials has not died"
     assert refused.is_harmless == isinstance(message, Hello), "it has the token, and is to end: no alarm"
     assert sessions.received("a", HELLO) == [], "what it says after that does not count"
     assert sessions.closed("a", None, 0.0) == [], "its refusal was counted already"

@@ -750,7 +750,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     decode_an_aborted_sequence: 23,
     miss_a_deadline: 0,
     stop_a_worker_without_draining_it: 76,
-    commit_a_chunk_that_never_left: 108,
+    commit_a_chunk_that_never_left: 13,
     forget_tokens_computed_before_the_router_died: 78,
     forget_to_abort_the_broken_dispatches_that_a_new_router_finds: 680,
     count_attempts_from_0_in_a_new_router: 365,

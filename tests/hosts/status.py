@@ -3,7 +3,8 @@
 import json
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from .network import Hosts
@@ -27,6 +28,14 @@ def await_status(hosts: Hosts, holds: Callable[[Status], bool]) -> Status:
         finally:
             watching.kill()
     raise AssertionError(f"the head ended, after {status}")
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Prints how long it took."""
+    began_s = time.monotonic()
+    yield
+    print(f"{what}: {time.monotonic() - began_s:.1f} s")
 
 
 def states(status: Status) -> dict[str, str]:

@@ -7,15 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .network import Hosts
+from .network import BUSY_S, Hosts
 
-SETTLE_S = 400.0  # this machine may be busy
 Status = dict[str, Any]
 
 
 def await_status(hosts: Hosts, holds: Callable[[Status], bool]) -> Status:
     """The first one that holds."""
-    due_s = time.monotonic() + SETTLE_S
+    due_s = time.monotonic() + BUSY_S
     status: Status | None = None
     command = hosts.command("head", "exec pdserve status --watch -o json 2> /dev/null")
     with subprocess.Popen(command, stdout=subprocess.PIPE) as watching:

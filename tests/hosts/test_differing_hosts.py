@@ -17,7 +17,7 @@ from .clients import clients, first_answer
 from .network import Hosts
 from .status import Status, await_status, is_whole, states, timed
 
-pytestmark = [pytest.mark.journey, pytest.mark.hosts, pytest.mark.cluster, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.journey, pytest.mark.hosts, pytest.mark.cluster, pytest.mark.timeout(3600)]
 
 CONFIG = """
 provider: {{type: local, head_ip: {head}, worker_ips: [{worker1}, {worker2}]}}
@@ -51,7 +51,6 @@ SHOW_CGROUPS = (
 )
 GIB = 1 << 30
 NUM_CLIENTS = 4
-START_S = 240.0  # for Ray on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +71,11 @@ def cluster(hosts: Hosts) -> Hosts:
         hosts.run(
             name,
             f"mkdir -m 700 ~/.pdserve; {own_disk}" + RAY.format(role=role, address=addresses[name]) + QUIET,
-            timeout_s=START_S,
         )
     hosts.run(
         "head",
         f"RAY_AUTH_MODE=token RAY_ADDRESS={addresses['head']}:6379 setsid nohup pdserve up cluster.yaml >"
         " up.log 2>&1 & until pdserve status > /dev/null 2>&1; do :; done",
-        timeout_s=START_S,
     )
     return hosts
 
@@ -119,7 +116,7 @@ def start_ray(cluster: Hosts, num_cores: int = 1, environment: str = "LANG=C") -
     cluster.run("worker2", "ray stop")
     start = RAY.format(role=f"--address={cluster.address('head')}:6379", address=worker2)
     start = start.replace("--num-cpus=1", f"--num-cpus={num_cores}")
-    cluster.run("worker2", f"rm -rf ~/.pdserve/ray; export {environment}; {start}{QUIET}", timeout_s=START_S)
+    cluster.run("worker2", f"rm -rf ~/.pdserve/ray; export {environment}; {start}{QUIET}")
 
 
 def test_a_host_with_another_version_is_refused(cluster: Hosts) -> None:

@@ -9,7 +9,7 @@ from .launcher import configure, edit, ray_up
 from .network import Hosts, HostsError, run
 from .status import await_status, is_whole
 
-pytestmark = [pytest.mark.journey, pytest.mark.hosts, pytest.mark.cluster, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.journey, pytest.mark.hosts, pytest.mark.cluster, pytest.mark.timeout(3600)]
 
 LISTEN = """\
       tls: {certificate: /root/head.pem, key: /root/head.key}

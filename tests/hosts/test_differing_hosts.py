@@ -222,7 +222,8 @@ def test_a_frozen_host_serves_again_when_it_thaws(cluster: Hosts) -> None:
     worker2 = cluster.address("worker2")
     with streams(cluster):
         cluster.freeze("worker2")
-        status = await_status(cluster, lambda status: states(status)[worker2] != "JOINED")
+        with timed("it is frozen, until its instances count as lost"):
+            status = await_status(cluster, lambda status: states(status)[worker2] != "JOINED")
         assert "an instance there was lost" in message(status, worker2)
         status = await_state(cluster, "REFUSED", "it is frozen")
         assert "it is frozen, overloaded or cut off from the head" in message(status, worker2)

@@ -64,7 +64,7 @@ def test_a_cluster_needs_nothing_but_wireguard_between_its_hosts(
 
 @pytest.mark.parametrize(
     ("variable", "said"),
-    [("PDSERVE_TLS_CA", "TLS"), ("PDSERVE_API_KEY", "key")],
+    [("PDSERVE_TLS_CA", "speaks TLS"), ("PDSERVE_API_KEY", "key")],
 )
 def test_a_client_from_another_host_needs_tls_and_a_key(
     hosts: Hosts, variables: str, variable: str, said: str

@@ -152,7 +152,7 @@ def test_the_command_makes_hosts_runs_there_and_removes_them() -> None:
     network = Hosts(f"c{os.getpid()}")
 
     def scripts_hosts(*words: str) -> str:
-        command = [REPOSITORY / "scripts" / "hosts", "--net", network.name, *words]
+        command = [str(REPOSITORY / "scripts" / "hosts"), "--net", network.name, *words]
         return subprocess.check_output(command, stderr=subprocess.STDOUT, text=True)
 
     try:

@@ -78,6 +78,7 @@ class TransferHub:
 
     def tick(self) -> None:
         """Handles the passage of time; to be called a few times per heartbeat."""
+        self._local.time.tick()
         for outbound in list(self._outbound.values()):
             guarded(partial(outbound.feed, TransferTick()))
         for inbound in list(self._inbound.values()):
@@ -89,7 +90,7 @@ class TransferHub:
 
     def _release_unused(self, pairs: Mapping[Key, OutboundPair] | Mapping[Key, InboundPair]) -> None:
         config = self._local.config
-        for key in unused_links(_open_links(pairs), config.max_links, config.max_idle_s, self._local.clock()):
+        for key in unused_links(_open_links(pairs), config.max_links, config.max_idle_s, self._local.time()):
             guarded(partial(pairs[key].feed, ReleaseLink()))
 
     def close(self, error: str) -> None:

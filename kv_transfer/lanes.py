@@ -42,7 +42,11 @@ class Lane(Executor):
             if self._is_shut:
                 raise RuntimeError("the lane is shut down")
             if not self._is_busy:
-                self._threads.submit(self._run)
+                try:
+                    self._threads.submit(self._run)
+                except RuntimeError as error:  # no thread can be started: mostly as the process ends
+                    future.set_exception(error)
+                    return future
                 self._is_busy = True
             self._calls.append((future, partial(fn, *args, **kwargs)))
         return future

@@ -6,7 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from functools import partial
 from itertools import count
 from time import monotonic
@@ -20,6 +20,7 @@ from .counters import TransferCounters
 from .events import LinkDown, LinkUp
 from .interfaces import ControlStream, KVStore, TransferListener
 from .link import Link, LinkError
+from .own_time import OwnTime
 from .send_turn import SendTurn
 from .store_work import StoreWaits, StoreWork
 
@@ -53,13 +54,17 @@ class Local:
     store: KVStore
     listener: TransferListener
     config: TransferConfig
-    clock: Callable[[], float] = monotonic
+    clock: InitVar[Callable[[], float]] = monotonic
     wait: Wait = field(default_factory=lambda: wait_on_executor)
+    time: OwnTime = field(init=False)  # of all its deadlines; the hub ticks it
     epochs: Iterator[int] = field(init=False, default_factory=lambda: count(1))  # of links that we open
     counters: TransferCounters = field(init=False, default_factory=TransferCounters)
     retired: list[Link] = field(init=False, default_factory=list)  # killed, and not yet released
     turn: SendTurn = field(init=False, default_factory=SendTurn)
     store_waits: StoreWaits = field(init=False, default_factory=StoreWaits)
+
+    def __post_init__(self, clock: Callable[[], float]) -> None:
+        self.time = OwnTime(clock, self.config.heartbeat_s)
 
     @property
     def layout(self) -> KVLayout:
@@ -104,7 +109,7 @@ class Pair(ABC, Generic[E, C]):
     def feed(self, event: E | LinkUp | LinkDown) -> None:
         """Handles `event` and its consequences. An event that arrives meanwhile is decided at once, and
         carried out after the earlier decisions."""
-        self._pump.run(self._handle(event, self.local.clock()))
+        self._pump.run(self._handle(event, self.local.time()))
 
     def _adopt(self, channel: ControlStream, link: Link, epoch: int) -> None:
         """The link of `epoch` is up; from now on the stream's messages are the machine's events."""

@@ -42,6 +42,7 @@ class JobQueue:
         self._returning: dict[Job, None] = {}  # in front at the next `wake`, in this order
         self._stranded: dict[Job, None] = {}
         self._suspects: dict[Job, None] = {}  # run alone, apart from all others
+        self._held: dict[Job, None] = {}  # until it is known whether a worker died of them
         self._backing_off: Timetable[Job] = Timetable()
         # stranded jobs, and suspects: the one that waits longest is first
         self._awaiting: deque[Job] = deque()
@@ -50,6 +51,7 @@ class JobQueue:
 
     def __len__(self) -> int:
         in_front = len(self._stranded) + len(self._returning) + len(self._passed) + len(self._front)
+        in_front += len(self._held)
         return in_front + len(self._fair) + len(self._backing_off) + len(self._suspects)
 
     def __iter__(self) -> Iterator[Job]:
@@ -59,6 +61,7 @@ class JobQueue:
         yield from self._front
         yield from self._fair
         yield from self._suspects
+        yield from self._held
         yield from self._backing_off
 
     def check_room(self, client: str, limit: int, now_s: float, job_s: float) -> None:
@@ -95,8 +98,9 @@ class JobQueue:
             self._fair.push(job.priority, job.client, job)
 
     def push_front(self, jobs: Sequence[Job], now_s: float) -> None:
-        """Queues retries ahead of all other jobs, in order within one event. They back off until
-        `ready_s`."""
+        """Queues retries ahead of all other jobs, in order within one event. They back off until `ready_s`,
+        and are held until no verdict on a lost worker is due."""
+        jobs = self._hold(jobs)
         for job in jobs:
             if job.ready_s <= now_s:
                 (self._suspects if job.is_suspect else self._returning)[job] = None
@@ -107,12 +111,18 @@ class JobQueue:
     def push_back(self, jobs: Sequence[Job]) -> None:
         """Queues jobs that gave up their places, or had none yet: they wait for their client's turn, ahead of
         its other jobs."""
+        jobs = self._hold(jobs)
         self.num_added += len(jobs)
         for job in reversed(jobs):
             if job.is_suspect:
                 self._suspects[job] = None
             else:
                 self._fair.push(job.priority, job.client, job, is_first=True)
+
+    def _hold(self, jobs: Sequence[Job]) -> list[Job]:
+        """Holds the jobs that await a verdict; returns the others."""
+        self._held.update((job, None) for job in jobs if job.awaits_verdict)
+        return [job for job in jobs if job not in self._held]
 
     def pop_suspect(self, job: Job, now_s: float) -> Job:
         """Takes a job that is to run alone out for dispatch."""
@@ -204,7 +214,7 @@ class JobQueue:
         places = (self._front, self._passed, self._backing_off)
         if self._fair.remove(job.priority, job.client, job) or any(place.discard(job) for place in places):
             return
-        for place in (self._stranded, self._returning, self._suspects):
+        for place in (self._stranded, self._returning, self._suspects, self._held):
             place.pop(job, None)
 
     def strand_head(self, now_s: float) -> None:

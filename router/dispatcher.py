@@ -236,6 +236,7 @@ class Dispatcher:
     def _start(self, job: Job, placement: RoutingDecision, now_s: float) -> list[RouterCommand]:
         attempt = self._next_attempt
         self._next_attempt += 1
+        self._reservation.note_turn(job)
         request = job.live.request
         if not job.live.dispatches or job.was_unread:  # whatever else comes back has been charged
             self._queue.counters.charge(request.client, placement.num_new_tokens / request.weight)

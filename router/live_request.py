@@ -146,7 +146,7 @@ class LiveRequest(Automaton[RequestState]):
         """Enters the state that follows from where the request's work is."""
         if self.running():
             target = RequestState.RUNNING
-        elif any(job.ready_s <= now_s for job in self.jobs):
+        elif any(job.ready_s <= now_s and not job.awaits_verdict for job in self.jobs):
             target = RequestState.QUEUED
         else:
             target = RequestState.BACKING_OFF
@@ -261,7 +261,6 @@ class Job:
 
     __slots__ = (
         "_chains",
-        "awaited",
         "awaits_worker_since_s",
         "choices",
         "failed_pairs",
@@ -289,9 +288,15 @@ class Job:
         self.failed_pairs: frozenset[tuple[RegisteredWorker, RegisteredWorker | None]] = frozenset()
         # incarnations that reported those failures
         self.failed_workers: frozenset[RegisteredWorker] = frozenset()
-        # the dispatch that failed with a lost worker: whether that died is not known yet
-        self.awaited: Dispatch | None = None
         self._chains: dict[int, PrefixChain] = {}
+
+    @property
+    def awaits_verdict(self) -> bool:
+        """Whether it is not known yet if a worker has died of it: it runs nowhere meanwhile."""
+        return any(
+            dispatch.num_verdicts_due and not dispatch.streams.keys().isdisjoint(self.choices)
+            for dispatch in self.live.dispatches
+        )
 
     @property
     def is_suspect(self) -> bool:
@@ -367,6 +372,7 @@ class Dispatch(Automaton[DispatchState]):
         "first_token_s",
         "is_alone",
         "is_prefilling",
+        "is_uncounted",
         "job",
         "live",
         "num_booked",
@@ -376,6 +382,7 @@ class Dispatch(Automaton[DispatchState]):
         "num_reserved_blocks",
         "num_steps",
         "num_unfinished",
+        "num_verdicts_due",
         "open_legs",
         "placement",
         "prefill",
@@ -406,6 +413,8 @@ class Dispatch(Automaton[DispatchState]):
             self.open_legs.add(Leg.DECODE)
         self.streams = {choice: self.live.streams[choice] for choice in job.choices}
         self.num_unfinished = sum(stream.finish_reason is None for stream in self.streams.values())
+        self.is_uncounted = False  # its failure counts once it is known that no worker died
+        self.num_verdicts_due = 0  # lost workers of it of which it is not known whether they died
         self.cancelled = False  # a choice ended by decision, unknown to workers
         self.decode_started = False  # the decode worker has sent a token, so it has all the KV
         self.is_prefilling = True

@@ -1,7 +1,7 @@
 """The live requests by id, to which events are routed. The effect of an event on a request is in
 `request_life.py`."""
 
-from dataclasses import dataclass
+from collections import deque
 from itertools import islice
 
 from ..core.errors import DuplicateRequest
@@ -16,23 +16,13 @@ from .ledger import Ledger
 from .live_request import Dispatch, DispatchState, LiveRequest
 from .registry import RegisteredWorker
 from .request_events import Abandoned, CancelChoice, Claimed, Due, End, Judged, LegOver, RequestEvent
-from .request_life import VERDICT_S, RequestLife
+from .request_life import RequestLife
 from .request_states import RequestState
 from .status import Counters
 
 BY_DECISION = (FinishReason.CANCELLED, FinishReason.DEADLINE)
 
-
-LATE_S = 0.5  # by which only a router that stood still looks at what is due
-
-
-@dataclass(slots=True)
-class _Loss:
-    """The dispatches that were at a lost worker, until it is known whether its process died."""
-
-    dispatches: list[Dispatch]
-    due_s: float
-    is_overdue: bool = False  # they are being served again
+ABANDONED_TOKENS = 64  # as many as a stream costs that is abandoned, beside those that are replayed
 
 
 class LiveRequests:
@@ -46,7 +36,9 @@ class LiveRequests:
         self._life = RequestLife(queue, ledger, config, self.deaths)
         self._queue = queue
         self._ledger = ledger
-        self._losses: dict[tuple[str, int], _Loss] = {}  # by the worker's id and incarnation
+        # by a lost worker's id and incarnation: what was there, until it is known whether its process died
+        self._losses: dict[tuple[str, int], list[Dispatch]] = {}
+        self._unclaimed: deque[LiveRequest] = deque()  # and those that have been claimed since
         self._requests: dict[str, LiveRequest] = {}
 
     @property
@@ -121,7 +113,9 @@ class LiveRequests:
     def adopt(self, held: HeldSpec, now_s: float) -> LiveRequest:
         """Takes over a request of an earlier router; its stream is kept for its client until
         `claims_end_s`."""
-        return self._begin(LiveRequest(held.request(), now_s, held=held), now_s)
+        live = self._begin(LiveRequest(held.request(), now_s, held=held), now_s)
+        self._unclaimed.append(live)
+        return live
 
     def _begin(self, live: LiveRequest, now_s: float) -> LiveRequest:
         self._requests[live.request_id] = live
@@ -167,21 +161,21 @@ class LiveRequests:
         commands: list[RouterCommand] = []
         at_worker = self._ledger.at(worker)
         # all but those that only waited for their KV to leave
-        loss = _Loss(
-            [
-                dispatch
-                for dispatch in at_worker
-                if dispatch.state is not DispatchState.RUNNING or dispatch.needs(dispatch.leg_at(worker))
-            ],
-            now_s + VERDICT_S,
-        )
+        loss = [
+            dispatch
+            for dispatch in at_worker
+            if dispatch.state is not DispatchState.RUNNING or dispatch.needs(dispatch.leg_at(worker))
+        ]
+        if cause is LossCause.UNKNOWN:
+            for dispatch in loss:
+                self._life.await_verdict(dispatch, now_s)
         for dispatch in at_worker:
             error = f"{worker.worker_id}: {reason}"
             over = LegOver(dispatch, dispatch.leg_at(worker), error, loss=cause)
             commands += self.handle(dispatch.live, over, now_s)
         if cause is LossCause.DIED:
-            commands += self._judge(loss, True, now_s)
-        elif cause is LossCause.UNKNOWN and loss.dispatches:
+            commands += self._judge(loss, True, now_s, was_due=False)
+        elif cause is LossCause.UNKNOWN and loss:
             self._losses[worker.worker_id, worker.incarnation] = loss
         return commands
 
@@ -190,14 +184,16 @@ class LiveRequests:
         if event.cause is LossCause.UNKNOWN:
             return []
         loss = self._losses.pop((event.worker_id, event.incarnation), None)
-        return [] if loss is None else self._judge(loss, event.cause is LossCause.DIED, now_s)
+        return [] if loss is None else self._judge(loss, event.cause is LossCause.DIED, now_s, was_due=True)
 
-    def _judge(self, loss: _Loss, has_died: bool, now_s: float) -> list[RouterCommand]:
+    def _judge(
+        self, loss: list[Dispatch], has_died: bool, now_s: float, *, was_due: bool
+    ) -> list[RouterCommand]:
         commands: list[RouterCommand] = []
-        for dispatch in loss.dispatches:
+        for dispatch in loss:
             live = dispatch.live
             if not live.state.is_over:
-                commands += self.handle(live, Judged(dispatch, has_died, is_late=loss.is_overdue), now_s)
+                commands += self.handle(live, Judged(dispatch, has_died, was_due), now_s)
             elif has_died and any(s.finish_reason in BY_DECISION for s in dispatch.streams.values()):
                 self.deaths.suspect(live.request, live.prompt_digest)
         return commands
@@ -208,24 +204,26 @@ class LiveRequests:
         """Ends requests that are past their deadline or unclaimed for too long; queues jobs whose backoff has
         elapsed."""
         commands: list[RouterCommand] = []
-        for loss in self._losses.values():
-            if loss.is_overdue or now_s < loss.due_s:
-                continue
-            if now_s > loss.due_s + LATE_S:  # we stood still ourselves: the verdict may have come meanwhile
-                loss.due_s = now_s + VERDICT_S
-                for dispatch in loss.dispatches:
-                    self._life.put_off(dispatch, loss.due_s, now_s)
-            else:
-                commands += self._judge(loss, False, now_s)
-                loss.is_overdue = True
         for live in self.deadlines.expired(now_s):
             commands += self.handle(live, End(FinishReason.DEADLINE), now_s)
         if self.claims_end_s is not None and now_s >= self.claims_end_s:
-            self.claims_end_s = None
-            for live in [live for live in self._requests.values() if not live.state.has_client]:
-                commands += self.handle(live, Abandoned(), now_s)
+            commands += self._abandon_some(now_s)
         for job in self._queue.wake(now_s):
             commands += self.handle(job.live, Due(), now_s)
+        return commands
+
+    def _abandon_some(self, now_s: float) -> list[RouterCommand]:
+        """Abandons as many unclaimed streams as one turn of the loop may; `claims_end_s` stays due until
+        none is left."""
+        commands: list[RouterCommand] = []
+        num_left = max(1, self.config.take_over_tokens // ABANDONED_TOKENS)
+        while self._unclaimed and num_left:
+            live = self._unclaimed.popleft()
+            if not live.state.has_client:
+                commands += self.handle(live, Abandoned(), now_s)
+                num_left -= 1
+        if not self._unclaimed:
+            self.claims_end_s = None
         return commands
 
     def check_integrity(self) -> None:

@@ -40,12 +40,12 @@ class LegOver(msgspec.Struct, frozen=True):
 
 
 class Judged(msgspec.Struct, frozen=True):
-    """It is known now, or unlikely to become known, whether the process of a lost worker died under the
-    dispatch. `is_late`: the work was dispatched again meanwhile."""
+    """It is known now whether the process of a lost worker died under the dispatch. `was_due`: its work has
+    waited for that."""
 
     dispatch: Dispatch
     has_died: bool
-    is_late: bool = False
+    was_due: bool
 
 
 class Survived(msgspec.Struct, frozen=True):

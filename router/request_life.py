@@ -49,7 +49,6 @@ from .request_states import RequestState
 from .status import Counters
 from .stream import ChoiceStream
 
-VERDICT_S = 1.0  # how long a job waits for the verdict whether a lost worker has died
 PEER_DEATH_S = 0.1  # by which the end of a transfer may be reported before the death that caused it
 
 Commands = list[RouterCommand]
@@ -164,14 +163,17 @@ class RequestLife:
 
     def judge(self, live: LiveRequest, event: Judged, now_s: float) -> Commands:
         """A worker died under the dispatch: its choices run alone from now on, and the request is over if
-        they did already. Otherwise it is a failure like others."""
+        they did already. Otherwise it is a failure like others, and they go on."""
+        dispatch = event.dispatch
+        dispatch.num_verdicts_due -= event.was_due
         if event.has_died:
             return self._suspect(live, event, now_s)
-        jobs = [job for job in live.jobs if job.awaited is event.dispatch]
+        jobs = [job for job in live.jobs if not dispatch.streams.keys().isdisjoint(job.choices)]
         for job in jobs:
-            job.num_failures += 1
+            job.num_failures += dispatch.is_uncounted
+        dispatch.is_uncounted = False
         if any(job.num_failures >= self.config.max_attempts for job in jobs):
-            return self._exhaust(live, event.dispatch.failure or "", now_s)
+            return self._exhaust(live, dispatch.failure or "", now_s)
         self._requeue(live, jobs, now_s)
         return []
 
@@ -373,11 +375,11 @@ class RequestLife:
         num_failures = self._num_failures(dispatch) + (not is_death)
         if num_failures >= self.config.max_attempts:
             return commands + self._exhaust(live, error, now_s)
+        dispatch.is_uncounted = event.loss is LossCause.UNKNOWN
         due_s = self._due_s(event, now_s)
         for job in jobs:
             job.ready_s = due_s
             job.num_failures = num_failures
-            job.awaited = dispatch if event.loss is LossCause.UNKNOWN else None
             job.failed_pairs = dispatch.job.failed_pairs | {dispatch.pair}
             if (worker := dispatch.worker_of(event.leg)) is not None:
                 job.failed_workers = dispatch.job.failed_workers | {worker}
@@ -394,9 +396,8 @@ class RequestLife:
         dispatch = event.dispatch
         choices = {c for c, stream in dispatch.streams.items() if stream.finish_reason is None}
         later = [other for other in live.running() if choices & other.streams.keys()]
-        if event.is_late:
-            choices.difference_update(*(other.streams for other in later if other.has_survived))
-            later = [other for other in later if not other.has_survived]
+        choices.difference_update(*(other.streams for other in later if other.has_survived))
+        later = [other for other in later if not other.has_survived]
         if not choices:
             return []
         if dispatch.is_alone:
@@ -416,20 +417,19 @@ class RequestLife:
         self._requeue(live, suspects, now_s)
         return commands
 
-    def put_off(self, dispatch: Dispatch, due_s: float, now_s: float) -> None:
-        """Lets the work of a dispatch wait longer for the verdict whether its worker has died."""
-        jobs = [job for job in dispatch.live.jobs if job.awaited is dispatch]
-        self._push_again(dispatch.live, jobs, due_s, now_s)
+    def await_verdict(self, dispatch: Dispatch, now_s: float) -> None:
+        """Holds the work of a dispatch, what is queued of it already and what will be, until it is known
+        whether its worker has died."""
+        dispatch.num_verdicts_due += 1
+        live = dispatch.live
+        self._requeue(live, [job for job in live.jobs if job.awaits_verdict], now_s)
+        if live.state.is_served:
+            live.settle(now_s)
 
     def _requeue(self, live: LiveRequest, jobs: list[Job], now_s: float) -> None:
         """Makes jobs due, each in the place that it belongs to now."""
         for job in jobs:
-            job.awaited = None
-        self._push_again(live, jobs, now_s, now_s)
-
-    def _push_again(self, live: LiveRequest, jobs: list[Job], ready_s: float, now_s: float) -> None:
-        for job in jobs:
-            job.ready_s = ready_s
+            job.ready_s = now_s
         if live.state.is_served:
             for job in jobs:
                 self._queue.remove(job)
@@ -461,10 +461,9 @@ class RequestLife:
         return 0 if dispatch.has_progressed else dispatch.job.num_failures
 
     def _due_s(self, event: LegOver, now_s: float) -> float:
-        """Returns when to retry: at once the first time, later with backoff. Where a worker may have died,
-        the work waits for that to be known."""
+        """Returns when to retry: at once the first time, later with backoff."""
         if event.loss is not None:
-            return now_s + VERDICT_S if event.loss is LossCause.UNKNOWN else now_s
+            return now_s
         num_failures = self._num_failures(event.dispatch)
         delay_s = PEER_DEATH_S if event.is_peer_lost else 0.0
         if num_failures:

@@ -12,7 +12,7 @@ class RequestState(enum.Enum):
 
     QUEUED = "queued"  # the queue: some of its work may be dispatched, and workers have none
     RUNNING = "running"  # workers have some of its work
-    BACKING_OFF = "backing off"  # the queue: its remaining work has failed, and is due soon
+    BACKING_OFF = "backing off"  # the queue: its remaining work is due soon, or awaits a verdict
     UNREAD = "unread"  # nobody: its client does not read, and its work is set aside
     UNCLAIMED = "unclaimed"  # workers, maybe: an earlier router had it, and its client has not come back yet
     UNDELIVERED = "undelivered"  # it has ended unclaimed, and its whole stream is kept for its client
@@ -35,8 +35,13 @@ TRANSITIONS = {
     RequestState.QUEUED: {RequestState.RUNNING, RequestState.BACKING_OFF, *_LEAVES},
     RequestState.RUNNING: {RequestState.QUEUED, RequestState.BACKING_OFF, *_LEAVES},
     RequestState.BACKING_OFF: {RequestState.QUEUED, *_LEAVES},
-    RequestState.UNREAD: {RequestState.QUEUED, RequestState.ENDED},
-    RequestState.UNCLAIMED: {RequestState.QUEUED, RequestState.RUNNING, RequestState.UNDELIVERED},
+    RequestState.UNREAD: {RequestState.QUEUED, RequestState.BACKING_OFF, RequestState.ENDED},
+    RequestState.UNCLAIMED: {
+        RequestState.QUEUED,
+        RequestState.RUNNING,
+        RequestState.BACKING_OFF,
+        RequestState.UNDELIVERED,
+    },
     RequestState.UNDELIVERED: {RequestState.ENDED},
     RequestState.ENDED: {RequestState.CLOSED},
     RequestState.CLOSED: set[RequestState](),

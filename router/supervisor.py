@@ -83,6 +83,7 @@ class SupervisedProcess(Generic[S]):
     num_beats_left: int = 0  # AWAY: until patience ends
     start_s: float | None = None  # how long it took from its launch until it was ready; of our own ones
     launched_s: float | None = None
+    may_have_died: bool = False  # its connection ended by itself: perhaps with it, before we kill it
 
     @property
     def is_expected(self) -> bool:
@@ -331,6 +332,7 @@ class Supervisor(Generic[S]):
             process.state, process.num_beats_left = ProcessState.AWAY, NUM_AWAY_BEATS
             self._be_patient(key, now_s + HEARTBEAT_S)
             return
+        process.may_have_died = not event.is_silent
         self._lost(key, event.reason, now_s, may_ask=not event.is_silent)
 
     def _lost(self, key: Key, reason: str, now_s: float, *, may_ask: bool) -> None:
@@ -348,7 +350,7 @@ class Supervisor(Generic[S]):
         if not event.is_explained and process.is_expected:
             self._suspect(key)
         reason = event.reason if event.is_explained else process.end_reason or event.reason
-        has_died = event.has_died and process.state is not ProcessState.KILLED
+        has_died = event.has_died and (process.state is not ProcessState.KILLED or process.may_have_died)
         self._forget(key, reason, LossCause.DIED if has_died else LossCause.GONE)
         self._manage(WorkerLost(*key, reason), now_s)
 

@@ -230,7 +230,10 @@ class WorkerSessions(Generic[C]):
         key = message.worker_id, message.incarnation
         name = f"{key[0]}/{key[1]}"
         if not self._expects(key):
-            return self.hang_up(connection, f"it identifies as {name}, which is to end", is_harmless=True)
+            commands = self.hang_up(connection, f"it identifies as {name}, which is to end", is_harmless=True)
+            if key not in self._workers:  # so its process has not died when its connection ended
+                commands.append(ToRouter(WorkerLost(*key, "its connection broke", LossCause.GONE)))
+            return commands
         old = self._workers.get(key)
         if (
             old is not None and self._sessions[old].state is SessionState.CLOSING

@@ -26,6 +26,7 @@ from .simulated_hosts import PlannedHost
 from .simulated_planner import PlannedPlanner
 from .simulated_worker import WorkerShape
 from .staged_scenarios import (
+    with_blind_router,
     with_contest,
     with_crash,
     with_crowd,
@@ -141,6 +142,9 @@ def _draw_special(seed: int, scenario: Scenario, with_faults: bool) -> Scenario:
     blocked = Random(f"blocked of {seed}")
     if with_faults and blocked.random() < 0.02:
         return blocked.choice((with_severed_pair, with_large_bodies))(blocked, scenario)
+    blind = Random(f"blind router of {seed}")
+    if with_faults and blind.random() < 0.01:
+        return with_blind_router(blind, scenario)
     return replace(
         scenario,
         unequal=_draw_unequal(Random(f"unequal workers of {seed}"), sum(scenario.pools.values())),

@@ -281,6 +281,8 @@ class SimulatedClient:
                 pass
             case FinishReason.CANCELLED if self._cancelled:
                 pass
+            case FinishReason.DEADLINE if self._plan.first_token_within_s is not None and not self.num_tokens:
+                self._violation(f"{self.request_id}: dropped, though its deadline could be met")
             case FinishReason.DEADLINE if deadline_s is not None and self._time.now_s >= deadline_s:
                 self._count("deadline missed")
             case FinishReason.DEADLINE if deadline_s is not None and (

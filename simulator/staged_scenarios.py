@@ -170,6 +170,32 @@ def with_swap(rng: Random, scenario: Scenario) -> Scenario:
     )
 
 
+def with_blind_router(rng: Random, scenario: Scenario) -> Scenario:
+    """Returns a scenario in which the router dies amid a long prompt, and its successor is asked for one that
+    the worker caches, before the worker has reported that: the deadline can be met only with the cache."""
+    kill_s, within_s = 9.0, 1.0
+    staged = _staged(scenario)
+    long = [
+        _plain_request(rng, f"r{number}", "c", at_s, 2, 1, num_tokens=110)
+        for number, at_s in enumerate((1.5, 3.8, 6.1, kill_s - 0.5))
+    ]
+    again_s = kill_s + rng.uniform(1.1, 1.3)
+    again = msgspec.structs.replace(
+        long[2].request, request_id="again", client="another", deadline_s=again_s + within_s
+    )
+    slow = replace(
+        staged.shapes[Role.PREFILL], max_batch_tokens=4, step_s=0.002, token_s=0.02, runs_ahead=False
+    )
+    return replace(
+        staged,
+        pools=ONE_EACH,
+        shapes={**staged.shapes, Role.PREFILL: slow},
+        prefill_on_decode=False,
+        accidents=(PlannedAccident(kill_s, Accident.ROUTER_RESTART, 0.0007, rng.uniform(0.05, 0.3)),),
+        requests=(*long, PlannedRequest(again_s, again, first_token_within_s=within_s)),
+    )
+
+
 def with_lost_workers(rng: Random, scenario: Scenario) -> Scenario:
     """Returns a scenario in which long streams lose their worker more often than a request may fail in a row,
     and get on in between."""
@@ -257,7 +283,7 @@ def with_deadly_request(rng: Random, scenario: Scenario) -> Scenario:
             *(replace(deadly, at_s=start_s + at_s) for at_s in (1.0, 1.1, 3.0)),
         ),
         deadly=Deadly("deadly", rng.choice((0, 0, 1, 2, 9, 20))),
-        heard_s=rng.choice((0.005, 0.9)),
+        heard_s=rng.choice((0.005, 0.9, 3.0, 8.0)),
         accidents=_standstill(rng, start_s + 1.0) if rng.random() < 0.4 else (),
     )
 

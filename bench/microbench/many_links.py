@@ -3,7 +3,8 @@
     python -m bench.microbench.many_links [--peers 4 16 64 128] [--transport gloo] [--idle-s 10]
 
 One endpoint sends 64 MiB to each of its peers in turn, on loopback, twice; then it is left alone. The peers'
-endpoints are in a process of their own and are not counted."""
+endpoints are in processes of their own, a few dozen in each, and are not counted: hundreds of loops that take
+turns in one process keep each other from answering in time."""
 
 import argparse
 import multiprocessing
@@ -23,6 +24,7 @@ from pdserve.engine.kv_cache import KVCache
 from pdserve.kv_transfer import Membership, TransferEndpoint
 
 NUM_ROUNDS = 2
+PEERS_OF_A_PROCESS = 64
 
 
 class Usage(NamedTuple):
@@ -46,22 +48,22 @@ def open_endpoint(name: str, store: KVCache, endings: Endings, transport: str) -
     return TransferEndpoint(store, endings, Membership(name, 1, "bench", "127.0.0.1"), transport=transport)
 
 
-def receive(pipe: Connection, num_peers: int, transport: str) -> None:
-    """The peers: the one that the pipe names expects a transfer, until the pipe says None."""
+def receive(pipe: Connection, numbers: range, transport: str) -> None:
+    """Some of the peers: the one that the pipe names expects a transfer, until the pipe says None."""
     store, endings = paged_cache(None), Endings()
-    endpoints = [open_endpoint(f"d{number}", store, endings, transport) for number in range(num_peers)]
-    pipe.send([endpoint.start() for endpoint in endpoints])
+    endpoints = {number: open_endpoint(f"d{number}", store, endings, transport) for number in numbers}
+    pipe.send([endpoint.start() for endpoint in endpoints.values()])
     while (asked := pipe.recv()) is not None:
         number, attempt = asked
         endpoints[number].expect(TransferId(f"r{number}", attempt), ("p", 1), BLOCK_IDS, NUM_TOKENS)
         endings.wait()
-    for endpoint in endpoints:
+    for endpoint in endpoints.values():
         endpoint.close()
 
 
-def send(pipe: Connection, results: Connection, transport: str, idle_s: float) -> None:
+def send(pipes: list[Connection], results: Connection, transport: str, idle_s: float) -> None:
     """The measured endpoint; sends a line of results."""
-    addresses: list[TransferAddress] = pipe.recv()
+    addresses: list[TransferAddress] = [address for pipe in pipes for address in pipe.recv()]
     endings = Endings()
     endpoint = open_endpoint("p", paged_cache(0), endings, transport)
     endpoint.start()
@@ -70,7 +72,7 @@ def send(pipe: Connection, results: Connection, transport: str, idle_s: float) -
         for number, address in enumerate(addresses):
             transfer = TransferId(f"r{number}", attempt)
             start_s = time.perf_counter()
-            pipe.send((number, attempt))
+            pipes[number // PEERS_OF_A_PROCESS].send((number, attempt))
             endpoint.send(transfer, address, BLOCK_IDS, NUM_TOKENS)
             endpoint.computed(transfer, 0, LAYOUT.num_layers, 0, NUM_TOKENS)
             endpoint.prefill_done(transfer)
@@ -80,7 +82,8 @@ def send(pipe: Connection, results: Connection, transport: str, idle_s: float) -
     after, cpu_s = Usage.now(), time.process_time()
     time.sleep(idle_s)
     cpu_s = time.process_time() - cpu_s
-    pipe.send(None)
+    for pipe in pipes:
+        pipe.send(None)
     results.send(
         f"{len(addresses):5} peers: {after.num_threads - before.num_threads:5} threads,"
         f" {after.num_descriptors - before.num_descriptors:5} descriptors,"
@@ -103,12 +106,18 @@ def main() -> None:
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     for num_peers in args.peers:
-        ours, theirs = context.Pipe()
+        parts = [
+            range(num_peers)[first : first + PEERS_OF_A_PROCESS]
+            for first in range(0, num_peers, PEERS_OF_A_PROCESS)
+        ]
+        pipes = [context.Pipe() for _ in parts]
         results, their_results = context.Pipe()
-        processes = (
-            context.Process(target=receive, args=(theirs, num_peers, args.transport)),
-            context.Process(target=send, args=(ours, their_results, args.transport, args.idle_s)),
-        )
+        sends = [ours for ours, _ in pipes], their_results, args.transport, args.idle_s
+        processes = [
+            context.Process(target=receive, args=(theirs, numbers, args.transport))
+            for (_, theirs), numbers in zip(pipes, parts, strict=True)
+        ]
+        processes.append(context.Process(target=send, args=sends))
         for process in processes:
             process.start()
         print(results.recv(), flush=True)

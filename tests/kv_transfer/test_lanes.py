@@ -58,3 +58,13 @@ def test_a_shut_lane_finishes_what_it_was_given_and_takes_no_more(lanes: Lanes) 
     assert seen == [1]
     with pytest.raises(RuntimeError, match="shut down"):
         lane.submit(seen.append, 2)
+
+
+def test_a_lane_that_gets_no_thread_fails_its_calls_and_not_its_caller() -> None:
+    """So it is when the process ends before the endpoint is closed, and links are killed."""
+    lanes = Lanes("pdserve-link")
+    lane = lanes.lane()
+    lanes.close()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        lane.submit(int).result(WAIT_S)
+    lane.shutdown(wait=True)

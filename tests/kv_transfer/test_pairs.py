@@ -16,6 +16,7 @@ from pdserve.kv_transfer.acceptor import TransferAcceptor
 from pdserve.kv_transfer.choice import Place
 from pdserve.kv_transfer.config import Membership, TransferConfig
 from pdserve.kv_transfer.events import CommitReady, Expect, OpenTransfer, PartComputed
+from pdserve.kv_transfer.hub import TransferHub
 from pdserve.kv_transfer.inbound import InboundPair
 from pdserve.kv_transfer.link import Link, PeerLost
 from pdserve.kv_transfer.link_maker import LinkMaker
@@ -81,7 +82,7 @@ class BrokenLink:
     def join(self) -> None: ...
 
 
-def local() -> tuple[Local, Recorder]:
+def local(clock: Callable[[], float] = lambda: 0.0) -> tuple[Local, Recorder]:
     store = ArrayStore(layout(), 4, seed=1)
     ends = Recorder(store)
     made = Local(
@@ -89,7 +90,7 @@ def local() -> tuple[Local, Recorder]:
         store,
         ends,
         TransferConfig(chunk_bytes=NUM_BYTES),
-        clock=lambda: 0.0,
+        clock=clock,
     )
     return made, ends
 
@@ -105,6 +106,26 @@ def test_a_link_that_breaks_during_a_receive_fails_its_transfer_at_once() -> Non
     assert ends.receive_error(T) == "the connection broke"
     assert link.is_gone and not wire.is_open
     assert pair.is_idle
+
+
+def test_a_standstill_of_our_own_is_not_taken_for_a_silent_peer() -> None:
+    now_s = [0.0]
+    here, ends = local(lambda: now_s[0])
+    hub = TransferHub(here, lambda pair, epoch: SimpleNamespace(cancel=lambda: None))
+    hub.expect(("p", 1), Expect(T, (0,), 8, 0))
+    pair = hub.admit(cast(Connect, greeting(1)))
+    assert isinstance(pair, InboundPair)
+    wire = WireStub()
+    assert pair.attach(wire, BrokenLink(), 1)
+    wire.on_message(OfferTransfer(1, T, 8))
+    now_s[0] = 100.0  # nothing has run here for so long
+    num_beats = 0
+    while wire.is_open:
+        hub.tick()
+        now_s[0] += here.config.heartbeat_s / 2
+        num_beats += 1
+    assert num_beats >= 10  # with so much silence while we were awake it is dead
+    assert ends.receive_error(T) == "no sign of life for 3.0 s"
 
 
 def test_a_link_that_breaks_during_a_send_fails_its_transfer_at_once() -> None:

@@ -203,6 +203,22 @@ def test_a_request_whose_client_does_not_come_back_is_ended() -> None:
     assert len(cluster.closed["r"]) == 1
 
 
+def test_streams_that_nobody_claims_are_abandoned_in_slices() -> None:
+    specs = [spec_of(make_request(f"r{number}")) for number in range(200)]
+    cluster = Successor(*(held(Leg.DECODE, spec, 1, partner=False) for spec in specs))
+    while cluster.router.is_adopting:
+        cluster.tick()
+    cluster.tick(cluster.router.config.claim_timeout_s)
+    num_in_a_turn = len(cluster.aborts("decode-0"))
+    assert 0 < num_in_a_turn < 100
+    cluster.submit(make_request("r199"))
+    while (due_s := cluster.router.next_tick_s()) is not None and due_s <= cluster.now_s:
+        num_before = len(cluster.aborts("decode-0"))
+        cluster.tick()
+        assert len(cluster.aborts("decode-0")) - num_before <= num_in_a_turn
+    assert cluster.aborts("decode-0") == [spec.transfer for spec in specs[:-1]], "the last was claimed"
+
+
 def test_a_different_request_with_a_served_id_is_refused() -> None:
     cluster = Successor(held(Leg.DECODE, spec_of(make_request()), 1, partner=False))
     with pytest.raises(DuplicateRequest):

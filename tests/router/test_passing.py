@@ -4,7 +4,7 @@ from pdserve.core.messages import Leg, Reserve, Role, Serve
 from pdserve.core.request import FinishReason, TransferId
 from pdserve.router.config import RouterConfig
 from pdserve.router.events import Cancel, WorkerDraining, WorkerRole
-from pdserve.router.reservation import AGING_S
+from pdserve.router.reservation import AGING_S, AGING_TURNS
 
 from .cluster import BLOCK_SIZE, Cluster, make_request, worker_info
 
@@ -80,6 +80,27 @@ def test_the_large_request_gets_room_in_time_however_many_small_ones_arrive() ->
         if is_dispatched(cluster, "large"):
             break
     assert is_dispatched(cluster, "large")
+
+
+def test_a_client_gets_few_turns_past_its_own_large_request() -> None:
+    """They end one after the other, so fast that no time passes."""
+    cluster = half_full()
+    finish(cluster, "stream0")
+    running = [f"stream{index}" for index in range(1, 4)]
+    waiting: list[str] = []
+    num_turns = 0
+    for index in range(200):
+        submit(cluster, f"small{index}", 11, "many")
+        waiting.append(f"small{index}")
+        if is_dispatched(cluster, waiting[0]):
+            running.append(waiting.pop(0))
+            num_turns += 1
+            prefilled(cluster, running[-1])
+        finish(cluster, running.pop(0))
+        if not running or is_dispatched(cluster, "large"):
+            break
+    assert is_dispatched(cluster, "large")
+    assert num_turns <= 2 * AGING_TURNS
 
 
 def test_its_room_is_held_on_one_worker_only() -> None:

@@ -85,7 +85,7 @@ def test_every_reaction_of_the_life_is_in_its_table() -> None:
     public = {
         value for name, value in vars(RequestLife).items() if callable(value) and not name.startswith("_")
     }
-    changes_no_state = {RequestLife.put_off}
+    changes_no_state = {RequestLife.await_verdict}
     assert public - used == {RequestLife.handle, RequestLife.begin} | changes_no_state
 
 

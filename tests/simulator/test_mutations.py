@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import msgspec
 import pytest
 
 from pdserve.core.failures import FailureKind
@@ -39,10 +40,12 @@ from pdserve.prefill_worker.worker import PrefillWorker
 from pdserve.router import fair_queue, hosts, reports, reservation, supervisor
 from pdserve.router.admission import Deadlines, JobQueue
 from pdserve.router.adoption import HeldDispatch
+from pdserve.router.candidates import RoutingDecision
 from pdserve.router.config import RouterConfig
 from pdserve.router.core import Router
 from pdserve.router.cores import Capacity, CoreAllocator
 from pdserve.router.deaths import Deaths
+from pdserve.router.dispatcher import Dispatcher
 from pdserve.router.events import LossCause, RouterCommand
 from pdserve.router.fair_queue import TokenCounters
 from pdserve.router.fleet import Fleet
@@ -495,6 +498,19 @@ def report_what_is_cached_to_the_first_router_alone() -> Planted:
     return patch.object(BlockPool, "report_anew", lambda self: None)
 
 
+def drop_requests_before_caches_are_known() -> Planted:
+    original = Dispatcher._comes_too_late
+
+    def comes_too_late(self: Dispatcher, job: Job, placement: RoutingDecision, now_s: float) -> bool:
+        worker, load = placement.prefill, placement.prefill.load
+        worker.load = msgspec.structs.replace(load, num_unreported_blocks=0)
+        is_late = original(self, job, placement, now_s)
+        worker.load = load
+        return is_late
+
+    return patch.object(Dispatcher, "_comes_too_late", comes_too_late)
+
+
 def take_everything_over_in_one_turn() -> Planted:
     original = TakeOver.advance
 
@@ -576,6 +592,10 @@ def leave_all_places_to_the_client_that_has_them() -> Planted:
 
 def run_suspects_beside_others() -> Planted:
     return patch.object(Job, "is_suspect", False)
+
+
+def dispatch_again_before_the_verdict() -> Planted:
+    return patch.object(Job, "awaits_verdict", False)
 
 
 def forget_which_requests_have_killed() -> Planted:
@@ -754,15 +774,17 @@ FIRST_FOUND: dict[Mutation, int] = {
     keep_the_places_of_low_priority: 3,
     starve_low_priority: 8,
     forget_the_bound_on_one_client: 2,
+    dispatch_again_before_the_verdict: 77,
     forget_which_requests_have_killed: 26,
     kill_what_has_ended_while_we_stood_still: 493,
     take_each_lost_connection_for_a_death: 13,
     reassign_the_cores_of_a_process_before_it_is_gone: 6,
     forget_a_process_that_ends_by_itself: 88,
     hide_a_broken_connection_from_the_supervisor: 13,
-    keep_only_the_last_frame_of_held_legs: 589,
+    keep_only_the_last_frame_of_held_legs: 78,
     greet_only_the_first_router: 82,
     report_what_is_cached_to_the_first_router_alone: 9,
+    drop_requests_before_caches_are_known: 62,
     take_everything_over_in_one_turn: 36,
     believe_that_every_step_ends: 40,
     end_workers_with_the_router: 82,

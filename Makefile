@@ -9,7 +9,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --no-compile --quiet --disable-pip-ve
 # half of what is installed, and hardly imported: Python compiles of it what it needs
 SELDOM := /(transformers/models|ray/(rllib|data|serve|train|tune|llm)|torch/(_inductor|onnx|testing)|tests?|sympy|pip)/
 
-.PHONY: demo chat test quick journey check clients install clean
+.PHONY: demo chat test quick journey hosts check clients install clean
 
 demo: $(READY)
 	@$(BIN)/pdserve demo
@@ -24,6 +24,9 @@ quick: $(READY)  # the pure cores alone
 	@PATH="$(abspath $(BIN)):$$PATH" scripts/quick
 
 journey: $(READY)  # an operator's, from `ray up` to `ray down`, on four hosts of namespaces; takes root
+	@PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 pytest -s -m journey tests/hosts/test_journey.py
+
+hosts: $(READY)  # the journey, secured hosts, and hosts that differ or fail, each until the status says so; takes root
 	@PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 pytest -s -m journey tests/hosts
 
 clients:  # litellm, LangChain and lm-eval, for the tests that drive them

@@ -3,6 +3,8 @@
 
 import http.client
 import os
+import socket
+import ssl
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
@@ -95,6 +97,18 @@ def answers_http(address: str) -> bool:
         return False
     finally:
         connection.close()
+
+
+def answers_tls(address: str) -> bool:
+    """Returns whether a TLS server listens at `address`, which a client without TLS cannot talk to."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # it is sent nothing
+    try:
+        with socket.create_connection(parse_host_port(address) or ("", 0), PROBE_TIMEOUT_S) as connection:
+            context.wrap_socket(connection).close()
+            return True
+    except OSError:
+        return False
 
 
 Address = Annotated[

@@ -10,8 +10,8 @@ from ..core import admin_socket
 from ..core.config_types import is_loopback, parse_host_port
 from ..core.errors import PdserveError
 from ..proto import pdserve_pb2_grpc
-from .address import DEFAULT_ADDRESS, answers_http, named_by
-from .trust import API_KEY, current_trust
+from .address import DEFAULT_ADDRESS, answers_http, answers_tls, named_by
+from .trust import API_KEY, TLS_CA, current_trust
 
 if TYPE_CHECKING:
     from ..cluster.launch import LaunchedCluster
@@ -114,6 +114,8 @@ def describe(error: grpc.RpcError, address: str) -> str:
         if current_trust().is_tls:
             return f"no pdserve server answers at {address} with TLS and these certificates: {call.details()}"
         named = f" ({named_by(address)})" if named_by(address) else ""
+        if answers_tls(address):
+            return f"the server at {address}{named} speaks TLS: name its authority in --tls-ca or {TLS_CA}"
         if answers_http(address):
             return (
                 f"an HTTP server answers at {address}{named}, expected the gRPC server's address, which is"

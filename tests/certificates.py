@@ -25,12 +25,12 @@ class Authority:
     def certificate(self) -> Path:
         return self.pair.certificate
 
-    def sign(self, name: str) -> Pair:
-        """A certificate for localhost and 127.0.0.1, of a server or a client."""
+    def sign(self, name: str, address: str = "127.0.0.1") -> Pair:
+        """A certificate for localhost and an address, of a server or a client."""
         pair, request = _pair(self._folder, name), self._folder / f"{name}.csr"
         _openssl("req", "-new", *_new_key(pair, out=request), "-subj", f"/CN={name}")
         extensions = self._folder / f"{name}.ext"
-        extensions.write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\nbasicConstraints=CA:FALSE\n")
+        extensions.write_text(f"subjectAltName=DNS:localhost,IP:{address}\nbasicConstraints=CA:FALSE\n")
         signing = ("-CA", self.pair.certificate, "-CAkey", self.pair.key, "-CAcreateserial")
         _openssl(
             "x509",

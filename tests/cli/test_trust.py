@@ -75,3 +75,9 @@ def test_a_command_without_the_right_certificates_says_so(
     assert code == 1 and "cannot be read: neither a regular file nor a pipe" in said
     code, said = run(guarded, "--tls-ca", "public", "--cert", "/c")
     assert code == 1 and "--cert and --key: got one without the other" in said
+
+
+def test_a_client_in_clear_is_told_that_the_server_speaks_tls(guarded: ServerThread) -> None:
+    result = CliRunner().invoke(app, ["generate", "x", "--address", guarded.address])
+    assert result.exit_code == 1
+    assert f"{guarded.address} (--address) speaks TLS: name its authority in --tls-ca" in result.stderr

@@ -11,14 +11,15 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
+from .network import BUSY_S
+
 URL, TYPE = "http://127.0.0.1:8000/v1/completions", {"content-type": "application/json"}
 BODY = {"prompt": "The with statement", "max_tokens": 400, "temperature": 0, "stream": True}
-SILENT_S = 240.0
 
 
 def ask() -> str:
     request = urllib.request.Request(URL, json.dumps(BODY).encode(), TYPE)
-    with urllib.request.urlopen(request, timeout=SILENT_S) as answer:
+    with urllib.request.urlopen(request, timeout=BUSY_S) as answer:
         events = [line[6:] for line in answer if line.startswith(b"data: ")]
     if events.pop().strip() != b"[DONE]":
         raise EOFError("the stream was cut off")

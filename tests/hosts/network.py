@@ -34,7 +34,7 @@ NEEDED = {  # a command, and the packages of Debian and of Fedora that have it
 NOBODYS_MAC = "02:00:00:00:00:00"  # packets to this address reach nobody
 LOGIN = ("HOME=/root", "USER=root", "LOGNAME=root", "SHELL=/bin/bash", "LANG=C.UTF-8")
 NEW_NAMESPACES = ("--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child")
-BUSY_S = 240.0  # for a host to boot, or a command to end, on a busy machine
+BUSY_S = 900.0  # for a host to boot, or a command to end, on a busy machine
 CLONE_NEWNET = 0x40000000
 MIN_BURST_BYTES = 256 << 10  # a veth passes segments of 64 KiB
 

@@ -6,9 +6,7 @@ has no room for them. `make journey` shows how long each step took."""
 
 import os
 import select
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,51 +14,13 @@ import pytest
 from bench.microbench import kv_between_hosts
 
 from .clients import clients, first_answer
-from .network import Hosts
-from .status import await_status, is_whole, states
+from .launcher import NUM_DECODE, configure, edit, ray_up
+from .network import BUSY_S, Hosts
+from .status import await_status, is_whole, states, timed
 
-pytestmark = [pytest.mark.journey, pytest.mark.hosts, pytest.mark.cluster, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.journey, pytest.mark.hosts, pytest.mark.cluster, pytest.mark.timeout(3600)]
 
-FILE = Path(__file__).parents[2] / "cluster.yaml"
-NUM_DECODE = (os.cpu_count() or 1) + 1  # each host has all of the machine's cores
-UP = "ray up -y cluster.yaml"
 LINK = "1gbit"
-STEP_S = 400.0  # on a busy machine
-
-
-@contextmanager
-def timed(what: str) -> Iterator[None]:
-    began_s = time.monotonic()
-    yield
-    print(f"{what}: {time.monotonic() - began_s:.1f} s")
-
-
-def configure(hosts: Hosts) -> None:
-    """Sets up the operator's initial files: the configuration, and Ray's token."""
-    _, head, *workers = (hosts.address(host) for host in hosts.names())
-    text = FILE.read_text()
-    for ours, theirs in (
-        ("head_ip: 127.0.0.1", f"head_ip: {head}"),
-        ("worker_ips: []", f"worker_ips: [{', '.join(workers)}]"),
-        ("\nauth:\n  ssh_user: ubuntu", "\nauth:\n  ssh_user: root"),
-        ("  # ssh_private_key: ~/.ssh/id_ed25519", "  ssh_private_key: ~/.ssh/id_ed25519"),
-        ("      decode:\n        instances: 1", f"      decode:\n        instances: {NUM_DECODE}"),
-    ):
-        assert text.count(ours) == 1, ours
-        text = text.replace(ours, theirs)
-    (hosts.home("operator") / "cluster.yaml").write_text(text)
-    hosts.run("operator", "(umask 077; ray get-auth-token --generate)")
-
-
-def edit(hosts: Hosts, ours: str, theirs: str) -> None:
-    file = hosts.home("operator") / "cluster.yaml"
-    text = file.read_text()
-    assert text.count(ours) == 1, ours
-    file.write_text(text.replace(ours, theirs))
-
-
-def ray_up(hosts: Hosts) -> str:
-    return hosts.run("operator", UP, timeout_s=STEP_S)
 
 
 def processes(hosts: Hosts, host: str) -> dict[int, str]:
@@ -81,7 +41,7 @@ def await_end(pids: dict[int, str]) -> None:
     for pid, name in pids.items():
         with suppress(ProcessLookupError):
             descriptor = os.pidfd_open(pid)
-            ended = select.select([descriptor], [], [], STEP_S)[0]
+            ended = select.select([descriptor], [], [], BUSY_S)[0]
             os.close(descriptor)
             assert ended, f"{name} lives on"
 
@@ -101,7 +61,7 @@ def print_kv_rate(hosts: Hosts) -> None:
 def test_from_ray_up_to_ray_down(hosts: Hosts) -> None:
     print()
     print_kv_rate(hosts)
-    configure(hosts)
+    configure(hosts, {host: hosts.address(host) for host in hosts.names()})
     with timed("first `ray up` to first token"):
         with timed("`ray up`"):
             ray_up(hosts)
@@ -146,7 +106,7 @@ def test_from_ray_up_to_ray_down(hosts: Hosts) -> None:
         assert first_answer(hosts) == reference
 
     with timed("`ray down`"):
-        hosts.run("operator", "ray down -y cluster.yaml", timeout_s=STEP_S)
+        hosts.run("operator", "ray down -y cluster.yaml")
     assert processes(hosts, "head") == {}
     assert hosts.run("head", "ls /tmp | grep pdserve; ls /dev/shm; crontab -l 2> /dev/null || true") == ""
     with timed("and the other hosts' Ray has ended"):

@@ -1,13 +1,14 @@
 """The promises of `scripts/hosts` about the hosts that it makes."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from ..deadlines import WAIT_S
-from .network import Hosts, HostsError, whats_missing
+from .network import REPOSITORY, Hosts, HostsError, whats_missing
 
 pytestmark = pytest.mark.hosts
 SSH = "ssh -o StrictHostKeyChecking=no -o LogLevel=ERROR -o ConnectTimeout=60"
@@ -133,6 +134,44 @@ def test_mistakes_are_named(hosts: Hosts) -> None:
         HostsError, match="has hosts already: operator, head, worker1, worker2; take them away with `down`"
     ):
         hosts.up(["one"])
+
+
+def test_without_root_or_a_command_the_reason_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(os, "getuid", lambda: 1000)
+        with pytest.raises(HostsError, match="hosts are made of namespaces, which takes root"):
+            Hosts("nobody").up(["one"])
+    monkeypatch.setattr(os, "getuid", lambda: 0)
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == "tc" else name)
+    assert whats_missing() == "not found: tc (apt-get install iproute2; dnf install iproute-tc)"
+
+
+def test_the_command_makes_hosts_runs_there_and_removes_them() -> None:
+    if reason := whats_missing():
+        pytest.skip(reason)
+    network = Hosts(f"c{os.getpid()}")
+
+    def scripts_hosts(*words: str) -> str:
+        command = [str(REPOSITORY / "scripts" / "hosts"), "--net", network.name, *words]
+        return subprocess.check_output(command, stderr=subprocess.STDOUT, text=True)
+
+    try:
+        scripts_hosts("up", "2")
+        homes = {name: f"{name}\t{network.address(name)}\t{network.home(name)}\n" for name in network.names()}
+        assert list(homes) == ["operator", "host1"]
+        assert scripts_hosts("list") == "".join(homes.values())
+        assert scripts_hosts("run", "host1", "hostname;", "pwd") == "host1\n/root\n"
+        scripts_hosts("cut", "operator", "host1")
+        assert is_cut_off(network, "operator", "host1")
+        scripts_hosts("heal", "operator", "host1")
+        assert reaches(network, "operator", "host1")
+        with pytest.raises(subprocess.CalledProcessError) as refused:
+            scripts_hosts("isolate", "host9")
+        assert refused.value.output == "hosts: host: got 'host9', expected one of operator, host1\n"
+        scripts_hosts("down")
+        assert not network.folder.exists()
+    finally:
+        network.down()
 
 
 def test_down_leaves_nothing() -> None:

@@ -44,6 +44,25 @@ class PlannedFleet(Protocol):
         ...
 
 
+def seen_request(timeline: Timeline, terms: Terms) -> SeenRequest | None:
+    """Returns a request that is over as the planner sees it; None where its client ended it, or did not
+    read: such a one counts as an arrival only."""
+    outcome = timeline.outcome
+    if outcome in CLIENTS_DOING or timeline.is_adopted or timeline.num_times_unread:
+        return None
+    first_s, gap_s = timeline.first_token_s, legs.request_gap_s(timeline)
+    account = legs.account(timeline.dispatches[0]) if timeline.dispatches else None
+    is_soon = first_s is not None and first_s - timeline.submitted_s <= terms.ttft_slo_s
+    return SeenRequest(
+        at_s=timeline.submitted_s,
+        num_prompt_tokens=timeline.num_prompt_tokens,
+        num_cached_tokens=0 if account is None else account.num_cached_tokens,
+        num_output_tokens=sum(timeline.num_output_tokens),
+        client=timeline.client[:MAX_CLIENT_CHARS],
+        is_good=outcome in ANSWERS and is_soon and (gap_s is None or gap_s <= terms.itl_slo_s),
+    )
+
+
 class Planning:
     """Runs while the mode is advise or auto. Used on the head's loop."""
 
@@ -77,24 +96,9 @@ class Planning:
             self._timer = self._loop.call_later(INTERVAL_S, self._sum_up)
 
     def closed(self, timeline: Timeline) -> None:
-        """Records a request that is over. One that its client ended, or did not read, counts as an arrival
-        only."""
-        terms, outcome = self.terms, timeline.outcome
-        if terms is None or outcome in CLIENTS_DOING or timeline.is_adopted or timeline.num_times_unread:
-            return
-        first_s, gap_s = timeline.first_token_s, legs.request_gap_s(timeline)
-        account = legs.account(timeline.dispatches[0]) if timeline.dispatches else None
-        is_soon = first_s is not None and first_s - timeline.submitted_s <= terms.ttft_slo_s
-        self._seen.append(
-            SeenRequest(
-                at_s=timeline.submitted_s,
-                num_prompt_tokens=timeline.num_prompt_tokens,
-                num_cached_tokens=0 if account is None else account.num_cached_tokens,
-                num_output_tokens=sum(timeline.num_output_tokens),
-                client=timeline.client[:MAX_CLIENT_CHARS],
-                is_good=outcome in ANSWERS and is_soon and (gap_s is None or gap_s <= terms.itl_slo_s),
-            )
-        )
+        """Records a request that is over."""
+        if self.terms is not None and (request := seen_request(timeline, self.terms)) is not None:
+            self._seen.append(request)
 
     async def close(self) -> None:
         self._end()

@@ -80,15 +80,19 @@ class Planning:
         self._num_submitted = 0  # up to the last summary
         self._since_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._in_force: Ratio | None = None
 
     def configure(self, config: ClusterConfig, terms: Callable[[], Terms]) -> None:
         """Takes over a configuration, and the ratio in it; `terms` is asked only where there is a planner."""
-        mode = Mode(config.planner.mode)
+        mode, ratio = Mode(config.planner.mode), self._ratio
+        if self._in_force is not None and ratio != self._in_force:
+            self.desk.applied(self._in_force, ratio, self._loop.time())
+        self._in_force = ratio
         if mode is Mode.OFF:
             self._end()
             return
         self.terms = terms()
-        self.desk.configure(mode, self.terms.bounds, self._ratio)
+        self.desk.configure(mode, self.terms.bounds, ratio)
         if self._process is None:
             self._process = PlannerProcess(self._advised)
             self._seen.clear()
@@ -158,7 +162,8 @@ class Planning:
             try:
                 self._fleet.resize(to.sizes)
                 assert self.terms is not None
-                self.desk.configure(self.desk.mode, self.terms.bounds, self._ratio)
+                self._in_force = self._ratio
+                self.desk.configure(self.desk.mode, self.terms.bounds, self._in_force)
             except PdserveError as error:
                 self.desk.refuse(str(error), now_s)
         if self.desk.records and self.desk.records[-1] is not last:

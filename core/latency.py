@@ -7,6 +7,7 @@ that workers report."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 
 from .histogram import RATIOS, Histogram
 from .messages import StepTiming, TransferStats
@@ -19,6 +20,7 @@ OUTLIER_RATIO = 4.0  # slower than predicted by this ratio
 WARM_UP = 8  # measurements taken before any can be an outlier
 FLOOR_S = 1e-9
 LEAST_S = 1e-18  # a coefficient that was learnt to be 0
+CENTRED = 1.05  # a median of corrections below this, and above its inverse, is left as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,13 @@ class RecursiveLeastSquares:
         self._update(x / predicted, y / predicted, z / predicted, ratio)
         self._num_seen += 1
         return True
+
+    def scale(self, factor: float) -> None:
+        """Makes every prediction `factor` times as long, and as uncertain relative to itself as before."""
+        u, v, w = self._weights
+        self._weights = u * factor, v * factor, w * factor
+        a, b, c, d, e, f = (factor * factor * entry for entry in self._covariance)
+        self._covariance = a, b, c, d, e, f
 
     def _is_outlier(self, ratio: float) -> bool:
         """Only slow measurements are suspect: nothing computes faster by accident."""
@@ -281,6 +290,18 @@ class LatencyModel:
                 self._decode_large.observe(1.0, context, sequences, seconds, speed.decode)
                 self._large = self._decode_large.coefficients
 
+    def recentre(self, speeds: Sequence[WorkerSpeed]) -> bool:
+        """Brings the median of all workers' corrections back to 1, for each kind of step; returns False when
+        it was there. No prediction for one of them changes, but those for a worker that starts do.
+
+        Where all workers take half the time predicted, their corrections learn it sooner than the model,
+        which then sees nothing to learn. Of two the faster one is the median: the other may be faulty."""
+        prefill = _centre([speed.prefill for speed in speeds], self._prefill)
+        decode = _centre([speed.decode for speed in speeds], self._decode_small, self._decode_large)
+        self._a, self._b, self._c = self._prefill.coefficients
+        self._small, self._large = self._decode_small.coefficients, self._decode_large.coefficients
+        return prefill or decode
+
     def observe_transfer(self, stats: TransferStats) -> None:
         """Learn from a transfer: what was hidden behind compute says nothing of the link, the rest does."""
         if stats.exposed_s > 0:
@@ -294,3 +315,16 @@ class LatencyModel:
             "decode_step": (self._decode_small.ratios, self._decode_large.ratios),
             "transfer": (self._transfer.ratios,),
         }
+
+
+def _centre(corrections: Sequence[Correction], *fits: RecursiveLeastSquares) -> bool:
+    """Moves the median of those that have learnt from the corrections to what they correct."""
+    known = [correction for correction in corrections if correction.num_steps]
+    median = median_low(correction.factor for correction in known) if known else 1.0
+    if 1.0 / CENTRED < median < CENTRED:
+        return False
+    for correction in known:
+        correction.divide(median)
+    for fit in fits:
+        fit.scale(median)
+    return True

@@ -2,7 +2,8 @@
 
 A throttled or older GPU, or a host that others use too, is known as slow after a few of its steps. The model
 learns from times that are divided by the correction, so that one slow worker changes no prediction for the
-others."""
+others. Measurements tell only the product of the two: `LatencyModel.recentre` keeps the corrections around 1.
+"""
 
 from math import copysign, exp, log
 
@@ -35,6 +36,10 @@ class Correction:
     def forget(self, idle_s: float) -> None:
         """Moves towards 1: what was slow once is tried again after some minutes without a step."""
         self._set(self._log * exp(-idle_s / MEMORY_S))
+
+    def divide(self, factor: float) -> None:
+        """Takes `factor` out of the correction, for the model has taken it over."""
+        self._set(self._log - log(factor))
 
     def _set(self, value: float) -> None:
         self._log = min(max(value, -MAX_CORRECTION), MAX_CORRECTION)

@@ -21,6 +21,8 @@ from .request_events import LastToken, Survived
 from .request_states import RequestState
 from .stream import ChoiceStream
 
+RECENTRE_STEPS = 32
+
 
 class WorkerReports:
     """Drops reports from lost incarnations and those that belong to no open leg."""
@@ -46,6 +48,7 @@ class WorkerReports:
         self._pairs = pairs
         self._health = health
         self._turns = turns
+        self._num_steps_left = RECENTRE_STEPS  # until the model is centred
         self.gaps = TokenGaps()
         self._tokens_before = self.gaps.before  # saves one look-up per token
 
@@ -57,11 +60,23 @@ class WorkerReports:
         self._ledger.note_report(worker, report, now_s)
         if report.timing is not None:
             self._model.observe_step(report.timing, worker.speed)
+            self._recentre()
         commands = self.on_tokens(worker, report.outputs, now_s)
         self._requests.counters.tokens += self.gaps.close(now_s)
         if report.blocks_added or report.blocks_evicted:
             self._index.update(worker.worker_id, report.blocks_added, report.blocks_evicted)
         return commands
+
+    def _recentre(self) -> None:
+        """Keeps the model at the speed of an ordinary worker, every so many steps that its cost does not grow
+        with the fleet."""
+        self._num_steps_left -= 1
+        if self._num_steps_left <= 0:
+            workers = list(self._registry)
+            self._num_steps_left = max(RECENTRE_STEPS, len(workers))
+            if self._model.recentre([worker.speed for worker in workers]):
+                for worker in workers:
+                    self._registry.rank(worker)
 
     def on_tokens(
         self, worker: RegisteredWorker, outputs: Sequence[TokenOutput], now_s: float

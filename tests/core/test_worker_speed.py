@@ -50,6 +50,39 @@ def test_a_worker_that_becomes_slow_changes_nothing_for_the_others() -> None:
     assert other.decode_factor * model.decode_s(8, 800) == pytest.approx(10.0 * step_s(8), rel=0.2)
 
 
+@pytest.mark.parametrize("change", [0.04, 1.0, 25.0])
+def test_a_worker_that_starts_is_taken_for_an_ordinary_one_whatever_all_others_have_become(
+    change: float,
+) -> None:
+    model, speeds = LatencyModel(), [WorkerSpeed() for _ in range(3)]
+    train(model, speeds, [1.0, 1.0, 8.0], 50)
+    for _ in range(20):
+        train(model, speeds, [change, change, 8.0 * change], 10)
+        model.recentre([*speeds, WorkerSpeed()])
+    for num in (1, 8, 30):
+        predicted = WorkerSpeed().decode_factor * model.decode_s(num, 100 * num)
+        assert predicted == pytest.approx(change * step_s(num), rel=0.2)
+    assert speeds[2].decode_factor == pytest.approx(8.0, rel=0.2)
+
+
+def test_centring_changes_no_prediction_for_a_worker_that_is_known() -> None:
+    model, speeds, starting = LatencyModel(), [WorkerSpeed() for _ in range(4)], WorkerSpeed()
+    train(model, speeds, [1.0] * 4, 50)
+    train(model, speeds, [0.2, 0.3, 0.4, 2.0], 50)
+    before = [speed.decode_factor * model.decode_s(8, 800) for speed in speeds]
+    assert model.recentre([*speeds, starting])
+    assert [speed.decode_factor * model.decode_s(8, 800) for speed in speeds] == pytest.approx(before)
+    assert starting.decode_factor == 1.0 and not model.recentre(speeds)
+
+
+def test_of_two_workers_the_faster_one_is_ordinary() -> None:
+    model, speeds = LatencyModel(), [WorkerSpeed(), WorkerSpeed()]
+    for _ in range(20):
+        train(model, speeds, [1.0, 10.0], 10)
+        model.recentre(speeds)
+    assert model.decode_s(8, 800) == pytest.approx(step_s(8), rel=0.2)
+
+
 def test_a_slow_worker_is_known_after_a_few_steps() -> None:
     correction = Correction()
     for _ in range(8):

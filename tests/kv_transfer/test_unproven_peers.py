@@ -105,7 +105,9 @@ def test_held_connections_do_not_lock_out_others(way: str, monkeypatch: pytest.M
     try:
         with ExitStack() as held:
             idle = [held.enter_context(connected(receiver, way)) for _ in range(20)]
-            for oldest in idle[:12]:  # all are accepted when these are closed; else they would displace the peer
+            for oldest in idle[
+                :12
+            ]:  # all are accepted when these are closed; else they would displace the peer
                 with suppress(ConnectionError):
                     assert oldest.recv(1) == b""
             check_is_served(receiver)

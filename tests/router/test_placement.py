@@ -203,6 +203,27 @@ def test_a_slow_decode_worker_gets_fewer_streams() -> None:
     assert 0 < 2 * slow < fast, (slow, fast)
 
 
+@pytest.mark.parametrize("change", [0.05, 1.0, 20.0])
+def test_a_decode_worker_that_starts_again_gets_its_share_whatever_speed_the_fleet_has_taken(
+    change: float,
+) -> None:
+    cluster = Cluster(
+        worker_info("prefill-0", max_batch_tokens=1 << 16, max_batch_size=100),
+        *(worker_info(f"decode-{index}", num_blocks=10_000) for index in range(3)),
+        config=RouterConfig(prefill_on_decode_factor=None, max_prefill_backlog_tokens=1 << 20),
+    )
+    for slowness in (1.0, change):
+        for _ in range(10):
+            for index in range(3):
+                _train(cluster, f"decode-{index}", slowness=slowness, prefills=False, num_steps=8)
+    cluster.lose("decode-0")
+    cluster.add(worker_info("decode-0", incarnation=2, num_blocks=10_000))
+    for index in range(60):
+        cluster.submit(make_request(f"r{index}", num_tokens=40, first_token=1000 * index))
+    streams = [len(cluster.sent[f"decode-{index}"]) for index in range(3)]
+    assert sum(streams) == 60 and max(streams) <= 1.3 * min(streams), streams
+
+
 def _slow_and_fast() -> Cluster:
     cluster = Cluster("prefill-0", "prefill-1", worker_info("decode-0", num_blocks=10_000), config=PAIRS_ONLY)
     _train(cluster, "prefill-1", slowness=1.0, prefills=True)

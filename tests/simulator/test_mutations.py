@@ -729,7 +729,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     leave_workers_working_for_an_ended_request: 0,
     decode_an_aborted_sequence: 23,
     miss_a_deadline: 0,
-    stop_a_worker_without_draining_it: 7,
+    stop_a_worker_without_draining_it: 76,
     commit_a_chunk_that_never_left: 108,
     forget_tokens_computed_before_the_router_died: 78,
     forget_to_abort_the_broken_dispatches_that_a_new_router_finds: 680,

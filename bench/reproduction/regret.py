@@ -27,6 +27,7 @@ from .profiles import AZURE, MOONCAKE, Service
 from .traffic import Kind, Traffic, day, in_turns, recorded
 
 HORIZON_S = 60.0
+TRACES = {"azure": ("code", "conversation"), "mooncake": ("conversation",), "day": ()}
 DAY_KINDS = Kind(1500, 30), Kind(700, 250)  # prompts mostly, and outputs mostly
 DAY_PEAKS = 10.0, 12.0  # requests per second
 
@@ -135,24 +136,24 @@ def compare(case: Case, pool: ProcessPoolExecutor, start: Ratio, is_verbose: boo
 
 
 def _case(options: argparse.Namespace) -> Case:
-    part_s, traffic = options.part, None
     service = MOONCAKE if options.case == "mooncake" else AZURE
-    longest = service.profile.max_model_len
-    if options.case == "azure":
-        phase_s = options.phase
-        code = [
-            recorded(options.code, options.code_speed, start_s, phase_s, longest)
-            for start_s in (60.0, 60.0 + phase_s)
-        ]
-        conversation = recorded(options.conversation, options.conversation_speed, 30.0, phase_s, longest)
-        pieces = [(code[0], phase_s), (conversation, phase_s), (code[1], phase_s)]
-        traffic = in_turns("Azure: code, conversation, code", pieces, part_s)
-    elif options.case == "mooncake":
-        rows = recorded(options.conversation, options.conversation_speed, 0.0, options.phase, longest)
-        traffic = in_turns("Mooncake: conversation", [(rows, options.phase)], part_s)
-    else:
-        traffic = day(options.seed, DAY_KINDS, DAY_PEAKS, options.phase, part_s)
-    return Case(service, traffic, options.horizon, options.prefill_on_decode == "auto")
+    return Case(service, _traffic(options, service), options.horizon, options.prefill_on_decode == "auto")
+
+
+def _traffic(options: argparse.Namespace, service: Service) -> Traffic:
+    longest, phase_s = service.profile.max_model_len, options.phase
+    if options.case == "day":
+        return day(options.seed, DAY_KINDS, DAY_PEAKS, phase_s, options.part)
+    if options.case == "mooncake":
+        rows = recorded(options.conversation, options.conversation_speed, 0.0, phase_s, longest)
+        return in_turns("Mooncake: conversation", [(rows, phase_s)], options.part)
+    first, second = (
+        recorded(options.code, options.code_speed, start_s, phase_s, longest)
+        for start_s in (60.0, 60.0 + phase_s)
+    )
+    conversation = recorded(options.conversation, options.conversation_speed, 30.0, phase_s, longest)
+    pieces = [(first, phase_s), (conversation, phase_s), (second, phase_s)]
+    return in_turns("Azure: code, conversation, code", pieces, options.part)
 
 
 def main() -> None:
@@ -171,6 +172,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--verbose", action="store_true", help="with every decision of the planner")
     options = parser.parse_args()
+    for name in TRACES[options.case]:
+        if getattr(options, name) is None:
+            parser.error(f"{options.case} needs --{name} FILE")
     case = _case(options)
     start = Ratio(options.start, case.service.num_devices - options.start)
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:

@@ -11,7 +11,7 @@ Analysis, chapter 9). No clock and no I/O."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import sqrt
+from math import ceil, sqrt
 from statistics import fmean, stdev
 
 from msgspec import structs
@@ -24,7 +24,7 @@ from .changes import price
 from .durations import Durations
 from .forecast import Forecast, last_window, recent_peaks
 from .seen_load import SeenLoad, arrivals, window_of
-from .virtual_cluster import VirtualCluster
+from .virtual_cluster import ServedRequest, VirtualCluster
 from .virtual_instance import InstanceShape
 
 NUM_BATCHES = 6  # the first one fills the empty cluster, and is not counted
@@ -54,6 +54,13 @@ class _Replay:
 
     are_good: tuple[bool, ...]
     mean_e2e_s: float
+    is_whole: bool = True  # not given up
+
+    @property
+    def max_bad(self) -> int:
+        """Returns how many bad requests another ratio may have and still be better: those of this one, and
+        as many as a batch has, since one is not counted."""
+        return self.are_good.count(False) + ceil(len(self.are_good) / NUM_BATCHES)
 
     def shares(self) -> list[float]:
         """Returns the share of good requests in each batch that counts."""
@@ -133,7 +140,7 @@ class LivePlanner:
         if why_not is not None:
             return self._stay(summary, window, why_not)
         candidates = self._weigh(summary, window, requests)
-        predicted = {one.ratio: window.rate * one.attainment for one in candidates}
+        predicted = {one.ratio: window.rate * one.attainment for one in candidates if not one.is_screened_out}
         self._calibration.predict(summary.at_s, terms.horizon_s, predicted)
         return self._choose(summary, window, candidates)
 
@@ -209,9 +216,11 @@ class LivePlanner:
         """Returns the ratios on these requests, the one with the highest net gain first; `base` is how the
         present one did."""
         rate = window.forecast_rate
+        # fewer instances may be better at a lower cost
+        max_bad = base.max_bad if summary.terms.objective is Objective.GOODPUT else None
         found = []
         for ratio in ratios:
-            served = base if ratio == summary.ratio else _replay(summary, ratio, requests, rate)
+            served = base if ratio == summary.ratio else _replay(summary, ratio, requests, rate, max_bad)
             found.append(self._judge(summary, requests, ratio, rate, base, served))
         return sorted(found, key=lambda candidate: candidate.cost - candidate.gain)
 
@@ -241,6 +250,7 @@ class LivePlanner:
             attainment=attainment,
             gain=rate * served_s * (low * self._calibration.trust if low > 0 else low),
             cost=paid.num_requests,
+            is_screened_out=not served.is_whole,
         )
 
     def _choose(self, summary: Summary, window: Window, candidates: Sequence[Candidate]) -> Advice:
@@ -301,15 +311,33 @@ def _nearest(summary: Summary) -> list[Ratio]:
     return sorted(others, key=distance)[:MAX_CANDIDATES]
 
 
-def _replay(summary: Summary, ratio: Ratio, requests: Sequence[SeenRequest], rate: float) -> _Replay:
+def _replay(
+    summary: Summary,
+    ratio: Ratio,
+    requests: Sequence[SeenRequest],
+    rate: float,
+    max_bad: int | None = None,
+) -> _Replay:
+    """Replays the requests at `rate`; given up once more than `max_bad` are bad, as all that are left count
+    then."""
     terms = summary.terms
     coarser = max(1, BLOCK_TOKENS // terms.layout.block_size)
     layout = structs.replace(terms.layout, block_size=coarser * terms.layout.block_size)
     cluster = VirtualCluster(_shapes(summary, ratio, coarser), layout, terms.router)
-    served = cluster.serve(arrivals(requests, rate, terms.max_model_len))
     slo = Slo(ttft=terms.ttft_slo_s * 1e3, tpot=terms.itl_slo_s * 1e3)
+    num_bad = 0
+
+    def is_enough(request: ServedRequest) -> bool:
+        nonlocal num_bad
+        num_bad += bool(request.misses(slo))
+        return max_bad is not None and num_bad > max_bad
+
+    served = cluster.serve(arrivals(requests, rate, terms.max_model_len), is_enough)
     times = [one.e2e_s for one in served if one.e2e_s is not None]
-    return _Replay(tuple(not one.misses(slo) for one in served), fmean(times) if times else 0.0)
+    are_good = [not one.misses(slo) for one in served]
+    are_good += [False] * (len(requests) - len(served))
+    is_whole = max_bad is None or num_bad <= max_bad
+    return _Replay(tuple(are_good), fmean(times) if times else 0.0, is_whole)
 
 
 def _shapes(summary: Summary, ratio: Ratio, coarser: int) -> list[InstanceShape]:

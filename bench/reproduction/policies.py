@@ -3,6 +3,7 @@
 The devices are given, so that every policy decides only how to divide them; a rule that asks for more or for
 fewer gets the same proportions."""
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,15 +11,13 @@ from math import ceil
 from statistics import fmean
 
 from pdserve.planner.durations import Durations
-from pdserve.planner.live import FIRST_LOOK, LivePlanner
+from pdserve.planner.live import LivePlanner
 from pdserve.planner.pace import Pace
 from pdserve.router.planner_desk import Mode, PlannerDesk
 from pdserve.router.planning import Advice, Ratio, SeenRequest, Summary
 
 from .changing_cluster import Gauges
 from .profiles import Service
-
-TOKEN_S = 16e-6  # of processor time, of a replayed token (`bench.microbench.replay`)
 
 
 @dataclass
@@ -45,8 +44,7 @@ class Scripted:
 
 @dataclass
 class Auto:
-    """Production's planner, the head's desk, and the pace of the planner's process: a decision counts as
-    the processor time that its replays are expected to take."""
+    """Production's planner, the head's desk, and the pace of the planner's process, by processor time."""
 
     planner: LivePlanner = field(default_factory=LivePlanner)
     desk: PlannerDesk = field(default_factory=PlannerDesk)
@@ -62,19 +60,11 @@ class Auto:
         self.planner.observe(summary)
         if not self.pace.allows(summary.at_s) or not self.planner.is_due:
             return None
+        started_s = time.process_time()
         advice = self.planner.decide()
+        self.pace.spend(time.process_time() - started_s)
         self.advice.append(advice)
-        self.pace.spend(_replayed_s(advice))
         return self.desk.receive(advice, summary.at_s, is_settled=summary.is_settled)
-
-
-def _replayed_s(advice: Advice) -> float:
-    is_screened = any(one.is_screened_out for one in advice.candidates)
-    looks = len(advice.candidates) / FIRST_LOOK if is_screened else 0.0
-    replays = looks + sum(not one.is_screened_out for one in advice.candidates)
-    window = advice.window
-    tokens = window.mean_output_tokens + window.mean_prompt_tokens / 10
-    return TOKEN_S * replays * window.num_requests * tokens
 
 
 @dataclass

@@ -2,12 +2,13 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import inf
 from typing import Any
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import NodeDiedError, RayError, TaskUnschedulableError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -16,6 +17,7 @@ from ..core.config import ClusterConfig
 from ..core.devices import DeviceKind
 from ..engine.gpu import Node
 from ..head.host_facts import HostFacts, look, no_space, refusal, warning
+from ..head.ports import InstanceResources
 from ..router.cores import Capacity
 from ..router.hosts import HostChecked, SeenHost
 from .actors import reason_of
@@ -109,6 +111,14 @@ class RayNodes:
                 " there"
             )
         return ""
+
+    async def request(self, instances: Sequence[InstanceResources]) -> None:
+        """Asks Ray's autoscaler, which keeps the request until the next one."""
+        bundles = [
+            {"CPU": one.num_cpus} | ({} if one.gpu_share is None else {"GPU": one.gpu_share})
+            for one in instances
+        ]
+        await asyncio.to_thread(request_resources, bundles=bundles)
 
     async def check(self, node_id: str, config: ClusterConfig, device: DeviceKind) -> HostChecked:
         """Asks the host, and judges whether instances may start there."""

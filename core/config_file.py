@@ -21,6 +21,7 @@ from .hosts import ExpectedHosts
 from .yaml_lines import Document, KeyPath, parse_yaml
 
 ROOT: KeyPath = ("metadata", "pdserve")
+RAY_MAX_WORKERS = 2  # Ray's, where the file does not say how many hosts there may be beside the head's
 MAX_FILE_BYTES = 1 << 20
 _KEY = re.compile(r"[a-z_]+(\.[a-z_]+)*")
 
@@ -156,15 +157,11 @@ def _our_part(document: Document) -> Any:
 def _expected_hosts(document: Document) -> ExpectedHosts:
     """Reads the expected hosts from Ray's own part of the file."""
     values = document.values
-    provider, node_types = (values.get(key) for key in ("provider", "available_node_types"))
+    provider = values.get("provider")
     if not isinstance(provider, Mapping):
         return ExpectedHosts()
     if provider.get("type") != "local":
-        types = node_types.items() if isinstance(node_types, Mapping) else ()
-        counts = {str(name): one.get("min_workers", 0) for name, one in types if isinstance(one, Mapping)}
-        return ExpectedHosts(
-            node_types={name: count for name, count in counts.items() if isinstance(count, int) and count > 0}
-        )
+        return _hosts_of_a_cloud(values)
     if "head_ip" not in provider and "worker_ips" not in provider:
         return ExpectedHosts()
     found = provider.get("worker_ips") or []
@@ -173,6 +170,25 @@ def _expected_hosts(document: Document) -> ExpectedHosts:
         raise ConfigError(f"{where}: provider.worker_ips: got {_shown(found)}, expected a list of addresses")
     head = provider.get("head_ip")
     return ExpectedHosts(addresses=tuple(dict.fromkeys(host for host in found if host != head)))
+
+
+def _hosts_of_a_cloud(values: Mapping[str, Any]) -> ExpectedHosts:
+    """Reads how many hosts Ray's autoscaler keeps, and how many it may start: with Ray's defaults, and
+    without judging what Ray judges."""
+    found = values.get("available_node_types")
+    types = {
+        str(name): one
+        for name, one in (found.items() if isinstance(found, Mapping) else ())
+        if isinstance(one, Mapping) and name != values.get("head_node_type")
+    }
+    most = values.get("max_workers", RAY_MAX_WORKERS)
+
+    def counts(key: str, default: int) -> dict[str, int]:
+        read = {name: one.get(key, default) for name, one in types.items()}
+        return {name: count for name, count in read.items() if isinstance(count, int) and count > 0}
+
+    max_hosts = min(most, sum(counts("max_workers", most).values())) if isinstance(most, int) else 0
+    return ExpectedHosts(node_types=counts("min_workers", 0), max_hosts=max_hosts)
 
 
 def _problem(error: ErrorDetails) -> str:

@@ -13,8 +13,14 @@ class ExpectedHosts:
     addresses: tuple[str, ...] | None = None  # these, and no others; None: the file does not name them
     # of a cloud: how many hosts there will be at least
     node_types: Mapping[str, int] = field(default_factory=dict)
+    max_hosts: int = 0  # of a cloud: how many Ray's autoscaler starts at most
     # by name among `addresses`, where that is known
     resolved: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether Ray's autoscaler starts hosts beyond those that there will be at least."""
+        return self.max_hosts > sum(self.node_types.values())
 
     def name_of(self, address: str, name: str) -> str | None:
         """The name under which the file lists the host with this address and host name; None when it does

@@ -28,7 +28,8 @@ from ..router.hosts import (
     VacateHost,
 )
 from .host_facts import no_space
-from .ports import Nodes
+from .ports import InstanceResources, Nodes
+from .settings import instance_resources
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ class HostWatch:
         self._resolved: dict[str, str] = {}  # names in files -> addresses
         self._checks: set[asyncio.Task[None]] = set()
         self._following: asyncio.Task[None] | None = None
+        self._wanted: list[InstanceResources] = []  # the room that Ray's autoscaler has been asked for
+        self._requests = asyncio.Lock()  # the latest one is the last to arrive
 
     async def start(self, config: ClusterConfig) -> None:
         """Finds the hosts that are present; each is checked before it serves."""
@@ -87,7 +90,25 @@ class HostWatch:
     def expect(self, config: ClusterConfig) -> None:
         """Puts a configuration in force."""
         self._config = config
-        self.handle(ExpectHosts(self._expected(config), config.join_timeout_s))
+        expected = self._expected(config)
+        self.handle(ExpectHosts(expected, config.join_timeout_s))
+        if expected.can_grow or self._wanted:
+            self._want(instance_resources(config, self._device) if expected.can_grow else [])
+
+    def _want(self, instances: list[InstanceResources]) -> None:
+        """Lets Ray's autoscaler start hosts for what has no room, and end those that nothing needs."""
+        self._wanted = instances
+        log.info("Ray's autoscaler is asked for hosts with room for %d instances", len(instances))
+        task = asyncio.get_running_loop().create_task(self._request())
+        self._checks.add(task)
+        task.add_done_callback(self._checks.discard)
+
+    async def _request(self) -> None:
+        async with self._requests:
+            try:
+                await self._nodes.request(self._wanted)
+            except Exception as error:
+                log.warning("Ray's autoscaler cannot be asked for hosts: %s", error)
 
     def suspect(self, node_id: str) -> None:
         """Suspects a host on which a worker was lost for no known reason. `on_change` is not called: no
@@ -127,6 +148,9 @@ class HostWatch:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._wanted:
+            self._wanted = []
+            await self._request()
 
     def _expected(self, config: ClusterConfig) -> ExpectedHosts:
         return ExpectedHosts() if self._is_alone else replace(config.hosts, resolved=self._resolved)

@@ -1,7 +1,7 @@
 """The interfaces through which the head reaches the processes and hosts of its cluster. `cluster` implements
 them over Ray."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +16,14 @@ Key = tuple[str, int]  # (worker_id, incarnation)
 Version = tuple[
     int, int
 ]  # of a configuration: its head's generation, and its number among those of that head
+
+
+@dataclass(frozen=True)
+class InstanceResources:
+    """What one instance takes of its host."""
+
+    num_cpus: float
+    gpu_share: float | None  # None: no GPU
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,11 @@ class Nodes(Protocol):
 
     async def check(self, node_id: str, config: ClusterConfig, device: DeviceKind) -> HostChecked:
         """Asks the host, and judges whether instances may start there."""
+        ...
+
+    async def request(self, instances: Sequence[InstanceResources]) -> None:
+        """Asks for hosts that together have room for these instances, running ones included, in place of
+        what was asked before."""
         ...
 
 

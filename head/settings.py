@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ..core.config import ClusterConfig
+from ..core.devices import DeviceKind
 from ..core.messages import KVLayout, Role
 from ..engine.checkpoint import open_checkpoint, resolve_model_path
 from ..engine.gpu import Node
@@ -13,6 +14,7 @@ from ..router.cores import Placement
 from ..router.planning import Bounds, Objective, PoolLimits, Ratio, Terms
 from ..telemetry.steps import StepCosts
 from ..worker.spec import WorkerSpec
+from .ports import InstanceResources
 
 
 def pool_sizes(config: ClusterConfig) -> dict[Role, int]:
@@ -23,6 +25,16 @@ def pools_are_alike(config: ClusterConfig) -> bool:
     """Whether a worker of one pool could serve in the other."""
     same = {"instances": 0}
     return config.pools.prefill.model_copy(update=same) == config.pools.decode.model_copy(update=same)
+
+
+def instance_resources(config: ClusterConfig, device: DeviceKind) -> list[InstanceResources]:
+    """Returns what each instance of the configuration takes of its host, the largest first."""
+    found = [
+        InstanceResources(pool.num_cpus, pool.gpu_share if device == "cuda" else None)
+        for _, pool in config.pools.items()
+        for _ in range(pool.num_instances)
+    ]
+    return sorted(found, key=lambda one: (one.gpu_share or 0.0, one.num_cpus), reverse=True)
 
 
 def vacated(node: Node, living: Iterable[tuple[WorkerSpec, Placement]]) -> Node:

@@ -185,6 +185,8 @@ class Hosts:
     def are_complete(self, expected: ExpectedHosts) -> bool:
         """Whether all hosts of a configuration serve, so that no more are expected."""
         there = [host for host in self._hosts.values() if _is_listed(host.seen, expected)]
+        if expected.can_grow and sum(not host.seen.is_head for host in there) < expected.max_hosts:
+            return False
         return all(host.state is HostState.JOINED for host in there) and not any(self._absent(expected))
 
     def capacity(self, node_id: str) -> Capacity:

@@ -271,6 +271,7 @@ def _values(config: ClusterConfig) -> dict[str, Any]:
     return config.model_dump() | {
         "provider": {"worker_ips": named},
         "available_node_types": {"min_workers": min_workers},
+        "max_workers": hosts.max_hosts,
     }
 
 

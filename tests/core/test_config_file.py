@@ -332,8 +332,20 @@ def test_the_file_written_by_ray_up_on_the_head_is_readable(tmp_path: Path) -> N
                 "provider: {type: aws}\navailable_node_types: {head: {}, gpu: {min_workers: 2}, cpu:"
                 " {min_workers: 0}}"
             ),
-            ExpectedHosts(node_types={"gpu": 2}),
+            ExpectedHosts(node_types={"gpu": 2}, max_hosts=2),
         ),
+        (
+            (
+                "provider: {type: aws}\nmax_workers: 9\nhead_node_type: head\navailable_node_types:"
+                " {head: {max_workers: 1}, gpu: {min_workers: 2, max_workers: 4}, cpu: {max_workers: 3}}"
+            ),
+            ExpectedHosts(node_types={"gpu": 2}, max_hosts=7),
+        ),
+        (
+            "provider: {type: gcp}\nmax_workers: 5\navailable_node_types: {gpu: {min_workers: 1}}",
+            ExpectedHosts(node_types={"gpu": 1}, max_hosts=5),
+        ),
+        ("provider: {type: gcp}\nmax_workers: many\navailable_node_types: [1]", ExpectedHosts()),
     ],
 )
 def test_which_hosts_there_will_be_is_read_from_rays_part(text: str, expected: ExpectedHosts) -> None:

@@ -1,6 +1,7 @@
 """The watch feeds the reports of Ray and hosts to `Hosts`, and carries out its decisions."""
 
 import asyncio
+from collections.abc import Sequence
 from math import inf
 from typing import Any
 
@@ -13,6 +14,7 @@ from pdserve.core.needs import Need
 from pdserve.engine.gpu import Node
 from pdserve.head import host_watch as host_watch_module
 from pdserve.head.host_watch import HostWatch
+from pdserve.head.ports import InstanceResources
 from pdserve.router.cores import Capacity, Placement
 from pdserve.router.events import Tick
 from pdserve.router.hosts import CHECK_AGAIN_S, HostChecked, Hosts, SeenHost
@@ -31,6 +33,7 @@ class FakeNodes:
         self.num_looks = 0
         self.looked = asyncio.Event()
         self.answers: dict[str, asyncio.Future[HostChecked]] = {}
+        self.requests: list[list[tuple[float, float | None]]] = []  # (cores, GPU) of each instance
 
     async def seen(self) -> tuple[SeenHost, ...]:
         self.num_looks += 1
@@ -42,6 +45,9 @@ class FakeNodes:
     async def check(self, node_id: str, config: ClusterConfig, device: str) -> HostChecked:
         self.answers[node_id] = asyncio.get_running_loop().create_future()
         return await self.answers[node_id]
+
+    async def request(self, instances: Sequence[InstanceResources]) -> None:
+        self.requests.append([(one.num_cpus, one.gpu_share) for one in instances])
 
     def node(self, node_id: str) -> Node:
         return Node(node_id, (0,), 100, 40)
@@ -197,3 +203,32 @@ async def test_memory_that_running_workers_hold_is_planned_again_for_them() -> N
     await nodes.answer("n1", num_bytes=40)
     assert [node.available_memory_bytes for node in watch.nodes(ClusterConfig())] == [100]
     await watch.close()
+
+
+async def test_an_autoscaler_is_asked_for_all_instances_in_force_and_for_none_at_the_end() -> None:
+    def config(instances: int, max_hosts: int) -> ClusterConfig:
+        pools = {"prefill": {"cpus_per_instance": 0.5}, "decode": {"instances": instances}}
+        found = ClusterConfig.model_validate({"pools": pools})
+        return found.expecting(ExpectedHosts(node_types={"cpu": 1}, max_hosts=max_hosts))
+
+    nodes = FakeNodes(HEAD)
+    watch = watch_of(nodes)
+    await watch.start(config(1, max_hosts=4))
+    watch.expect(config(3, max_hosts=4))
+    await settled()
+    assert nodes.requests[-1] == [(1.0, None)] * 3 + [(0.5, None)]
+    watch.expect(config(3, max_hosts=1))
+    await settled()
+    assert nodes.requests[-1] == [], "all that the file allows are there for good"
+    watch.expect(config(2, max_hosts=4))
+    await settled()
+    await watch.close()
+    assert nodes.requests[-2:] == [[(1.0, None)] * 2 + [(0.5, None)], []]
+
+
+async def test_nothing_is_asked_of_an_autoscaler_where_the_file_has_none() -> None:
+    nodes = FakeNodes(HEAD)
+    watch = watch_of(nodes)
+    await watch.start(WITH_B)
+    await watch.close()
+    assert nodes.requests == []

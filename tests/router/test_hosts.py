@@ -245,6 +245,15 @@ def test_missing_cloud_hosts_are_identified_by_node_type() -> None:
     assert cluster.states == {"10.0.0.1": "joined", "10.0.0.2": "joined", "gpu (2 of 2)": "awaited"}
 
 
+def test_hosts_are_complete_when_rays_autoscaler_starts_no_more() -> None:
+    elastic = ExpectedHosts(node_types={"gpu": 1}, max_hosts=2)
+    cluster = Cluster(elastic)
+    cluster.join(HEAD, SeenHost("n2", "10.0.0.2", "b", "gpu"))
+    assert not cluster.hosts.are_complete(elastic)
+    cluster.join(HEAD, SeenHost("n2", "10.0.0.2", "b", "gpu"), SeenHost("n3", "10.0.0.3", "c", "gpu"))
+    assert cluster.hosts.are_complete(elastic)
+
+
 def test_a_configuration_can_be_asked_about_before_it_is_in_force() -> None:
     cluster = Cluster()
     cluster.join(HEAD, B)

@@ -1,7 +1,7 @@
 """The share of each GPU of one machine that is taken, by Ray's rule for assigning GPUs to actors. Pure
 bookkeeping."""
 
-_EPSILON = 1e-6  # three shares of 0.3333 and their sum
+EPSILON = 1e-6  # shares add up with errors of rounding: three of 0.3333 of a GPU, say
 
 
 class GpuShares:
@@ -14,8 +14,8 @@ class GpuShares:
 
     def find(self, share: float) -> int | None:
         """The GPU that the next instance would get, by position; None when none has room."""
-        fitting = [gpu for gpu, left in enumerate(self._free) if left >= share - _EPSILON]
-        return min(fitting, key=lambda gpu: round(self._free[gpu] / _EPSILON), default=None)
+        fitting = [gpu for gpu, left in enumerate(self._free) if left >= share - EPSILON]
+        return min(fitting, key=lambda gpu: round(self._free[gpu] / EPSILON), default=None)
 
     def rank(self, share: float) -> tuple[float, float]:
         """The key that orders machines with room: the least keeps instances closest together."""

@@ -4,6 +4,7 @@ The library has a plain C interface and needs neither torch nor Python headers. 
 each level of instruction set, under names of its own; the loader asks the CPU it runs on which of them may
 run. Nothing depends on the building machine but its architecture."""
 
+import hashlib
 import platform
 import shutil
 import subprocess
@@ -35,14 +36,17 @@ LEVELS: Mapping[str, Mapping[str, Sequence[str]]] = {
 
 
 def build(out_dir: Path) -> list[Path]:
-    """Compiles the library into `out_dir`; returns the files it created, none without a compiler for this
-    platform."""
+    """Compiles the library into `out_dir`, unless it is there; returns its files, none without a compiler for
+    this platform."""
     compiler, machine = shutil.which("g++") or shutil.which("c++"), platform.machine()
     if sys.platform != "linux" or machine not in LEVELS or compiler is None:
         return []
-    library = out_dir / LIBRARY_NAME
+    library, build_id = out_dir / LIBRARY_NAME, _build_id(compiler)
+    if library.is_file() and build_id in library.read_bytes():
+        return [library]
+    objcopy = shutil.which("objcopy") or "objcopy"
     with tempfile.TemporaryDirectory() as tmp:
-        linked = compile_library([compiler], shutil.which("objcopy") or "objcopy", LEVELS[machine], Path(tmp))
+        linked = compile_library([compiler], objcopy, LEVELS[machine], Path(tmp), build_id)
         # A rename puts the new library in place at once; processes that have the old one mapped keep it.
         staged = library.with_suffix(".tmp")
         shutil.copyfile(linked, staged)
@@ -50,8 +54,21 @@ def build(out_dir: Path) -> list[Path]:
     return [library]
 
 
+def _build_id(compiler: str) -> bytes:
+    """Returns a digest of the sources, of this file with its flags, and of the compiler's version."""
+    version = subprocess.run([compiler, "--version"], check=True, stdout=subprocess.PIPE).stdout
+    digest = hashlib.sha256(version)
+    for source in (Path(__file__), *sorted(SOURCES.iterdir())):
+        digest.update(hashlib.sha256(source.read_bytes()).digest() + source.name.encode())
+    return digest.digest()
+
+
 def compile_library(
-    compiler: Sequence[str], objcopy: str, levels: Mapping[str, Sequence[str]], tmp: Path
+    compiler: Sequence[str],
+    objcopy: str,
+    levels: Mapping[str, Sequence[str]],
+    tmp: Path,
+    build_id: bytes = bytes(32),
 ) -> Path:
     """Compiles the library with the given levels and their flags, by way of `tmp`; returns its path there."""
     compiles = [_compile(compiler, source, [], tmp / source) for source in _BASELINE]
@@ -67,6 +84,7 @@ def compile_library(
         _isolate(compiler, objcopy, level, objects, tmp / f"{level}.o")
     linked = tmp / LIBRARY_NAME
     link = [*compiler, "-shared", "-static-libstdc++", "-static-libgcc", "-pthread", "-o", str(linked)]
+    link.append(f"-Wl,--build-id=0x{build_id.hex()}")
     subprocess.run([*link, *(str(out) for out in sorted(tmp.glob("*.o")))], check=True)
     return linked
 

@@ -7,12 +7,11 @@ from itertools import count
 from math import inf
 
 from ..core.config_types import format_size
-from ..core.gpu_shares import GpuShares
+from ..core.gpu_shares import EPSILON, GpuShares
 from ..core.needs import Need
 from .ranking import Ranking
 
 MAX_NEEDS = 16  # kinds of instances whose hosts are kept in order
-_EPSILON = 1e-6
 Key = tuple[str, int]  # (worker_id, incarnation)
 
 
@@ -61,7 +60,7 @@ class _Free:
             (self.gpus.give_back if sign > 0 else self.gpus.take_back)(placement.gpu, need.gpu_share)
 
     def fitting_cores(self, need: Need) -> list[int]:
-        return [core for core, left in enumerate(self.cores) if left >= need.core_share - _EPSILON]
+        return [core for core, left in enumerate(self.cores) if left >= need.core_share - EPSILON]
 
     def has_cores(self, need: Need) -> bool:
         has_gpu = need.gpu_share is None or self.gpus.find(need.gpu_share) is not None

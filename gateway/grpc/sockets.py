@@ -20,6 +20,7 @@ from .unauthenticated_traffic import Received
 STATUS = Path("/proc/self/status")
 _NUM_DESCRIPTORS = re.compile(r"^FDSize:\s*(\d+)", re.MULTILINE)
 SO_COOKIE = 57  # asm-generic/socket.h: a number unique among this host's sockets
+_COOKIE_BYTES = 8
 _ESTABLISHED, _CLOSED, _CLOSE_WAIT = 1, 7, 8  # linux/tcp.h
 _TCP_INFO = struct.Struct("B127xQ")  # the same: tcpi_state and tcpi_bytes_received
 _UNSPECIFIED = struct.pack("H14x", socket.AF_UNSPEC)  # a struct sockaddr
@@ -42,10 +43,9 @@ class GrpcSocket:
         if copy < 0:  # closed in the meantime
             return
         try:
-            with suppress(OSError), _borrowed(copy) as sock:
-                if _cookie(sock) == self.cookie:
-                    # connect(2): dissolves the association
-                    _libc.connect(copy, _UNSPECIFIED, len(_UNSPECIFIED))
+            if _cookie(copy) == self.cookie:
+                # connect(2): dissolves the association
+                _libc.connect(copy, _UNSPECIFIED, len(_UNSPECIFIED))
         finally:
             _libc.close(copy)
 
@@ -66,12 +66,14 @@ class GrpcSockets:
         self.num_reset = 0
         found, names = dict[str, GrpcSocket](), dict[bytes, str | None]()
         for descriptor in range(int(match[1])):
-            with (
-                suppress(OSError),
-                _borrowed(descriptor) as sock,
-            ):  # OSError: not open, not a socket, or closed in the meantime
-                cookie = _cookie(sock)
-                name = names[cookie] = self._names[cookie] if cookie in self._names else self._name_of(sock)
+            cookie = _cookie(descriptor)
+            if cookie is None:
+                continue
+            if self._names.get(cookie, "") is None:  # known as none of the server's
+                names[cookie] = None
+                continue
+            with suppress(OSError), _borrowed(descriptor) as sock:  # OSError: closed in the meantime
+                name = names[cookie] = self._names.get(cookie) or self._name_of(sock)
                 if name is None:
                     continue
                 state, num_bytes = _TCP_INFO.unpack(
@@ -120,5 +122,9 @@ def _num_unread(descriptor: int) -> int:
     return count.value
 
 
-def _cookie(sock: socket.socket) -> bytes:
-    return sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8)
+def _cookie(descriptor: int) -> bytes | None:
+    """Returns a socket's cookie; None if the descriptor is no socket, or not open. Most are not, and an
+    exception for each would be most of a scan's cost."""
+    cookie, size = ctypes.create_string_buffer(_COOKIE_BYTES), ctypes.c_uint32(_COOKIE_BYTES)
+    failed = _libc.getsockopt(descriptor, socket.SOL_SOCKET, SO_COOKIE, cookie, ctypes.byref(size))
+    return None if failed else cookie.raw

@@ -71,7 +71,8 @@ class Cluster:
         } | settings
         self._launched: LaunchedCluster = launch(ClusterConfig.model_validate(self.settings))
         self.address = self._launched.grpc_address
-        self.channel = grpc.insecure_channel(self.address)
+        # a window that stays small: a large stream runs until it is read
+        self.channel = grpc.insecure_channel(self.address, [("grpc.http2.bdp_probe", 0)])
         self.generation = rpc.GenerationStub(self.channel)
         self._local = grpc.insecure_channel(self._launched.local_address)
         self.admin = rpc.ClusterStub(self._local)

@@ -69,8 +69,17 @@ def until(cluster: Cluster, is_so: Callable[[dict[str, float]], bool]) -> dict[s
     raise AssertionError("the status stream ended")
 
 
+def large_request(cluster: Cluster) -> pb.GenerateRequest:
+    """A request whose stream is larger than what is buffered on its way: it runs until it is read."""
+    return cluster.request(PROMPT, max_tokens=1500, logprobs=20)
+
+
 def num_closed(values: dict[str, float]) -> float:
     return sum(value for name, value in values.items() if name.startswith("request_success_total"))
+
+
+def num_cancelled(values: dict[str, float]) -> float:
+    return values.get('request_success_total{finished_reason="cancelled"}', 0.0)
 
 
 def test_after_some_requests_the_counters_equal_what_was_done(cluster: Cluster) -> None:
@@ -82,7 +91,7 @@ def test_after_some_requests_the_counters_equal_what_was_done(cluster: Cluster) 
     cached = [cluster.request(PROMPT, max_tokens=12, salt="0") for _ in range(4)]
     answers += cluster.generate_all(cached)
     requests += cached
-    call: Any = cluster.generation.GenerateStream(cluster.request(PROMPT, max_tokens=1500))
+    call: Any = cluster.generation.GenerateStream(large_request(cluster))
     next(call)
     call.cancel()
     values = until(cluster, lambda values: num_closed(values) == 13)
@@ -91,7 +100,7 @@ def test_after_some_requests_the_counters_equal_what_was_done(cluster: Cluster) 
     num_choices = sum(request.sampling.n or 1 for request in requests)
     num_tokens = sum(usage.completion_tokens for usage in usages)
     assert values['request_success_total{finished_reason="length"}'] == len(requests)
-    assert values['request_success_total{finished_reason="cancelled"}'] == 1
+    assert num_cancelled(values) == 1
     assert values["request_generation_tokens_sum"] == num_tokens
     assert values["generation_tokens_total"] > num_tokens, "what the cancelled client got counts too"
     assert values["request_prompt_tokens_sum"] == sum(usage.prompt_tokens for usage in usages)
@@ -182,12 +191,15 @@ def test_explain_shows_every_leg_of_a_finished_request(cluster: Cluster) -> None
 
 
 def test_explain_shows_a_running_request(cluster: Cluster) -> None:
-    request = cluster.request(PROMPT, max_tokens=1500)
+    before = num_cancelled(nonzero(cluster._launched.metrics()))
+    request = large_request(cluster)
     request.request_id = "running"
     call: Any = cluster.generation.GenerateStream(request)
     next(call)
     assert cluster.admin.Explain(pb.ExplainRequest(request_id="running")).outcome == "running"
     call.cancel()
+    # until then, workers may not even have reported that it began
+    until(cluster, lambda values: num_cancelled(values) == before + 1)
     cluster.check_all_blocks_free()
 
 

@@ -79,7 +79,7 @@ parameters = st.fixed_dictionaries(
 row = st.tuples(parameters, st.lists(token_ids, max_size=5), st.sets(token_ids, min_size=1, max_size=9))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     st.lists(row, min_size=1, max_size=5),
     st.sampled_from([VOCAB_SIZE, 64, 2051]),

@@ -337,31 +337,33 @@ def check_same(refusal: grpc.aio.AioRpcError, response: httpx.Response) -> None:
     assert response.status_code == STATUSES[refusal.code()]
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("name", REFUSED)
 async def test_both_refuse_it_with_the_same_message(
-    generation: Stub, http: httpx.AsyncClient, cluster: ScriptedCluster, name: str, stream: bool
+    generation: Stub, http: httpx.AsyncClient, cluster: ScriptedCluster, subtests: pytest.Subtests
 ) -> None:
-    request, body = REFUSED[name]
-    check_same(await over_grpc(generation, request), await over_http(http, body | {"stream": stream}))
-    assert cluster.requests == []
+    for name, (request, body) in REFUSED.items():
+        with subtests.test(name):
+            refusal = await over_grpc(generation, request)
+            for stream in (False, True):
+                check_same(refusal, await over_http(http, body | {"stream": stream}))
+            assert cluster.requests == []
 
 
-@pytest.mark.parametrize("name", TAKEN)
 async def test_both_accept_it_and_make_the_same_request_of_it(
-    generation: Stub, http: httpx.AsyncClient, cluster: ScriptedCluster, name: str
+    generation: Stub, http: httpx.AsyncClient, cluster: ScriptedCluster, subtests: pytest.Subtests
 ) -> None:
-    request, body = TAKEN[name]
-    request = pb.GenerateRequest.FromString(request.SerializeToString())
-    request.request_id = "mine"
-    if "messages" in body:
-        request.sampling.max_tokens = body["max_tokens"] = 9
-    if not request.client_id:
-        request.client_id = body["user"] = "alice"
-    await generation.Generate(request)
-    assert (await over_http(http, body, **{"x-request-id": "mine"})).status_code == 200
-    over_one, over_the_other = cluster.requests
-    assert over_one == over_the_other
+    for name, (request, body) in TAKEN.items():
+        cluster.requests.clear()
+        with subtests.test(name):
+            request = pb.GenerateRequest.FromString(request.SerializeToString())
+            request.request_id = "mine"
+            if "messages" in body:
+                request.sampling.max_tokens = body["max_tokens"] = 9
+            if not request.client_id:
+                request.client_id = body["user"] = "alice"
+            await generation.Generate(request)
+            assert (await over_http(http, body, **{"x-request-id": "mine"})).status_code == 200
+            over_one, over_the_other = cluster.requests
+            assert over_one == over_the_other
 
 
 async def test_both_refuse_a_long_name(generation: Stub, http: httpx.AsyncClient) -> None:

@@ -83,17 +83,16 @@ ONLY_TEXT, ONLY_CHAT = (
 )
 
 
-@pytest.mark.parametrize("field", NEUTRAL)
 async def test_a_neutral_value_changes_nothing(
-    http: httpx.AsyncClient, cluster: ScriptedCluster, field: str
+    http: httpx.AsyncClient, cluster: ScriptedCluster, subtests: pytest.Subtests
 ) -> None:
-    bodies = [body for body, other in ((TEXT, ONLY_CHAT), (CHAT, ONLY_TEXT)) if field not in other]
-    for body in bodies:
+    for body, other in ((TEXT, ONLY_CHAT), (CHAT, ONLY_TEXT)):
         cluster.requests.clear()
-        for more in (dict[str, Any](), {field: NEUTRAL[field]}):
-            response = await ask(http, body | more, **{"x-request-id": "mine"})
-            assert response.status_code == 200, response.text
-        assert cluster.requests[0] == cluster.requests[1]
+        for more in ({}, *({field: value} for field, value in NEUTRAL.items() if field not in other)):
+            with subtests.test(body=body, more=more):
+                response = await ask(http, body | more, **{"x-request-id": "mine"})
+                assert response.status_code == 200, response.text
+                assert cluster.requests[-1] == cluster.requests[0]
 
 
 async def test_parts_of_turns_without_effect_are_accepted(
@@ -293,13 +292,15 @@ PARAMS: list[tuple[dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("body", "param"), PARAMS, ids=[param for _, param in PARAMS])
 async def test_param_is_the_name_that_the_body_has(
-    http: httpx.AsyncClient, body: dict[str, Any], param: str
+    http: httpx.AsyncClient, subtests: pytest.Subtests
 ) -> None:
-    error = (await ask(http, body)).json()["error"]
-    assert error["param"] == param and error["message"].startswith(param)
-    assert ": ''" not in error["message"] or body.get("prompt") == "", "nothing is shown that was not sent"
+    for body, param in PARAMS:
+        with subtests.test(param=param, body=body):
+            error = (await ask(http, body)).json()["error"]
+            assert error["param"] == param and error["message"].startswith(param)
+            is_sent = body.get("prompt") == ""
+            assert ": ''" not in error["message"] or is_sent, "nothing is shown that was not sent"
 
 
 async def test_a_body_that_is_no_object_has_a_param(http: httpx.AsyncClient) -> None:

@@ -152,10 +152,16 @@ async def test_a_costly_clients_outputs_do_not_delay_others(listener: RecordingL
     for key in range(1, 11):
         lanes.open(key, regex_grammar(f"(a{{1000}}){{{1000 + key}}}"), (), "attacker")
     lanes.open(11, regex_grammar("a+"), (), "victim")
-    for num_tokens in range(50):
+    num_tokens = num_refused = 0
+    while num_tokens < 50:
         kind, key, what = await listener.answers.get()
-        assert (kind, key, what[0]) == ("mask", 11, num_tokens)
-        lanes.advance(11, tokens("a")[0])
+        if key == 11:
+            assert (kind, what[0]) == ("mask", num_tokens)
+            lanes.advance(11, tokens("a")[0])
+            num_tokens += 1
+        else:
+            num_refused += 1
+    assert num_refused < 5, "on a busy machine some may come before; behind each other, all would"
     await lanes.stop()
 
 

@@ -28,7 +28,7 @@ CALM = TransferConfig(
     chunk_timeout_s=30.0,
     lease_s=30.0,
 )
-FAST = replace(CALM, dead_after_s=0.4, chunk_timeout_s=5.0)  # where a peer falls silent
+MORTAL = replace(CALM, dead_after_s=3.0)  # where a peer falls silent; no living one does, for so long
 
 
 def layout(

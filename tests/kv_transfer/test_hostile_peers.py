@@ -40,7 +40,7 @@ from pdserve.kv_transfer.shm import ShmLink
 from pdserve.kv_transfer.span import Span
 
 from ..handshakes import shake_hands
-from .support import CALM, FAST, WAIT_S, Worker, layout
+from .support import CALM, MORTAL, WAIT_S, Worker, layout
 
 T = TransferId("request", 0)
 CELL_BYTES = layout().bytes_per_token // layout().num_layers
@@ -228,7 +228,7 @@ def test_a_new_epoch_fences_the_old_one() -> None:
 )
 def test_unauthenticated_peers_are_disconnected_and_others_are_served(first: bytes) -> None:
     """Also peers that send only half a greeting, or nothing: their time is bounded."""
-    receiver = Worker("d", layout(), config=replace(CALM, connect_timeout_s=0.3))
+    receiver = Worker("d", layout(), config=replace(CALM, connect_timeout_s=3.0))  # enough for the last one
     try:
         address = receiver.address.tcp_host, receiver.address.tcp_port
         # bytes left unread when the server closed the connection turn the close into a reset
@@ -273,7 +273,7 @@ sys.stdin.read()
 def test_a_peer_that_is_killed_or_frozen_fails_its_transfers(
     transport: str, what: signal.Signals, socket_root: Path
 ) -> None:
-    receiver = Worker("d", layout(), transport=transport, config=FAST if what == signal.SIGSTOP else CALM)
+    receiver = Worker("d", layout(), transport=transport, config=MORTAL if what == signal.SIGSTOP else CALM)
     arrived = threading.Semaphore(0)
     receiver.store.on_scatter = arrived.release
     child = subprocess.Popen(

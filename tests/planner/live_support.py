@@ -75,13 +75,13 @@ OUTPUTS = Load(6.0, 3, 25)
 @dataclass
 class FollowedCluster:
     """Follows the advice at once. Requests end in the summary in which they arrive; as many are good as was
-    predicted for the ratio, times `honesty`."""
+    predicted for the ratio, times `honesty`. It decides after `every` so many summaries."""
 
     ratio: Ratio
     terms: Terms = field(default_factory=terms)
     seed: int = 0
     honesty: float = 1.0
-    follows: bool = True
+    every: int = 3
     planner: LivePlanner = field(default_factory=LivePlanner)
     number: int = 0
     advice: list[Advice] = field(default_factory=list)
@@ -111,19 +111,22 @@ class FollowedCluster:
         }
         return Summary(**(values | changes))  # type: ignore[arg-type]
 
+    @property
+    def changes(self) -> list[Ratio]:
+        return [advice.to for advice in self.advice if advice.to is not None]
+
     def run(self, load: Load | None, num_summaries: int, **changes: object) -> list[Ratio]:
-        """Returns the ratios that were advised, in order. Decides after every third summary."""
+        """Returns the ratios that were advised, in order."""
         changed = []
         for index in range(num_summaries):
             self.planner.observe(self.summary(load, **changes))
-            if index % 3 < 2:
+            if (index + 1) % self.every:
                 continue
             advice = self.planner.decide()
             self.advice.append(advice)
             if advice.to is not None:
                 changed.append(advice.to)
-                if self.follows:
-                    self.ratio = advice.to
+                self.ratio = advice.to
         return changed
 
     def _served(self, requests: list[SeenRequest]) -> list[SeenRequest]:

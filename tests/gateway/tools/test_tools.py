@@ -96,31 +96,32 @@ TAKEN = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
 async def test_both_refuse_it_with_the_same_message(
-    generation: Stub, http: httpx.AsyncClient, cluster: ScriptedCluster, name: str
+    generation: Stub, http: httpx.AsyncClient, cluster: ScriptedCluster, subtests: pytest.Subtests
 ) -> None:
-    (request, body), message = REFUSED[name]
-    refusal = await over_grpc(generation, request)
-    check_same(refusal, await over_http(http, body))
-    assert (refusal.details() or "").startswith(message)
-    assert cluster.requests == []
+    for name, ((request, body), message) in REFUSED.items():
+        with subtests.test(name):
+            refusal = await over_grpc(generation, request)
+            check_same(refusal, await over_http(http, body))
+            assert (refusal.details() or "").startswith(message)
+            assert cluster.requests == []
 
 
-@pytest.mark.parametrize("name", TAKEN)
 async def test_both_accept_it_and_make_the_same_request_of_it(
-    generation: Stub, http: httpx.AsyncClient, cluster: ScriptedCluster, name: str
+    generation: Stub, http: httpx.AsyncClient, cluster: ScriptedCluster, subtests: pytest.Subtests
 ) -> None:
-    request, body = TAKEN[name]
-    request = pb.GenerateRequest.FromString(request.SerializeToString())
-    request.request_id = request.client_id = "mine"
-    request.sampling.max_tokens = 9
-    await generation.Generate(request)
-    assert (
-        await over_http(http, body | {"max_tokens": 9, "user": "mine"}, **{"x-request-id": "mine"})
-    ).status_code == 200
-    over_one, over_the_other = cluster.requests
-    assert over_one == over_the_other
+    for name, (request, body) in TAKEN.items():
+        cluster.requests.clear()
+        with subtests.test(name):
+            request = pb.GenerateRequest.FromString(request.SerializeToString())
+            request.request_id = request.client_id = "mine"
+            request.sampling.max_tokens = 9
+            await generation.Generate(request)
+            assert (
+                await over_http(http, body | {"max_tokens": 9, "user": "mine"}, **{"x-request-id": "mine"})
+            ).status_code == 200
+            over_one, over_the_other = cluster.requests
+            assert over_one == over_the_other
 
 
 async def test_prompt_and_grammar_contain_the_tools_that_the_client_chose(

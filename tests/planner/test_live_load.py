@@ -60,7 +60,7 @@ def test_fewer_instances_are_considered_for_their_cost_alone() -> None:
     bounds = Bounds(Ratio(1, 1), Ratio(3, 3), 4)
     considered = {}
     for objective in Objective:
-        cluster = FollowedCluster(EVEN, terms(objective, bounds), follows=False)
+        cluster = FollowedCluster(EVEN, terms(objective, bounds))
         cluster.run(Load(6.0, 150, 3), 3)
         considered[objective] = {one.ratio.num_instances for one in cluster.advice[-1].candidates}
     assert considered[Objective.GOODPUT] == {4}

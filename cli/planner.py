@@ -7,7 +7,7 @@ from .client import Client
 from .status import age
 from .terminal import show
 
-MAX_LINES = 10  # of each history
+MAX_CHECKS = 10
 
 
 def show_planner(client: Client, output: str) -> None:
@@ -21,14 +21,14 @@ def show_planner(client: Client, output: str) -> None:
 
 def as_lines(report: pb.PlannerReport) -> list[str]:
     if report.mode == "off":
-        return ["planner: off"]
+        return ["planner: off", *_history(report)]
     lines = [
         f"planner: {report.mode}, for {report.objective} over {report.horizon_s:g} s;"
         f" {_ratio(report.least)} to {_ratio(report.most)}, at most {report.max_instances} instances;"
         f" {report.num_changes} changes"
     ]
     if not report.HasField("age_s"):
-        return [*lines, "no decision yet"]
+        return [*lines, "no decision yet", *_history(report)]
     load = report.load
     advised = f"{_ratio(report.advised)}" if report.HasField("advised") else "no change"
     lines += [
@@ -45,15 +45,19 @@ def as_lines(report: pb.PlannerReport) -> list[str]:
         lines += ["", "AGE   RATIO     PREDICTED  CAME"]
         lines += [
             f"{age(one.age_s):<4}  {_ratio(one.ratio):<8}  {one.predicted:<9.3g}  {one.came:.3g}"
-            for one in report.checks[-MAX_LINES:]
+            for one in report.checks[-MAX_CHECKS:]
         ]
-    if report.deeds:
-        lines += ["", "AGE   CHANGE         WHAT"]
-        lines += [
-            f"{age(one.age_s):<4}  {_ratio(one.made_for)} -> {_ratio(one.to):<6}  {one.deed}: {one.reason}"
-            for one in report.deeds[-MAX_LINES:]
-        ]
-    return lines
+    return lines + _history(report)
+
+
+def _history(report: pb.PlannerReport) -> list[str]:
+    """Returns the changes of the last hour, made or advised."""
+    if not report.deeds:
+        return []
+    return ["", "AGE   CHANGE         WHAT"] + [
+        f"{age(one.age_s):<4}  {_ratio(one.made_for)} -> {_ratio(one.to):<6}  {one.deed}: {one.reason}"
+        for one in report.deeds
+    ]
 
 
 def _candidate(one: pb.PlannerCandidate) -> str:

@@ -7,8 +7,18 @@ from ..router.planning import Advice, Ratio
 
 def planner_report(state: PlannerState) -> pb.PlannerReport:
     terms, advice = state.terms, state.advice
+    deeds = [
+        pb.PlannerDeed(
+            age_s=state.now_s - record.at_s,
+            made_for=_ratio(record.made_for),
+            to=_ratio(record.to),
+            deed=record.deed.value,
+            reason=record.reason,
+        )
+        for record in state.latest_records
+    ]
     if terms is None:
-        return pb.PlannerReport(mode=state.mode.value)
+        return pb.PlannerReport(mode=state.mode.value, deeds=deeds)
     report = pb.PlannerReport(
         mode=state.mode.value,
         objective=terms.objective.value,
@@ -17,16 +27,7 @@ def planner_report(state: PlannerState) -> pb.PlannerReport:
         most=_ratio(terms.bounds.most),
         max_instances=terms.bounds.max_instances,
         num_changes=state.num_changes,
-        deeds=[
-            pb.PlannerDeed(
-                age_s=state.now_s - record.at_s,
-                made_for=_ratio(record.made_for),
-                to=_ratio(record.to),
-                deed=record.deed.value,
-                reason=record.reason,
-            )
-            for record in state.records
-        ],
+        deeds=deeds,
     )
     if advice is not None:
         report.MergeFrom(_decision(advice, state.now_s))

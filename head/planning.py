@@ -44,6 +44,25 @@ class PlannedFleet(Protocol):
         ...
 
 
+def seen_request(timeline: Timeline, terms: Terms) -> SeenRequest | None:
+    """Returns a request that is over as the planner sees it; None where its client ended it, or did not
+    read: such a one counts as an arrival only."""
+    outcome = timeline.outcome
+    if outcome in CLIENTS_DOING or timeline.is_adopted or timeline.num_times_unread:
+        return None
+    first_s, gap_s = timeline.first_token_s, legs.request_gap_s(timeline)
+    account = legs.account(timeline.dispatches[0]) if timeline.dispatches else None
+    is_soon = first_s is not None and first_s - timeline.submitted_s <= terms.ttft_slo_s
+    return SeenRequest(
+        at_s=timeline.submitted_s,
+        num_prompt_tokens=timeline.num_prompt_tokens,
+        num_cached_tokens=0 if account is None else account.num_cached_tokens,
+        num_output_tokens=sum(timeline.num_output_tokens),
+        client=timeline.client[:MAX_CLIENT_CHARS],
+        is_good=outcome in ANSWERS and is_soon and (gap_s is None or gap_s <= terms.itl_slo_s),
+    )
+
+
 class Planning:
     """Runs while the mode is advise or auto. Used on the head's loop."""
 
@@ -61,15 +80,19 @@ class Planning:
         self._num_submitted = 0  # up to the last summary
         self._since_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._in_force: Ratio | None = None
 
     def configure(self, config: ClusterConfig, terms: Callable[[], Terms]) -> None:
         """Takes over a configuration, and the ratio in it; `terms` is asked only where there is a planner."""
-        mode = Mode(config.planner.mode)
+        mode, ratio = Mode(config.planner.mode), self._ratio
+        if self._in_force is not None and ratio != self._in_force:
+            self.desk.applied(self._in_force, ratio, self._loop.time())
+        self._in_force = ratio
         if mode is Mode.OFF:
             self._end()
             return
         self.terms = terms()
-        self.desk.configure(mode, self.terms.bounds, self._ratio)
+        self.desk.configure(mode, self.terms.bounds, ratio)
         if self._process is None:
             self._process = PlannerProcess(self._advised)
             self._seen.clear()
@@ -77,24 +100,9 @@ class Planning:
             self._timer = self._loop.call_later(INTERVAL_S, self._sum_up)
 
     def closed(self, timeline: Timeline) -> None:
-        """Records a request that is over. One that its client ended, or did not read, counts as an arrival
-        only."""
-        terms, outcome = self.terms, timeline.outcome
-        if terms is None or outcome in CLIENTS_DOING or timeline.is_adopted or timeline.num_times_unread:
-            return
-        first_s, gap_s = timeline.first_token_s, legs.request_gap_s(timeline)
-        account = legs.account(timeline.dispatches[0]) if timeline.dispatches else None
-        is_soon = first_s is not None and first_s - timeline.submitted_s <= terms.ttft_slo_s
-        self._seen.append(
-            SeenRequest(
-                at_s=timeline.submitted_s,
-                num_prompt_tokens=timeline.num_prompt_tokens,
-                num_cached_tokens=0 if account is None else account.num_cached_tokens,
-                num_output_tokens=sum(timeline.num_output_tokens),
-                client=timeline.client[:MAX_CLIENT_CHARS],
-                is_good=outcome in ANSWERS and is_soon and (gap_s is None or gap_s <= terms.itl_slo_s),
-            )
-        )
+        """Records a request that is over."""
+        if self.terms is not None and (request := seen_request(timeline, self.terms)) is not None:
+            self._seen.append(request)
 
     async def close(self) -> None:
         self._end()
@@ -154,7 +162,8 @@ class Planning:
             try:
                 self._fleet.resize(to.sizes)
                 assert self.terms is not None
-                self.desk.configure(self.desk.mode, self.terms.bounds, self._ratio)
+                self._in_force = self._ratio
+                self.desk.configure(self.desk.mode, self.terms.bounds, self._in_force)
             except PdserveError as error:
                 self.desk.refuse(str(error), now_s)
         if self.desk.records and self.desk.records[-1] is not last:

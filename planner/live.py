@@ -11,7 +11,7 @@ Analysis, chapter 9). No clock and no I/O."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import sqrt
+from math import ceil, sqrt
 from statistics import fmean, stdev
 
 from msgspec import structs
@@ -24,22 +24,25 @@ from .changes import price
 from .durations import Durations
 from .forecast import Forecast, last_window, recent_peaks
 from .seen_load import SeenLoad, arrivals, window_of
-from .virtual_cluster import VirtualCluster
+from .virtual_cluster import ServedRequest, VirtualCluster
 from .virtual_instance import InstanceShape
 
 NUM_BATCHES = 6  # the first one fills the empty cluster, and is not counted
 STUDENT = 2.776  # two-sided 95 % point of Student's t, with 4 degrees of freedom
 MIN_REQUESTS = 60
 MIN_SHARE_SEEN = 0.5  # of a horizon
-# a replay takes some 16 us a token of output, and a tenth of that a token of a prompt: at most 0.7 s
-MAX_REPLAYED = 40_000  # tokens of output, and tenths of those of prompts
+# a replay takes some 16 us a token of output, and a tenth of that a token of a prompt: at most 1.6 s
+MIN_REPLAYED, MAX_REPLAYED = 40_000, 100_000  # tokens of output, and tenths of those of prompts
+NUM_DURATIONS = 3  # of a request: a replay begins with an empty cluster, and should last longer by far
 BLOCK_TOKENS = 64  # replays hash prompts in blocks of at least this size
-SCREENED = 4  # a first look at candidates takes one request in so many
-NUM_FINALISTS = 3
+FIRST_LOOK = 2  # a first look at candidates takes one request in so many
+NUM_FINALISTS = 2
 MAX_CANDIDATES = 9
 MARGIN = 0.02  # of the requests of a horizon: what a change has to bring beyond its cost
 INSTANCE_SHARE = 0.03  # under the objective "cost", an instance counts as much as this share of the requests
 LEAST_TRUST = 0.5
+CHANGED = 0.15  # relative: the load is another one
+NUM_STEADY_HORIZONS = 2  # between decisions on a load that stays
 RETURN_FACTOR = 2.0  # costs and margin of a change that takes back the last one, for two horizons
 
 FORECASTS: dict[Objective, Forecast] = {Objective.GOODPUT: last_window, Objective.COST: recent_peaks}
@@ -51,12 +54,36 @@ class _Replay:
 
     are_good: tuple[bool, ...]
     mean_e2e_s: float
+    is_whole: bool = True  # not given up
+
+    @property
+    def max_bad(self) -> int:
+        """Returns how many bad requests another ratio may have and still be better: those of this one, and
+        as many as a batch has, since one is not counted."""
+        return self.are_good.count(False) + ceil(len(self.are_good) / NUM_BATCHES)
 
     def shares(self) -> list[float]:
         """Returns the share of good requests in each batch that counts."""
         size = len(self.are_good) / NUM_BATCHES
         cuts = [round(number * size) for number in range(1, NUM_BATCHES + 1)]
         return [fmean(self.are_good[start:end]) for start, end in pairwise(cuts)]
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """A decision for which ratios were replayed."""
+
+    at_s: float
+    ratio: Ratio
+    window: Window
+    mean_e2e_s: float  # of a request
+
+    def is_like(self, window: Window) -> bool:
+        """Whether a window has about the same load of prompts, and of outputs."""
+        return all(
+            abs(new - old) <= CHANGED * old
+            for new, old in zip(_loads(window), _loads(self.window), strict=True)
+        )
 
 
 class LivePlanner:
@@ -67,6 +94,7 @@ class LivePlanner:
         self._calibration = Calibration()
         self._latest: Summary | None = None
         self._left: tuple[Ratio, float] | None = None  # the ratio before the last change, and when that was
+        self._decided: _Decided | None = None
 
     def observe(self, summary: Summary) -> None:
         if self._latest is not None and summary.ratio != self._latest.ratio:
@@ -75,21 +103,44 @@ class LivePlanner:
         self._load.add(summary)
         self._calibration.observe(summary)
 
+    @property
+    def is_due(self) -> bool:
+        """Whether another load, or the time since the last decision, gives reason for another one: replays
+        are spared for a load that changes."""
+        summary, last = self._latest, self._decided
+        if summary is None or last is None:
+            return True
+        num_horizons = NUM_STEADY_HORIZONS if summary.ratio == last.ratio else 1
+        is_old = summary.at_s - last.at_s >= num_horizons * summary.terms.horizon_s
+        return is_old or not last.is_like(self._window(summary, self._requests))
+
+    @property
+    def _requests(self) -> list[SeenRequest]:
+        """Returns those to replay: as many as last several times longer than a request."""
+        num_tokens = MIN_REPLAYED
+        if self._decided is not None:
+            window = self._decided.window
+            per_request = window.mean_output_tokens + window.mean_prompt_tokens / 10
+            num_tokens = round(NUM_DURATIONS * self._decided.mean_e2e_s * window.rate * per_request)
+        return self._load.latest(min(max(MIN_REPLAYED, num_tokens), MAX_REPLAYED))
+
+    def _window(self, summary: Summary, requests: Sequence[SeenRequest]) -> Window:
+        rates = self._load.rates()
+        rate = last_window(rates) if rates else 0.0
+        forecast = FORECASTS[summary.terms.objective](rates) if rates else 0.0
+        return window_of(requests, rate, forecast)
+
     def decide(self) -> Advice:
         """Returns the advice that follows from the latest summary; there must be one."""
         summary = self._latest
         assert summary is not None
-        terms = summary.terms
-        rates = self._load.rates()
-        rate = last_window(rates) if rates else 0.0
-        forecast = FORECASTS[terms.objective](rates) if rates else 0.0
-        requests = self._load.latest(MAX_REPLAYED)
-        window = window_of(requests, rate, forecast)
+        terms, requests = summary.terms, self._requests
+        window = self._window(summary, requests)
         why_not = self._why_not(summary, window)
         if why_not is not None:
             return self._stay(summary, window, why_not)
         candidates = self._weigh(summary, window, requests)
-        predicted = {one.ratio: rate * one.attainment for one in candidates}
+        predicted = {one.ratio: window.rate * one.attainment for one in candidates if not one.is_screened_out}
         self._calibration.predict(summary.at_s, terms.horizon_s, predicted)
         return self._choose(summary, window, candidates)
 
@@ -140,24 +191,36 @@ class LivePlanner:
     def _weigh(self, summary: Summary, window: Window, requests: Sequence[SeenRequest]) -> list[Candidate]:
         """Returns the candidates, the one with the highest net gain first; the present ratio is one."""
         present, others = summary.ratio, _nearest(summary)
+        base = _replay(summary, present, requests, window.forecast_rate)
+        self._decided = _Decided(summary.at_s, present, window, base.mean_e2e_s)
         screened: list[Candidate] = []
-        few = requests[-(len(requests) // SCREENED) :]
+        if summary.terms.objective is Objective.GOODPUT and fmean(base.shares()) >= 1 - MARGIN:
+            others = []  # none could bring as much as a change has to
+        few = requests[-(len(requests) // FIRST_LOOK) :]
         if len(others) > NUM_FINALISTS and len(few) >= MIN_REQUESTS:
-            looks = self._compare(summary, window, few, others)
+            first = _replay(summary, present, few, window.forecast_rate)
+            looks = self._compare(summary, window, few, first, others)
             screened = [structs.replace(look, is_screened_out=True) for look in looks[NUM_FINALISTS:]]
             others = [look.ratio for look in looks[:NUM_FINALISTS]]
-        found = self._compare(summary, window, requests, [present, *others])
+        found = self._compare(summary, window, requests, base, [present, *others])
         return found + screened
 
     def _compare(
-        self, summary: Summary, window: Window, requests: Sequence[SeenRequest], ratios: Sequence[Ratio]
+        self,
+        summary: Summary,
+        window: Window,
+        requests: Sequence[SeenRequest],
+        base: _Replay,
+        ratios: Sequence[Ratio],
     ) -> list[Candidate]:
-        """Returns the ratios on these requests, the one with the highest net gain first."""
+        """Returns the ratios on these requests, the one with the highest net gain first; `base` is how the
+        present one did."""
         rate = window.forecast_rate
-        base = _replay(summary, summary.ratio, requests, rate)
+        # fewer instances may be better at a lower cost
+        max_bad = base.max_bad if summary.terms.objective is Objective.GOODPUT else None
         found = []
         for ratio in ratios:
-            served = base if ratio == summary.ratio else _replay(summary, ratio, requests, rate)
+            served = base if ratio == summary.ratio else _replay(summary, ratio, requests, rate, max_bad)
             found.append(self._judge(summary, requests, ratio, rate, base, served))
         return sorted(found, key=lambda candidate: candidate.cost - candidate.gain)
 
@@ -187,12 +250,16 @@ class LivePlanner:
             attainment=attainment,
             gain=rate * served_s * (low * self._calibration.trust if low > 0 else low),
             cost=paid.num_requests,
+            is_screened_out=not served.is_whole,
         )
 
     def _choose(self, summary: Summary, window: Window, candidates: Sequence[Candidate]) -> Advice:
         best = next(
             (c for c in candidates if c.ratio != summary.ratio and not c.is_screened_out), candidates[0]
         )
+        if len(candidates) == 1:
+            share = f"{candidates[0].attainment:.1%} of the requests are good at {summary.ratio}"
+            return self._stay(summary, window, f"{share}: no change could pay", candidates)
         requests = window.forecast_rate * summary.terms.horizon_s
         factor = RETURN_FACTOR if self._takes_back(summary, best.ratio) else 1.0
         needed = factor * (best.cost + MARGIN * requests)
@@ -221,6 +288,12 @@ class LivePlanner:
         return ratio == left and summary.at_s - at_s < 2 * summary.terms.horizon_s
 
 
+def _loads(window: Window) -> tuple[float, float]:
+    """Returns tokens per second that prefill computes, and that decode does."""
+    new = window.mean_prompt_tokens - window.mean_cached_tokens
+    return window.rate * new, window.rate * window.mean_output_tokens
+
+
 def _nearest(summary: Summary) -> list[Ratio]:
     """Returns the allowed ratios that take the fewest instances to flip, start or stop."""
     present = summary.ratio
@@ -230,19 +303,41 @@ def _nearest(summary: Summary) -> list[Ratio]:
         decode = abs(ratio.num_decode - present.num_decode)
         return max(prefill, decode), prefill + decode, ratio
 
-    others = (ratio for ratio in summary.terms.bounds.ratios() if ratio != present)
+    # fewer instances never serve more: only a lower cost is a reason to give some back
+    least = present.num_instances if summary.terms.objective is Objective.GOODPUT else 0
+    others = (
+        ratio for ratio in summary.terms.bounds.ratios() if ratio != present and ratio.num_instances >= least
+    )
     return sorted(others, key=distance)[:MAX_CANDIDATES]
 
 
-def _replay(summary: Summary, ratio: Ratio, requests: Sequence[SeenRequest], rate: float) -> _Replay:
+def _replay(
+    summary: Summary,
+    ratio: Ratio,
+    requests: Sequence[SeenRequest],
+    rate: float,
+    max_bad: int | None = None,
+) -> _Replay:
+    """Replays the requests at `rate`; given up once more than `max_bad` are bad, as all that are left count
+    then."""
     terms = summary.terms
     coarser = max(1, BLOCK_TOKENS // terms.layout.block_size)
     layout = structs.replace(terms.layout, block_size=coarser * terms.layout.block_size)
     cluster = VirtualCluster(_shapes(summary, ratio, coarser), layout, terms.router)
-    served = cluster.serve(arrivals(requests, rate, terms.max_model_len))
     slo = Slo(ttft=terms.ttft_slo_s * 1e3, tpot=terms.itl_slo_s * 1e3)
+    num_bad = 0
+
+    def is_enough(request: ServedRequest) -> bool:
+        nonlocal num_bad
+        num_bad += bool(request.misses(slo))
+        return max_bad is not None and num_bad > max_bad
+
+    served = cluster.serve(arrivals(requests, rate, terms.max_model_len), is_enough)
     times = [one.e2e_s for one in served if one.e2e_s is not None]
-    return _Replay(tuple(not one.misses(slo) for one in served), fmean(times) if times else 0.0)
+    are_good = [not one.misses(slo) for one in served]
+    are_good += [False] * (len(requests) - len(served))
+    is_whole = max_bad is None or num_bad <= max_bad
+    return _Replay(tuple(are_good), fmean(times) if times else 0.0, is_whole)
 
 
 def _shapes(summary: Summary, ratio: Ratio, coarser: int) -> list[InstanceShape]:

@@ -40,7 +40,7 @@ def _serve() -> None:
             latest = summary
         if latest is None or select.select([source], [], [], 0.0)[0]:
             continue  # the newest summary is still to come
-        if pace.allows(latest.at_s):
+        if pace.allows(latest.at_s) and planner.is_due:
             started_s = time.process_time()
             with cpu_limit(DECISION_S):
                 advice = planner.decide()

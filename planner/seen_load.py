@@ -9,21 +9,21 @@ from .virtual_cluster import Arrival
 
 
 class SeenLoad:
-    """The load that has come. Requests older than a horizon are forgotten, and arrivals older than some."""
+    """The load that has come. Requests that ended before the last horizon are forgotten, and arrivals older
+    than some."""
 
     def __init__(self) -> None:
         self._summaries: deque[Summary] = deque()
-        self._requests: deque[SeenRequest] = deque()
+        self._requests: deque[tuple[float, SeenRequest]] = deque()  # with the summary's instant, in its order
 
     def add(self, summary: Summary) -> None:
         """Summaries are in order of time."""
         horizon_s = summary.terms.horizon_s
         self._summaries.append(summary)
-        self._requests += summary.seen
+        self._requests += ((summary.at_s, request) for request in summary.seen)
         while self._summaries[0].at_s <= summary.at_s - horizon_s * MAX_BINS / BINS_PER_HORIZON:
             self._summaries.popleft()
-        # by their ends, in whose order they came: an old one may stay for a while behind a younger one
-        while self._requests and self._requests[0].at_s < summary.at_s - 2 * horizon_s:
+        while self._requests and self._requests[0][0] <= summary.at_s - horizon_s:
             self._requests.popleft()
 
     @property
@@ -50,16 +50,13 @@ class SeenLoad:
         return [count / bin_s for count in reversed(counts)]
 
     def latest(self, max_replayed: int) -> list[SeenRequest]:
-        """Returns the requests of the last horizon that came last, by arrival: as many as have so many tokens
-        of output, and tenths of those of prompts."""
-        if not self._summaries:
-            return []
-        last = self._summaries[-1]
+        """Returns the requests that ended in the last horizon, however old they are, by arrival: those that
+        came last, as many as have so many tokens of output, and tenths of those of prompts."""
         num_left = max_replayed
         kept: list[SeenRequest] = []
-        for request in sorted(self._requests, key=lambda request: -request.at_s):
+        for request in sorted((one for _, one in self._requests), key=lambda request: -request.at_s):
             num_left -= request.num_output_tokens + request.num_prompt_tokens // 10
-            if num_left < 0 or request.at_s < last.at_s - last.terms.horizon_s:
+            if num_left < 0:
                 break
             kept.append(request)
         return kept[::-1]

@@ -13,12 +13,23 @@ from itertools import pairwise
 
 from ..core.errors import PdserveError
 from ..core.latency import LatencyModel
-from ..core.messages import KVLayout, LegEnded, Probe, Probed, StepReport, TransferStats
+from ..core.messages import KVLayout, LegEnded, Probe, Probed, Role, StepReport, TransferStats
 from ..core.request import Request, SamplingParams, TransferId
 from ..loadgen.slo import Slo
 from ..router.config import RouterConfig
 from ..router.core import Router
-from ..router.events import EmitEnd, EmitTokens, RouterEvent, SendCommand, Submit, Tick, WorkerReady
+from ..router.events import (
+    EmitEnd,
+    EmitTokens,
+    RequestClosed,
+    RouterEvent,
+    SendCommand,
+    Submit,
+    Tick,
+    Timeline,
+    WorkerReady,
+    WorkerRole,
+)
 from .shared_links import Flow, SharedLinks
 from .virtual_instance import INCARNATION, InstanceShape, VirtualInstance
 
@@ -92,10 +103,12 @@ class VirtualCluster:
         """The router knows the first instance's speed from the start, as if it had measured it."""
         self.now_s = 0.0
         self.num_bytes_moved = 0
+        self.on_closed: Callable[[Timeline], object] = lambda _: None  # a request is over, at workers too
         self._calls: list[tuple[float, int, Callable[[], object]]] = []
         self._num_calls = 0
         self._layout = layout
-        self._router = Router(config, LatencyModel(shapes[0].durations.priors))
+        self.model = LatencyModel(shapes[0].durations.priors)
+        self.router = Router(config, self.model)
         self.instances = {
             name: VirtualInstance(self, name, shape, layout)
             for name, shape in ((f"{shape.role.value}-{i}", shape) for i, shape in enumerate(shapes))
@@ -127,10 +140,14 @@ class VirtualCluster:
 
     def check_idle(self) -> None:
         """Raises AssertionError when anything is held, after all requests have ended."""
-        self._router.check_integrity()
-        assert not self._router.num_live and not self._transfers
+        self.router.check_integrity()
+        assert not self.router.num_live and not self._transfers
         for instance in self.instances.values():
             instance.check_idle()
+
+    def assign(self, name: str, role: Role) -> None:
+        """Lets an instance serve as `role` from now on; its streams continue."""
+        self._route(WorkerRole(name, role))
 
     def call_at(self, at_s: float, call: Callable[[], object]) -> None:
         self._num_calls += 1
@@ -164,7 +181,7 @@ class VirtualCluster:
         self._route(message)
 
     def _route(self, event: RouterEvent) -> None:
-        for command in self._router.handle(event, self.now_s):
+        for command in self.router.handle(event, self.now_s):
             match command:
                 case EmitTokens():
                     served = self._served[command.request_id]
@@ -175,6 +192,8 @@ class VirtualCluster:
                     self.instances[command.worker_id].command(command.command)
                 case EmitEnd():
                     self._end(self._served[command.request_id], command.error)
+                case RequestClosed():
+                    self.on_closed(command.timeline)
         self._tick_later()
 
     def _end(self, served: ServedRequest, error: str | None) -> None:
@@ -183,7 +202,7 @@ class VirtualCluster:
             self._has_enough = True
 
     def _tick_later(self) -> None:
-        due_s = self._router.next_tick_s()
+        due_s = self.router.next_tick_s()
         if due_s is not None and (self._tick_s is None or due_s < self._tick_s):
             self._tick_s = due_s
             self.call_at(max(due_s, self.now_s), self._tick)

@@ -2024,7 +2024,7 @@ Global___Ratio: _TypeAlias = Ratio  # noqa: Y015
 
 @_typing.final
 class PlannerReport(_message.Message):
-    """The planner's account of itself. All but `mode` is unset while it is off, and all from `age_s` on before its first decision."""
+    """The planner's account of itself. All but `mode` and `deeds` is unset while it is off, and all from `age_s` on before its first decision."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2067,7 +2067,7 @@ class PlannerReport(_message.Message):
     def most(self) -> Global___Ratio: ...
     @_builtins.property
     def deeds(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannerDeed]:
-        """The latest of them, and those that it advised, oldest first."""
+        """Of the last hour: changes, those that it advised alone, and those that an operator made; oldest first."""
 
     @_builtins.property
     def ratio(self) -> Global___Ratio:
@@ -2231,7 +2231,7 @@ Global___PlannerCheck: _TypeAlias = PlannerCheck  # noqa: Y015
 
 @_typing.final
 class PlannerDeed(_message.Message):
-    """Advice to change the ratio, and what became of it."""
+    """Advice to change the ratio and what became of it, or a change by an operator."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2242,7 +2242,7 @@ class PlannerDeed(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     age_s: _builtins.float
     deed: _builtins.str
-    """changed, advised (by the mode, nothing is done), late (the ratio or the configuration had changed) or refused."""
+    """changed, advised (by the mode, nothing is done), late (the ratio or the configuration had changed) or refused; or applied, by an operator."""
     reason: _builtins.str
     @_builtins.property
     def made_for(self) -> Global___Ratio: ...

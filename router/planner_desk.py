@@ -13,7 +13,8 @@ import msgspec
 
 from .planning import Advice, Bounds, Ratio, Terms
 
-MAX_DEEDS = 50
+MAX_RECORDS = 200
+HISTORY_S = 3600.0  # of the ratio, that operators see
 
 
 class Mode(enum.Enum):
@@ -23,19 +24,19 @@ class Mode(enum.Enum):
 
 
 class Deed(enum.Enum):
-    """The outcome of advice to change."""
+    """The outcome of advice to change, or a change that an operator made."""
 
     CHANGED = "changed"
     ADVISED = "advised"  # nothing was done, as the mode says
     LATE = "late"  # the ratio, the terms or the workers had changed since
     REFUSED = "refused"  # the ratio is not allowed
+    APPLIED = "applied"  # by an operator: `pdserve scale` or `pdserve apply`
 
 
 class DeskRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of what the planner did."""
+    """One event in the history of the ratio."""
 
     at_s: float
-    number: int  # of the advice
     made_for: Ratio
     to: Ratio
     deed: Deed
@@ -51,6 +52,11 @@ class PlannerState(msgspec.Struct, frozen=True, kw_only=True):
     records: tuple[DeskRecord, ...] = ()  # oldest first
     num_changes: int = 0
     now_s: float = 0.0  # on the clock of all other instants
+
+    @property
+    def latest_records(self) -> tuple[DeskRecord, ...]:
+        """Returns those of the last hour, oldest first."""
+        return tuple(one for one in self.records if self.now_s - one.at_s <= HISTORY_S)
 
     @property
     def trust(self) -> float:
@@ -72,7 +78,7 @@ class PlannerDesk:
         """Summaries count from `first_number`, above those of every earlier head."""
         self.mode = Mode.OFF
         self.latest: Advice | None = None
-        self.records: deque[DeskRecord] = deque(maxlen=MAX_DEEDS)
+        self.records: deque[DeskRecord] = deque(maxlen=MAX_RECORDS)
         self.num_changes = 0
         self._ratio: Ratio | None = None
         self.bounds: Bounds | None = None
@@ -107,6 +113,12 @@ class PlannerDesk:
         self.num_changes += 1
         return advice.to
 
+    def applied(self, left: Ratio, to: Ratio, now_s: float) -> None:
+        """An operator has changed the ratio."""
+        self.records.append(
+            DeskRecord(at_s=now_s, made_for=left, to=to, deed=Deed.APPLIED, reason="by an operator")
+        )
+
     def refuse(self, reason: str, now_s: float) -> None:
         """The change that was to be made last is not possible after all."""
         record = self.records.pop()
@@ -126,8 +138,4 @@ class PlannerDesk:
         same = advice.made_for, to, Deed.ADVISED
         if last is not None and deed is Deed.ADVISED and (last.made_for, last.to, last.deed) == same:
             return
-        self.records.append(
-            DeskRecord(
-                at_s=now_s, number=advice.number, made_for=advice.made_for, to=to, deed=deed, reason=reason
-            )
-        )
+        self.records.append(DeskRecord(at_s=now_s, made_for=advice.made_for, to=to, deed=deed, reason=reason))

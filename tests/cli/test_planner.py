@@ -1,6 +1,6 @@
 from pdserve.cli.planner import as_lines
 from pdserve.gateway.planner_report import planner_report
-from pdserve.router.planner_desk import Deed, DeskRecord, Mode, PlannerState
+from pdserve.router.planner_desk import Deed, DeskRecord, Mode, PlannerDesk, PlannerState
 from pdserve.router.planning import Advice, Candidate, Check, Ratio, Window
 from tests.planner.live_support import terms
 
@@ -8,9 +8,7 @@ EVEN, MORE_PREFILL = Ratio(2, 2), Ratio(3, 1)
 
 
 def state(advice: Advice | None) -> PlannerState:
-    record = DeskRecord(
-        at_s=40.0, number=3, made_for=EVEN, to=MORE_PREFILL, deed=Deed.CHANGED, reason="better"
-    )
+    record = DeskRecord(at_s=40.0, made_for=EVEN, to=MORE_PREFILL, deed=Deed.CHANGED, reason="better")
     return PlannerState(
         mode=Mode.AUTO, terms=terms(), advice=advice, records=(record,), num_changes=1, now_s=100.0
     )
@@ -21,9 +19,22 @@ def test_a_planner_that_is_off_says_so() -> None:
 
 
 def test_the_bounds_are_shown_before_any_decision() -> None:
-    heading, rest = as_lines(planner_report(state(None)))
+    heading, rest, *_ = as_lines(planner_report(state(None)))
     assert "auto, for goodput over 30 s; 1P1D to 3P3D, at most 4 instances; 1 changes" in heading
     assert rest == "no decision yet"
+
+
+def test_changes_of_the_last_hour_are_shown_while_the_planner_is_off() -> None:
+    desk = PlannerDesk()
+    desk.applied(EVEN, Ratio(1, 3), 10.0)
+    desk.applied(Ratio(1, 3), MORE_PREFILL, 3700.0)
+    lines = as_lines(planner_report(PlannerState(records=tuple(desk.records), now_s=3712.0)))
+    assert lines == [
+        "planner: off",
+        "",
+        "AGE   CHANGE         WHAT",
+        "12s   1P3D -> 3P1D    applied: by an operator",
+    ]
 
 
 def test_a_decision_is_shown_with_candidates_checks_and_deeds() -> None:

@@ -1,6 +1,7 @@
 from collections.abc import AsyncIterator, Mapping
 
 import pytest
+from msgspec import structs
 
 from pdserve.core.config import ClusterConfig
 from pdserve.core.errors import CapacityError
@@ -93,6 +94,23 @@ async def test_a_ratio_without_a_place_is_on_record_as_refused(planning: Plannin
     planning._advised(advice(planning.desk.number_summary()))
     (record,) = planning.desk.records
     assert (record.deed, record.reason) == (Deed.REFUSED, "no place")
+
+
+async def test_changes_by_an_operator_are_on_record_in_every_mode(planning: Planning, fleet: Fleet) -> None:
+    planning.configure(config("off"), terms)
+    fleet.resize({Role.PREFILL: 1, Role.DECODE: 3})
+    planning.configure(config("off"), terms)
+    planning.configure(config("auto"), terms)
+    planning._advised(
+        structs.replace(advice(planning.desk.number_summary()), made_for=Ratio(1, 3), to=Ratio(2, 2))
+    )
+    fleet.resize({Role.PREFILL: 3, Role.DECODE: 1})
+    planning.configure(config("auto"), terms)
+    assert [(one.made_for, one.to, one.deed) for one in planning.desk.records] == [
+        (Ratio(2, 2), Ratio(1, 3), Deed.APPLIED),
+        (Ratio(1, 3), Ratio(2, 2), Deed.CHANGED),
+        (Ratio(2, 2), Ratio(3, 1), Deed.APPLIED),
+    ]
 
 
 async def test_requests_are_judged_by_both_objectives(planning: Planning) -> None:

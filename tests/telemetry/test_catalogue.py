@@ -89,6 +89,13 @@ def test_queries_name_metrics_that_exist(file: str, exposition: str) -> None:
     assert asked <= series_names() | set(re.findall(r"^(pdserve_process_\w+)", exposition, re.MULTILINE))
 
 
+def test_the_dashboard_shows_every_metric_of_the_planner() -> None:
+    dashboard = json.loads((ROOT / "dashboards" / "grafana.json").read_text())
+    asked = {name for query in expressions(dashboard) for name in NAMES.findall(query)}
+    planners = {metric.full_name for metric in CATALOGUE if metric.name.startswith("planner_")}
+    assert planners and planners <= asked
+
+
 def test_the_dashboard_is_one_that_grafana_takes() -> None:
     dashboard = json.loads((ROOT / "dashboards" / "grafana.json").read_text())
     panels = dashboard["panels"]

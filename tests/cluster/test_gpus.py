@@ -34,7 +34,7 @@ class VisibleDevice:
 
 def test_ray_assigns_gpus_by_the_rule_that_we_assume() -> None:
     VisibleDevice.__module__ = "__main__"  # so that its code travels with it
-    (node_id,) = (node["NodeID"] for node in ray.nodes())
+    node_id = ray.get_runtime_context().get_node_id()
     allocator = CoreAllocator({node_id: Capacity(8, 2)})
     actors: list[Any] = []
     try:
@@ -52,7 +52,7 @@ def test_ray_assigns_gpus_by_the_rule_that_we_assume() -> None:
 
 def test_a_worker_on_a_cpu_takes_no_gpu() -> None:
     worker = spec("cpu", 0.5)
-    allocator = CoreAllocator({ray.nodes()[0]["NodeID"]: Capacity(8)})
+    allocator = CoreAllocator({ray.get_runtime_context().get_node_id(): Capacity(8)})
     placement = allocator.take(worker.key, worker.need)
     assert placement is not None
     options = options_of(worker, placement)
@@ -64,7 +64,7 @@ def test_a_worker_on_a_cpu_takes_no_gpu() -> None:
 async def test_a_machines_gpus_are_its_physical_ones() -> None:
     """Ray was given two, and there is no driver."""
     (node,) = await RayNodes("embedded", ("127.0.0.1", 1)).ask_all(60.0)
-    assert node.name == ray.nodes()[0]["NodeID"]
+    assert node.name == ray.get_runtime_context().get_node_id()
     assert node.devices == ()
     assert set(node.cores) == os.sched_getaffinity(0)
 

@@ -31,6 +31,7 @@ from .host_facts import no_space
 from .ports import InstanceResources, Nodes
 from .settings import instance_resources
 
+REQUEST_TIMEOUT_S = 10.0  # for Ray to take a request for hosts
 log = logging.getLogger(__name__)
 
 
@@ -52,7 +53,8 @@ class HostWatch:
         self._checks: set[asyncio.Task[None]] = set()
         self._following: asyncio.Task[None] | None = None
         self._wanted: list[InstanceResources] = []  # the room that Ray's autoscaler has been asked for
-        self._requests = asyncio.Lock()  # the latest one is the last to arrive
+        self._requests: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Lock()  # of requests: the latest one is the last to arrive
 
     async def start(self, config: ClusterConfig) -> None:
         """Finds the hosts that are present; each is checked before it serves."""
@@ -100,15 +102,16 @@ class HostWatch:
         self._wanted = instances
         log.info("Ray's autoscaler is asked for hosts with room for %d instances", len(instances))
         task = asyncio.get_running_loop().create_task(self._request())
-        self._checks.add(task)
-        task.add_done_callback(self._checks.discard)
+        self._requests.add(task)
+        task.add_done_callback(self._requests.discard)
 
     async def _request(self) -> None:
-        async with self._requests:
+        async with self._turn:
             try:
-                await self._nodes.request(self._wanted)
+                async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                    await self._nodes.request(self._wanted)
             except Exception as error:
-                log.warning("Ray's autoscaler cannot be asked for hosts: %s", error)
+                log.warning("Ray's autoscaler cannot be asked for hosts: %s", str(error) or type(error).__name__)
 
     def suspect(self, node_id: str) -> None:
         """Suspects a host on which a worker was lost for no known reason. `on_change` is not called: no
@@ -144,7 +147,8 @@ class HostWatch:
                     )
 
     async def close(self) -> None:
-        tasks = [*self._checks] if self._following is None else [*self._checks, self._following]
+        tasks = [*self._checks, *self._requests]
+        tasks += [] if self._following is None else [self._following]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -111,7 +111,9 @@ class HostWatch:
                 async with asyncio.timeout(REQUEST_TIMEOUT_S):
                     await self._nodes.request(self._wanted)
             except Exception as error:
-                log.warning("Ray's autoscaler cannot be asked for hosts: %s", str(error) or type(error).__name__)
+                log.warning(
+                    "Ray's autoscaler cannot be asked for hosts: %s", str(error) or type(error).__name__
+                )
 
     def suspect(self, node_id: str) -> None:
         """Suspects a host on which a worker was lost for no known reason. `on_change` is not called: no

@@ -20,7 +20,7 @@ Version = tuple[
 
 @dataclass(frozen=True)
 class InstanceResources:
-    """What one instance takes of its host."""
+    """The resources that one instance reserves on its host."""
 
     num_cpus: float
     gpu_share: float | None  # None: no GPU

@@ -28,7 +28,7 @@ def pools_are_alike(config: ClusterConfig) -> bool:
 
 
 def instance_resources(config: ClusterConfig, device: DeviceKind) -> list[InstanceResources]:
-    """Returns what each instance of the configuration takes of its host, the largest first."""
+    """Returns the resources that each instance of the configuration reserves, the largest first."""
     found = [
         InstanceResources(pool.num_cpus, pool.gpu_share if device == "cuda" else None)
         for _, pool in config.pools.items()

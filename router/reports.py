@@ -21,7 +21,7 @@ from .request_events import LastToken, Survived
 from .request_states import RequestState
 from .stream import ChoiceStream
 
-RECENTRE_STEPS = 32
+RECENTRE_STEPS = 32  # at least, from one centring of the latency model to the next
 
 
 class WorkerReports:

@@ -1,9 +1,9 @@
 """Lets other jobs pass a large one that has no room yet, and holds room for it meanwhile.
 
 The blocks that are held on one worker grow with the time that the job has been the first to wait, and with
-the turns that its own client gets meanwhile: what is free is used at first, and the job is placed at last
-however many smaller ones arrive. Clients that hold less
-than the job's own client use the room nevertheless: it waits for itself then. Pure; changes no account."""
+the dispatches of its own client meanwhile: what is free is used at first, and the job is placed at last
+however many smaller ones arrive. Clients that hold less than the job's own client use the room nevertheless:
+it waits for itself then. Pure; changes no account."""
 
 from .ledger import Ledger
 from .live_request import Job

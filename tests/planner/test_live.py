@@ -21,7 +21,7 @@ WRONG = [(PROMPTS, MANY_DECODE), (OUTPUTS, MANY_PREFILL)]
 
 @cache
 def followed(load: Load, start: Ratio, num_summaries: int) -> FollowedCluster:
-    """What several claims are about is replayed once."""
+    """Replays that several tests make claims about, made once."""
     cluster = FollowedCluster(start)
     cluster.run(load, num_summaries)
     return cluster

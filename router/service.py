@@ -243,16 +243,21 @@ class _WorkerConnection(asyncio.Protocol):
                 yield message
         except FrameError as error:
             self._service.carry_out(self._sessions.hang_up(self, str(error)))
+        except Exception:  # a bug, which the loop logs: it costs this connection
+            self._transport.abort()
+            raise
         self._messages = None
         self._transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._beating is not None:
             self._beating.cancel()
-        for _ in self._messages or ():  # it has sent them before
-            pass
-        error = str(exc) if exc else self._reason
-        self._service.carry_out(self._sessions.closed(self, error, self._loop.time()))
+        try:
+            for _ in self._messages or ():  # it has sent them before
+                pass
+        finally:
+            error = str(exc) if exc else self._reason
+            self._service.carry_out(self._sessions.closed(self, error, self._loop.time()))
 
     def send(self, message: object) -> None:
         self._transport.write(self._encoder.encode(message))

@@ -65,6 +65,22 @@ async def test_connections_take_turns() -> None:
     assert "".join(machine.done) == "aababb"
 
 
+async def test_an_error_of_one_connection_does_not_stop_the_others() -> None:
+    errors: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context))
+    machine = Machine()
+    turns = MessageTurns(lambda: machine.now_s)
+
+    def failing() -> Iterator[None]:
+        yield from machine.messages("a", 1, MIN_S)
+        raise ValueError
+
+    turns.run(failing())
+    turns.run(machine.messages("b", 3, MIN_S))
+    await num_turns(machine, 4)
+    assert [type(error["exception"]) for error in errors] == [ValueError]
+
+
 class Recorded(RouterService):
     """Records the router's events."""
 

@@ -57,7 +57,7 @@ from ..router.hosts import (
 from ..router.links import NUM_FAILURES
 from ..router.places import Places
 from ..router.planner_desk import PlannerDesk
-from ..router.registry import RoutingState
+from ..router.registered_worker import RoutingState
 from ..router.supervisor import (
     GENERATION_STRIDE,
     AdoptProcesses,

@@ -58,7 +58,8 @@ from pdserve.router.pairs import Pairs
 from pdserve.router.places import Places
 from pdserve.router.planner_desk import Deed, Mode, PlannerDesk
 from pdserve.router.planning import Advice, Bounds, Ratio
-from pdserve.router.registry import RegisteredWorker, Registry
+from pdserve.router.registered_worker import RegisteredWorker
+from pdserve.router.registry import Registry
 from pdserve.router.reports import WorkerReports
 from pdserve.router.request_life import RequestLife
 from pdserve.router.reservation import Reservation

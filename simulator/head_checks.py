@@ -10,7 +10,7 @@ from ..router.cores import Key
 from ..router.events import RouterEvent, WorkerReady
 from ..router.links import NUM_FAILURES
 from .broken_links import BrokenLinks
-from .turns import Turns
+from .turns import TurnsOfOthers
 from .wanted import WantedLegs
 
 MAX_TAKEN_OVER = 1  # requests in a slice
@@ -21,7 +21,7 @@ class HeadChecks:
 
     def __init__(self, router: Router, violation: Callable[[str], None], *, is_first: bool) -> None:
         """`is_first`: no head was before this one."""
-        self.turns = Turns()
+        self.turns = TurnsOfOthers()
         self._router = router
         self._violation = violation
         self._is_first = is_first

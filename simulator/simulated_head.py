@@ -2,6 +2,7 @@
 processes that `RouterService` and `Controller` handle."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 from ..core.errors import PdserveError
@@ -184,7 +185,7 @@ class SimulatedHead:
             match action:
                 case CheckHost(node_id):
                     after_s, answer = self._world.hosts.check(node_id)
-                    self.process.call_later(after_s, lambda answer=answer: self.host_event(answer))  # type: ignore[misc]
+                    self.process.call_later(after_s, partial(self.host_event, answer))
                 case VacateHost(workers):
                     self.manage(ReplaceWorkers(workers))
                 case HostJoined():

@@ -141,7 +141,7 @@ class Simulation:
         if self.scenario.contest:
             self.time.call_at(2.5, self._watch_shares)
         for accident in self.scenario.accidents:
-            self.time.call_at(accident.at_s, lambda accident=accident: self._accidents.strike(accident))  # type: ignore[misc]
+            self.time.call_at(accident.at_s, partial(self._accidents.strike, accident))
         while self.time.step(CALM_S):
             pass
         self.faults.calm()

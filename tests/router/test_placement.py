@@ -114,9 +114,9 @@ def test_a_decode_worker_takes_prompts_beyond_the_slo_once_prefill_workers_are_f
     cluster.router = Router(RouterConfig(itl_slo_s=0.05), LatencyModel(LatencyPriors(prefill_token_s=1e-3)))
     for name in ("prefill-0", "decode-0"):
         cluster.add(worker_info(name, num_blocks=10_000))
-    for name in ("a", "b", "c"):
+    for name in ("a", "b", "c", "d"):
         cluster.submit(make_request(name, num_tokens=2000))
-    assert [type(command) for command in cluster.sent["decode-0"]] == [Reserve, Reserve, Serve]
+    assert [type(command) for command in cluster.sent["decode-0"]] == [Reserve, Reserve, Reserve, Serve]
     assert cluster.router.status(0.0).counters.beyond_itl == 1
 
 

@@ -33,6 +33,17 @@ from ..router.events import (
 from .shared_links import Flow, SharedLinks
 from .virtual_instance import INCARNATION, InstanceShape, VirtualInstance
 
+MAX_QUEUED = 1 << 20  # so many that what comes too late is served too late, and not refused
+
+
+def router_config(itl_slo_s: float, prefills_on_decode: bool) -> RouterConfig:
+    """Returns the settings of a replay's router: it refuses nothing."""
+    return RouterConfig(
+        max_queued_requests=MAX_QUEUED,
+        itl_slo_s=itl_slo_s,
+        prefill_on_decode_factor=RouterConfig().prefill_on_decode_factor if prefills_on_decode else None,
+    )
+
 
 @dataclass(frozen=True, slots=True)
 class Arrival:

@@ -131,6 +131,7 @@ class RequestLife:
         live.dispatches.append(dispatch)
         self._ledger.open(dispatch, placement)
         self.counters.dispatched += 1
+        self.counters.beyond_itl += placement.exceeds_itl
         if decode is prefill:
             self.counters.served_on_one += 1
             return _send(prefill, Serve(spec=spec))

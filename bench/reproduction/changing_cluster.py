@@ -9,8 +9,9 @@ from typing import Protocol
 from msgspec import structs
 
 from pdserve.core.messages import Role
-from pdserve.head.planning import INTERVAL_S, START_S, seen_request
+from pdserve.head.planning import INTERVAL_S, MAX_OPEN, START_S
 from pdserve.planner.changes import FLIP_S
+from pdserve.planner.seen_load import seen_request
 from pdserve.planner.virtual_cluster import ServedRequest, VirtualCluster, router_config
 from pdserve.router.config import RouterConfig
 from pdserve.router.events import Timeline, WorkerReady
@@ -134,6 +135,7 @@ class ChangingCluster:
             duration_s=INTERVAL_S,
             num_arrived=num_arrived - self._num_arrived,
             seen=tuple(self._seen),
+            open=router.open_requests(MAX_OPEN),
             ratio=self.ratio,
             is_settled=not self._is_changing,
             instances=router.instance_facts(),

@@ -97,6 +97,25 @@ LLAMA_8B_H200 = Profile(
     kv_bytes=100 << 30,
     max_model_len=131_072,
 )
+# slow steps of few tokens: a load that fills such devices is cheap to serve in virtual time
+_SLOW_DECODE = DecodeSeconds(0.2, 1e-5, 4e-3)
+SLOW_DEVICE = Profile(
+    Durations(
+        prefill_step_s=50e-3,
+        prefill_token_s=4e-3,
+        prefill_square_s=1e-7,
+        decode=_SLOW_DECODE,
+        decode_large=_SLOW_DECODE,
+        large_batch=1,
+        transfer_s=1e-3,
+        link_bytes_per_s=1e9,
+    ),
+    _layout(4, 4, 64),
+    kv_bytes=64 << 20,
+    max_model_len=4096,
+    max_batch_tokens=512,
+    max_batch_size=32,
+)
 
 
 @dataclass(frozen=True)
@@ -110,3 +129,4 @@ class Service:
 
 AZURE = Service(OPT_13B_A100, 8, Slo(ttft=2000.0, tpot=100.0))
 MOONCAKE = Service(LLAMA_8B_H200, 8, Slo(ttft=10_000.0, tpot=25.0))
+SLOW = Service(SLOW_DEVICE, 8, Slo(ttft=4000.0, tpot=800.0))

@@ -197,6 +197,7 @@ class LiveRequest(Automaton[RequestState]):
             first_token_s=self.first_token_s,
         )
 
+
 class Job:
     """Choices of one request that wait for workers together."""
 

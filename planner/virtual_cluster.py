@@ -31,7 +31,7 @@ from ..router.events import (
     WorkerReady,
     WorkerRole,
 )
-from ..router.registry import RoutingState
+from ..router.registered_worker import RoutingState
 from .shared_links import Flow, SharedLinks
 from .virtual_instance import INCARNATION, InstanceShape, VirtualInstance
 

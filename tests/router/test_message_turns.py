@@ -24,6 +24,9 @@ class Machine:
         self.now_s = 0.0
         self.done: list[str] = []
 
+    def clock(self) -> float:
+        return self.now_s
+
     def messages(self, name: str, count: int, cost_s: float) -> Iterator[None]:
         for _ in range(count):
             self.now_s += cost_s
@@ -43,7 +46,7 @@ async def num_turns(machine: Machine, num_messages: int, others_s: float = 0.0) 
 
 async def test_a_backlog_is_handled_over_many_turns() -> None:
     machine = Machine()
-    MessageTurns(lambda: machine.now_s).run(machine.messages("a", 100, MIN_S / 3.5))
+    MessageTurns(machine.clock).run(machine.messages("a", 100, MIN_S / 3.5))
     assert len(machine.done) == 4
     assert await num_turns(machine, 100) == 24
 
@@ -51,14 +54,14 @@ async def test_a_backlog_is_handled_over_many_turns() -> None:
 async def test_messages_get_as_much_time_as_all_else_up_to_a_bound() -> None:
     for others_s, per_turn in ((3 * MIN_S, 3), (2 * MAX_S, round(MAX_S / MIN_S))):
         machine = Machine()
-        MessageTurns(lambda machine=machine: machine.now_s).run(machine.messages("a", 1000, MIN_S * 1.0001))
+        MessageTurns(machine.clock).run(machine.messages("a", 1000, MIN_S * 1.0001))
         assert len(machine.done) == 1
         assert await num_turns(machine, 1000, others_s) in (-(-999 // per_turn), -(-999 // per_turn) + 1)
 
 
 async def test_connections_take_turns() -> None:
     machine = Machine()
-    turns = MessageTurns(lambda: machine.now_s)
+    turns = MessageTurns(machine.clock)
     for name in "ab":
         turns.run(machine.messages(name, 3, MIN_S))
     await num_turns(machine, 6)
@@ -69,7 +72,7 @@ async def test_an_error_of_one_connection_does_not_stop_the_others() -> None:
     errors: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context))
     machine = Machine()
-    turns = MessageTurns(lambda: machine.now_s)
+    turns = MessageTurns(machine.clock)
 
     def failing() -> Iterator[None]:
         yield from machine.messages("a", 1, MIN_S)

@@ -5,6 +5,8 @@ import asyncio
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+import pytest
+
 from pdserve.core.messages import Hello, Ready, StepReport, WorkerLoad
 from pdserve.router.core import Router
 from pdserve.router.events import RouterEvent, WorkerLost
@@ -48,12 +50,14 @@ async def test_a_backlog_is_handled_over_many_turns() -> None:
     assert await num_turns(machine, 100) == 24
 
 
-async def test_messages_get_as_much_time_as_all_else_up_to_a_bound() -> None:
-    for others_s, per_turn in ((3 * MIN_S, 3), (2 * MAX_S, round(MAX_S / MIN_S))):
-        machine = Machine()
-        MessageTurns(lambda machine=machine: machine.now_s).run(machine.messages("a", 1000, MIN_S * 1.0001))
-        assert len(machine.done) == 1
-        assert await num_turns(machine, 1000, others_s) in (-(-999 // per_turn), -(-999 // per_turn) + 1)
+@pytest.mark.parametrize(
+    ("others_s", "per_turn"), [(3 * MIN_S, 3), (2 * MAX_S, round(MAX_S / MIN_S))], ids=["as much", "bound"]
+)
+async def test_messages_get_as_much_time_as_all_else_up_to_a_bound(others_s: float, per_turn: int) -> None:
+    machine = Machine()
+    MessageTurns(lambda: machine.now_s).run(machine.messages("a", 1000, MIN_S * 1.0001))
+    assert len(machine.done) == 1
+    assert await num_turns(machine, 1000, others_s) in (-(-999 // per_turn), -(-999 // per_turn) + 1)
 
 
 async def test_connections_take_turns() -> None:

@@ -5,6 +5,8 @@ import asyncio
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+import pytest
+
 from pdserve.core.messages import Hello, Ready, StepReport, WorkerLoad
 from pdserve.router.core import Router
 from pdserve.router.events import RouterEvent, WorkerLost
@@ -23,9 +25,6 @@ class Machine:
     def __init__(self) -> None:
         self.now_s = 0.0
         self.done: list[str] = []
-
-    def clock(self) -> float:
-        return self.now_s
 
     def messages(self, name: str, count: int, cost_s: float) -> Iterator[None]:
         for _ in range(count):
@@ -46,22 +45,24 @@ async def num_turns(machine: Machine, num_messages: int, others_s: float = 0.0) 
 
 async def test_a_backlog_is_handled_over_many_turns() -> None:
     machine = Machine()
-    MessageTurns(machine.clock).run(machine.messages("a", 100, MIN_S / 3.5))
+    MessageTurns(lambda: machine.now_s).run(machine.messages("a", 100, MIN_S / 3.5))
     assert len(machine.done) == 4
     assert await num_turns(machine, 100) == 24
 
 
-async def test_messages_get_as_much_time_as_all_else_up_to_a_bound() -> None:
-    for others_s, per_turn in ((3 * MIN_S, 3), (2 * MAX_S, round(MAX_S / MIN_S))):
-        machine = Machine()
-        MessageTurns(machine.clock).run(machine.messages("a", 1000, MIN_S * 1.0001))
-        assert len(machine.done) == 1
-        assert await num_turns(machine, 1000, others_s) in (-(-999 // per_turn), -(-999 // per_turn) + 1)
+@pytest.mark.parametrize(
+    ("others_s", "per_turn"), [(3 * MIN_S, 3), (2 * MAX_S, round(MAX_S / MIN_S))], ids=["as much", "bound"]
+)
+async def test_messages_get_as_much_time_as_all_else_up_to_a_bound(others_s: float, per_turn: int) -> None:
+    machine = Machine()
+    MessageTurns(lambda: machine.now_s).run(machine.messages("a", 1000, MIN_S * 1.0001))
+    assert len(machine.done) == 1
+    assert await num_turns(machine, 1000, others_s) in (-(-999 // per_turn), -(-999 // per_turn) + 1)
 
 
 async def test_connections_take_turns() -> None:
     machine = Machine()
-    turns = MessageTurns(machine.clock)
+    turns = MessageTurns(lambda: machine.now_s)
     for name in "ab":
         turns.run(machine.messages(name, 3, MIN_S))
     await num_turns(machine, 6)
@@ -72,7 +73,7 @@ async def test_an_error_of_one_connection_does_not_stop_the_others() -> None:
     errors: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context))
     machine = Machine()
-    turns = MessageTurns(machine.clock)
+    turns = MessageTurns(lambda: machine.now_s)
 
     def failing() -> Iterator[None]:
         yield from machine.messages("a", 1, MIN_S)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -13,7 +13,7 @@ from ..engine.checkpoint import Checkpoint
 from ..engine.gpu import Node
 from ..loadgen.slo import Slo
 from ..loadgen.statistics import Summary
-from ..router.config import RouterConfig
+from ..router.config import PREFILL_ON_DECODE_FACTOR, RouterConfig
 from .durations import Durations
 from .offered_load import OfferedLoad
 from .plan import Plan, make_plan, planned_layout
@@ -158,11 +158,12 @@ class Site:
         return num_misses <= max_misses
 
     def _cluster(self, split: Split) -> VirtualCluster:
-        factor = RouterConfig().prefill_on_decode_factor if split.prefills_on_decode else None
-        config = RouterConfig(
+        config = replace(
+            RouterConfig.of(self.config),
             max_queued_requests=MAX_QUEUED,
-            itl_slo_s=self.config.slo.itl_ms / 1e3,
-            prefill_on_decode_factor=factor,
+            max_running_per_client=None,  # all are of one client
+            enforces_itl=False,
+            prefill_on_decode_factor=PREFILL_ON_DECODE_FACTOR if split.prefills_on_decode else None,
         )
         return VirtualCluster(self.shapes(split), self.layout, config)
 

@@ -96,7 +96,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     miss_a_deadline: 0,
     drop_requests_before_caches_are_known: 62,
     ignore_weights: 153,
-    hold_no_room_for_a_large_request: 272,
+    hold_no_room_for_a_large_request: 303,
     let_nobody_pass_a_large_request: 147,
     forget_how_often_a_large_request_was_passed: 198,
     leave_all_places_to_the_client_that_has_them: 51,

@@ -112,7 +112,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     address: TransferAddress
     devices: tuple[str, ...]  # "cpu:3", or "cuda:" and the GPU's UUID
     node: str
-    pid: int
+    pid: int  # of rank 0
+    rank_pids: tuple[int, ...] = ()  # of ranks 1, 2, ..., where the instance has several
     kernels: str  # the implementation chosen at start
 
 

@@ -49,6 +49,6 @@ def engine_options(spec: WorkerSpec) -> EngineOptions:
         max_batch_size=pool.max_batch_size,
         max_batch_tokens=pool.max_batch_tokens,
         kernels=config.kernels,
-        num_threads=pool.num_threads,
+        num_threads=pool.num_threads_per_rank,
         wire=config.kv.wire,
     )

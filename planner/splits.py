@@ -12,7 +12,7 @@ from ..core.messages import KVLayout, Role
 from ..engine.checkpoint import Checkpoint
 from ..engine.gpu import Node
 from ..loadgen.slo import Slo
-from ..loadgen.statistics import Summary
+from ..loadgen.statistics import Distribution
 from ..router.config import RouterConfig
 from .durations import Durations
 from .offered_load import OfferedLoad
@@ -73,10 +73,10 @@ class Trial:
     num_good: int
     duration_s: float
     num_output_tokens: int
-    ttft_ms: Summary | None
-    tpot_ms: Summary | None
-    gap_ms: Summary | None  # the largest gap between two tokens of each request
-    e2e_ms: Summary | None
+    ttft_ms: Distribution | None
+    tpot_ms: Distribution | None
+    gap_ms: Distribution | None  # the largest gap between two tokens of each request
+    e2e_ms: Distribution | None
     misses: dict[str, int]  # requests by the objectives that they missed; "failed" is one
     busy_shares: dict[Role, float]  # of the time, by role
     kv_shares: dict[Role, float]  # of the blocks, at most, by role
@@ -208,6 +208,6 @@ def _trial(
     )
 
 
-def _ms(values_s: Sequence[float | None]) -> Summary | None:
-    summary = Summary.of([value for value in values_s if value is not None])
+def _ms(values_s: Sequence[float | None]) -> Distribution | None:
+    summary = Distribution.of([value for value in values_s if value is not None])
     return None if summary is None else summary.scaled(1e3)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import msgspec
 
 from .events import ConsideredPlace
-from .registry import RegisteredWorker
+from .registered_worker import RegisteredWorker
 
 NUM_KEPT = 4  # candidates whose predictions go with a placement
 

@@ -47,7 +47,8 @@ from .pairs import Pairs
 from .placement import Placer
 from .planning import InstanceFacts
 from .prefix_index import PrefixIndex
-from .registry import RegisteredWorker, Registry, RoutingState
+from .registered_worker import RegisteredWorker, RoutingState
+from .registry import Registry
 from .reports import WorkerReports
 from .reunion import Reunion
 from .status import Counters, RouterStatus, snapshot

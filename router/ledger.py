@@ -8,7 +8,8 @@ from ..core.messages import Leg, LegEnded, StepReport
 from ..core.request import TransferId
 from .candidates import RoutingDecision
 from .live_request import Dispatch
-from .registry import RegisteredWorker, Registry
+from .registered_worker import RegisteredWorker
+from .registry import Registry
 
 
 class Ledger:

@@ -18,7 +18,8 @@ from .links import Links
 from .live_request import Job
 from .pairs import Pairs
 from .prefix_index import PrefixIndex
-from .registry import RegisteredWorker, Registry, decode_load
+from .registered_worker import RegisteredWorker, decode_load
+from .registry import Registry
 
 
 class Placer:

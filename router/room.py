@@ -12,7 +12,8 @@ from ..core.sharing import LITTLE
 from .fair_queue import TokenCounters
 from .ledger import Ledger
 from .live_request import Dispatch, DispatchState, Job
-from .registry import RegisteredWorker, Registry, decode_load
+from .registered_worker import RegisteredWorker, decode_load
+from .registry import Registry
 
 MAX_DISPLACED = 3  # times that a request gives up its place for one of higher priority
 

@@ -7,7 +7,8 @@ import msgspec
 
 from ..core.messages import Role, WorkerLoad
 from ..core.request import FinishReason
-from .registry import RegisteredWorker, Registry, RoutingState
+from .registered_worker import RegisteredWorker, RoutingState
+from .registry import Registry
 
 
 @dataclass(slots=True)

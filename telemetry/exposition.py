@@ -20,7 +20,7 @@ from ..core.latency import LatencyModel
 from ..core.messages import Role
 from ..core.request import FinishReason
 from ..router.planner_desk import PlannerState
-from ..router.registry import RoutingState
+from ..router.registered_worker import RoutingState
 from ..router.status import RoutedWorkerStatus, RouterStatus
 from .catalogue import COUNTERS, GAUGES, GPU_COUNTERS, GPU_GAUGES, HISTOGRAMS, Metric
 from .steps import PHASES, StepCosts, StepTally

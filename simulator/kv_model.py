@@ -161,6 +161,7 @@ class ChainStore:
         token_end: int,
         out: memoryview,
         after: int = 0,
+        heads: range | None = None,
     ) -> int:
         if self._fails():
             raise StoreFault
@@ -192,6 +193,7 @@ class ChainStore:
         token_end: int,
         data: memoryview,
         after: int = 0,
+        heads: range | None = None,
     ) -> None:
         if self._fails():
             raise StoreFault

@@ -22,7 +22,7 @@ from ..kv_transfer.chunk_size import CHUNK_BYTES
 from ..kv_transfer.config import TransferConfig
 from .device_choice import device_findings, resolve_device, why_device
 from .packing import Demand, Finding, Packing
-from .ranks import num_kv_copies, num_rank_parameters, rank_findings, shared_bytes
+from .ranks import SHARED_BYTES, num_kv_copies, num_parameters_of, num_sharing, rank_findings, rank_model
 
 AUTO_KV_MAX_BYTES = 4 << 30
 # share of the available memory that `kv_cache_bytes: auto` lets a machine's instances fill
@@ -198,7 +198,6 @@ class _Sizes:
         block_size = config.kv.num_tokens_per_block(device)
         self.layout = KVLayout(model.num_layers, model.num_kv_heads, model.head_dim, dtype, block_size, "")
         self._item_bytes = 4 if dtype == "float32" else 2
-        self._num_parameters = checkpoint.num_parameters
         self.weights_bytes = checkpoint.num_parameters * self._item_bytes
         asked = config.model.max_model_len
         self.max_model_len = model.max_position_embeddings if asked == "auto" else asked
@@ -208,15 +207,17 @@ class _Sizes:
 
     def _block_bytes(self, pool: PoolSection) -> int:
         """Memory of one block in all ranks of an instance together."""
-        num_copies = num_kv_copies(self._model, pool.tensor_parallel)
+        num_copies = num_kv_copies(self._model, num_sharing(self._model, pool))
         return num_copies * self.layout.block_size * self.layout.bytes_per_token
 
     def _max_len_bytes(self, pool: PoolSection) -> int:
         return self._blocks(self.max_model_len) * self._block_bytes(pool)
 
     def _rank_weights_bytes(self, pool: PoolSection) -> int:
-        num_ranks = pool.tensor_parallel
-        return num_rank_parameters(self._model, self._num_parameters, num_ranks) * self._item_bytes
+        num_ranks = num_sharing(self._model, pool)
+        if num_ranks == 1:
+            return self.weights_bytes
+        return num_parameters_of(rank_model(self._model, num_ranks)) * self._item_bytes
 
     def demand(self, role: Role, pool: PoolSection) -> Demand:
         if self._on_gpu:
@@ -235,22 +236,21 @@ class _Sizes:
     def fixed_bytes(self, pool: PoolSection) -> int:
         """Memory of one instance beside its KV cache, of all its ranks: activations, logits with room to sort
         them on rank 0, the rope's table."""
-        model, num_ranks = self._model, pool.tensor_parallel
+        num_ranks = num_sharing(self._model, pool)
+        model = rank_model(self._model, num_ranks)
         # CPU kernels lay out the output's matrix in their own way
         is_copied = model.tie_word_embeddings and not self._on_gpu
         # both are filled up
-        panels, depth = -(-(model.vocab_size // num_ranks) // 32), -(-model.hidden_size // 32)
+        panels, depth = -(-model.vocab_size // 32), -(-model.hidden_size // 32)
         packed_head = panels * 32 * depth * 32 if is_copied else 0
-        kv_size = model.kv_size * num_kv_copies(model, num_ranks)
-        divided = model.q_size + 2 * kv_size + 2 * model.intermediate_size
-        per_token = 3 * model.hidden_size + divided // num_ranks
+        per_token = 3 * model.hidden_size + model.q_size + 2 * model.kv_size + 2 * model.intermediate_size
         activations = (packed_head + pool.max_batch_tokens * per_token) * self._item_bytes
         runtime_bytes = GPU_RUNTIME_BYTES if self._on_gpu else RUNTIME_BYTES
-        logits = pool.max_batch_size * model.vocab_size * 12
+        logits = pool.max_batch_size * self._model.vocab_size * 12
         rope = ROPE_COPIES * self.max_model_len * model.head_dim * 4
         rank_bytes = self._rank_weights_bytes(pool) + activations + rope + runtime_bytes
-        shared = shared_bytes(model, pool, self._item_bytes)
-        return num_ranks * (rank_bytes + self._link_bytes(pool)) + logits + shared
+        shared_bytes = SHARED_BYTES if num_ranks > 1 else 0
+        return num_ranks * (rank_bytes + self._link_bytes(pool)) + logits + shared_bytes
 
     def _link_bytes(self, pool: PoolSection) -> int:
         """Memory of a rank's links to the ranks of the other pools that the runtime's does not include, as
@@ -287,7 +287,7 @@ class _Sizes:
             num_cpus=pool.num_cpus,
             num_threads=pool.num_threads,
             num_ranks=pool.tensor_parallel,
-            num_kv_copies=num_kv_copies(self._model, pool.tensor_parallel),
+            num_kv_copies=num_kv_copies(self._model, num_sharing(self._model, pool)),
             rank_weights_bytes=self._rank_weights_bytes(pool),
             gpu_share=pool.gpu_share if self._on_gpu else None,
             instance_bytes=self.fixed_bytes(pool) + kv_cache_bytes,

@@ -13,17 +13,12 @@ from ..engine.checkpoint import Checkpoint
 from ..engine.gpu import Node
 from ..loadgen.slo import Slo
 from ..loadgen.statistics import Distribution
-from ..router.config import RouterConfig
 from .durations import Durations
 from .offered_load import OfferedLoad
 from .plan import Plan, make_plan, planned_layout
 from .priors import Rates, priors
-from .virtual_cluster import ServedRequest, VirtualCluster
+from .virtual_cluster import ServedRequest, VirtualCluster, router_config
 from .virtual_instance import InstanceShape
-
-MAX_QUEUED = (
-    1 << 20
-)  # the replay's queue: so long that what comes too late is served too late, and not refused
 
 
 @dataclass(frozen=True)
@@ -158,12 +153,7 @@ class Site:
         return num_misses <= max_misses
 
     def _cluster(self, split: Split) -> VirtualCluster:
-        factor = RouterConfig().prefill_on_decode_factor if split.prefills_on_decode else None
-        config = RouterConfig(
-            max_queued_requests=MAX_QUEUED,
-            itl_slo_s=self.config.slo.itl_ms / 1e3,
-            prefill_on_decode_factor=factor,
-        )
+        config = router_config(self.config.slo.itl_ms / 1e3, split.prefills_on_decode)
         return VirtualCluster(self.shapes(split), self.layout, config)
 
 

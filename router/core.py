@@ -45,7 +45,7 @@ from .live_request import Job
 from .live_requests import LiveRequests
 from .pairs import Pairs
 from .placement import Placer
-from .planning import InstanceFacts
+from .planning import InstanceFacts, OpenRequest
 from .prefix_index import PrefixIndex
 from .registered_worker import RegisteredWorker, RoutingState
 from .registry import Registry
@@ -215,6 +215,10 @@ class Router:
             for worker in self._registry
             if worker.state is RoutingState.READY
         )
+
+    def open_requests(self, max_requests: int) -> tuple[OpenRequest, ...]:
+        """Returns the requests that are being served as a planner sees them, by arrival: the first ones."""
+        return self._requests.open_requests(max_requests)
 
     def num_running(self, client: str) -> int:
         """Returns the number of choices that workers have of the client."""

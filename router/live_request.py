@@ -14,6 +14,7 @@ from ..core.request import HeldSpec, Request, SequenceSpec, TransferId, identity
 from ..core.token_ids import digest
 from .candidates import RoutingDecision
 from .kept_stream import KeptStream
+from .planning import MAX_CLIENT_CHARS, OpenRequest
 from .prefix_index import PrefixChain
 from .registered_worker import RegisteredWorker
 from .request_states import TRANSITIONS, RequestState
@@ -184,6 +185,17 @@ class LiveRequest(Automaton[RequestState]):
         fresh = tuple(stream.choice for stream in unfinished if not stream.token_ids)
         jobs = [Job(self, fresh, (), now_s)] if fresh else []
         return jobs + [Job(self, (s.choice,), tuple(s.token_ids), now_s) for s in unfinished if s.token_ids]
+
+    def facts(self) -> OpenRequest:
+        placement = self.dispatches[-1].placement if self.dispatches else None
+        return OpenRequest(
+            at_s=self.submitted_s,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_cached_tokens=0 if placement is None else placement.num_cached_tokens,
+            num_output_tokens=sum(len(stream.token_ids) for stream in self.streams),
+            client=self.request.client[:MAX_CLIENT_CHARS],
+            first_token_s=self.first_token_s,
+        )
 
 
 class Job:

@@ -15,6 +15,7 @@ from .deaths import Deaths
 from .events import Cancel, LossCause, RouterCommand, StreamRead, StreamUnread, Timeline, WorkerLost
 from .ledger import Ledger
 from .live_request import Dispatch, DispatchState, LiveRequest
+from .planning import OpenRequest
 from .registered_worker import RegisteredWorker
 from .request_events import Abandoned, CancelChoice, Claimed, Due, End, Judged, LegOver, RequestEvent
 from .request_life import RequestLife
@@ -85,6 +86,12 @@ class LiveRequests:
         """Returns the timelines so far of live requests whose ids begin with `scope`, newest first."""
         found = (live for name, live in reversed(self._requests.items()) if name.startswith(scope))
         return [timeline_of(live, now_s) for live in islice(found, max_requests)]
+
+    def open_requests(self, max_requests: int) -> tuple[OpenRequest, ...]:
+        """Returns the first live requests, without their contents. Those that an earlier router had, and
+        those that are set aside, are left out."""
+        found = (live.facts() for live in self._requests.values() if live.state.is_served and not live.held)
+        return tuple(islice(found, max_requests))
 
     def handle(self, live: LiveRequest, event: RequestEvent, now_s: float) -> list[RouterCommand]:
         """Applies the event to the request, which is forgotten once it is closed."""

@@ -1,7 +1,7 @@
 """The registry of current workers: which of them get work, and their ranking for the next request."""
 
-from collections.abc import Hashable, Iterable, Iterator
-from heapq import nsmallest
+from collections.abc import Collection, Hashable, Iterable, Iterator
+from heapq import merge, nsmallest
 from itertools import islice
 
 import msgspec
@@ -14,6 +14,7 @@ from .registered_worker import RegisteredWorker, RoutingState, decode_load
 PROMPT_S = 0.1  # counted for a prompt, whatever its length
 LAST = 1e9  # in the order of the rankings: just now it cannot be one of a pair
 IDLE_LOAD = 0.1  # counted beside the load, as a step takes time even for one sequence
+FEW = 16  # workers: fewer are sorted, of more only those at the head of the ranking are looked at
 NUM_WITH_ROOM = 32  # workers with the most room, of which the least loaded are considered
 
 
@@ -199,9 +200,7 @@ class Registry:
             ranking.put(worker.worker_id, key, worker)
         if worker.role.decodes:
             ranking = self._by_decode.setdefault(size, Ranking())
-            key = (decode_load(worker) + IDLE_LOAD) * worker.speed.decode_weight
-            key += 0.0 if worker.may_receive else LAST
-            ranking.put(worker.worker_id, key, worker)
+            ranking.put(worker.worker_id, _decode_key(worker), worker)
 
     def _unrank(self, worker: RegisteredWorker) -> None:
         self._by_room.discard(worker.worker_id)
@@ -226,6 +225,21 @@ class Registry:
         able = [worker for worker in self if worker.takes_work and worker.capacity_tokens >= num_tokens]
         return [worker for worker in able if worker.role.decodes] or able
 
+    def least_loaded(
+        self, workers: Collection[RegisteredWorker], num_tokens: int
+    ) -> Iterator[RegisteredWorker]:
+        """Yields those of `workers` that are `able_to_decode`, the least loaded first."""
+        if len(workers) > FEW and self.best_decode(num_tokens, 1):
+            able = (ranking for size, ranking in self._by_decode.items() if size >= num_tokens.bit_length())
+            for worker in merge(*able, key=_decode_key):
+                if worker in workers and worker.capacity_tokens >= num_tokens:
+                    yield worker
+            return
+        yield from sorted(
+            (worker for worker in workers if self.is_able_to_decode(worker, num_tokens)),
+            key=lambda worker: (_decode_key(worker), worker.worker_id),
+        )
+
     def is_able_to_decode(self, worker: RegisteredWorker, num_tokens: int) -> bool:
         """Whether the worker is one of those `able_to_decode`."""
         return (
@@ -246,6 +260,12 @@ class Registry:
     def num_ready(self, *, prefills: bool) -> int:
         rankings = self._by_prefill if prefills else self._by_decode
         return sum(len(ranking) for ranking in rankings.values())
+
+
+def _decode_key(worker: RegisteredWorker) -> float:
+    """Returns the worker's place in the order of decode load, in view of its speed."""
+    key = (decode_load(worker) + IDLE_LOAD) * worker.speed.decode_weight
+    return key if worker.may_receive else key + LAST
 
 
 def _best(

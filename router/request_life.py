@@ -131,6 +131,7 @@ class RequestLife:
         live.dispatches.append(dispatch)
         self._ledger.open(dispatch, placement)
         self.counters.dispatched += 1
+        self.counters.beyond_itl += placement.exceeds_itl
         if decode is prefill:
             self.counters.served_on_one += 1
             return _send(prefill, Serve(spec=spec))
@@ -216,7 +217,7 @@ class RequestLife:
     def give_up(self, live: LiveRequest, event: GivenUp, now_s: float) -> Commands:
         """Aborts the open legs of an earlier router's dispatch."""
         if event.dispatch.state is DispatchState.RUNNING:
-            event.dispatch.fail("given up when its router was replaced", now_s)
+            self._ledger.fail(event.dispatch, "given up when its router was replaced", now_s)
         return self._abort(event.dispatch, event.dispatch.open_legs)
 
     def come_due(self, live: LiveRequest, event: Due, now_s: float) -> Commands:
@@ -443,7 +444,7 @@ class RequestLife:
         self, dispatch: Dispatch, legs: set[Leg], why: str, now_s: float
     ) -> tuple[list[Job], Commands]:
         """Aborts `legs` of a dispatch; returns jobs for the remaining work, to be done elsewhere."""
-        dispatch.fail(why, now_s)
+        self._ledger.fail(dispatch, why, now_s)
         commands = self._abort(dispatch, legs)
         jobs = dispatch.unfinished_jobs(now_s)
         for job in jobs:

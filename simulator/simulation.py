@@ -21,6 +21,7 @@ from ..router.planning import Ratio
 from .faults import ORDERLY, Accident, Faults
 from .leftovers import leftovers
 from .network import ConnectionEnd, Network
+from .rank_accidents import PlannedRankAccident, strike
 from .scenario import (
     CALM_S,
     CONTEST_TOKENS,
@@ -36,6 +37,7 @@ from .simulated_head import SimulatedHead
 from .simulated_hosts import SimulatedHost, SimulatedHosts
 from .simulated_link import SimulatedDial
 from .simulated_planner import SimulatedPlanner
+from .simulated_ranks import SimulatedRank
 from .simulated_worker import InstanceSpec, SimulatedWorker
 from .virtual_time import VirtualProcess, VirtualTime
 
@@ -165,6 +167,8 @@ class Simulation:
             self.time.call_at(2.5, self._check_shares)
         for accident in self._scenario.accidents:
             self.time.call_at(accident.at_s, lambda accident=accident: self._strike(accident))  # type: ignore[misc]
+        for of_a_rank in self._scenario.rank_accidents:
+            self.time.call_at(of_a_rank.at_s, partial(self._strike_rank, of_a_rank))
         while self.time.step(CALM_S):
             pass
         self.faults.calm()
@@ -344,9 +348,10 @@ class Simulation:
         self.faults.count(f"gray worker: {kind.value}")
         return True
 
-    def dial(self, source: SimulatedWorker, pair: OutboundPair, epoch: int) -> SimulatedDial:
-        source_id, target_id = source.spec.worker_id, pair.target.worker_id
-        target = self.workers.get((target_id, pair.target.incarnation))
+    def dial(self, source: SimulatedRank, pair: OutboundPair, epoch: int) -> SimulatedDial:
+        source_id, target_id = source.worker_id, pair.target.worker_id
+        worker = self.workers.get((target_id, pair.target.incarnation))
+        target = None if worker is None else worker.ranks[pair.target.rank]
         corrupts = partial(self.corrupts_chunk, source_id, target_id)
         severed = self._severed(source_id, target_id)
         if severed is not None:
@@ -405,6 +410,11 @@ class Simulation:
         worker.process.kill()
 
     # accidents
+
+    def _strike_rank(self, accident: PlannedRankAccident) -> None:
+        others = [rank for worker in self._alive() for rank in worker.ranks[1:]]
+        name = strike(accident, others, self.faults, self.network)
+        self.note(f"ACCIDENT {accident.kind.value}: {name}, {accident.duration_s} s")
 
     def _strike(self, accident: PlannedAccident) -> None:
         workers = self._alive()

@@ -16,9 +16,14 @@ def with_ranks(rng: Random, scenario: Scenario) -> Scenario:
     if rng.random() >= RATE:
         return scenario
     num_kv_heads = rng.choice((1, 2, 4))
+    most = rng.choice((2, 4))
     shapes = {
-        role: replace(shape, num_ranks=rng.choice((1, 2, 4)), num_kv_heads=num_kv_heads)
-        for role, shape in scenario.shapes.items()
+        role: replace(shape, num_ranks=num_ranks, num_kv_heads=num_kv_heads)
+        for (role, shape), num_ranks in zip(
+            scenario.shapes.items(),
+            rng.choice(((1, most), (most, 1), (most, most), (2, 4), (4, 2))),
+            strict=True,
+        )
     }
     kinds = {accident.kind for accident in scenario.accidents} - {*ORDERLY, *OF_THE_ROUTER}
     num_accidents = rng.randint(0, 4) if kinds and scenario.rates.accidents_per_s else 0

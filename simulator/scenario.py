@@ -134,8 +134,9 @@ class Scenario:
     @property
     def end_of_faults_s(self) -> float:
         """When faults have ended, those of accidents included."""
-        accidents = (*self.accidents, *self.rank_accidents)
-        return max([CALM_S, *(accident.at_s + accident.duration_s for accident in accidents)])
+        ends = [accident.at_s + accident.duration_s for accident in self.accidents]
+        ends += [accident.at_s + accident.duration_s for accident in self.rank_accidents]
+        return max([CALM_S, *ends])
 
     @property
     def longest_accident_s(self) -> float:

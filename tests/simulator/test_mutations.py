@@ -75,6 +75,7 @@ from pdserve.worker.held_legs import HeldLegs
 from pdserve.worker.router_session import RouterSession
 from pdserve.worker.step_watch import StepWatch
 
+from .planted import ranks
 from .test_simulation import NUM_SEEDS
 
 MAX_SEEDS = 2000
@@ -385,8 +386,8 @@ def close_links_with_transfers_under_way() -> Iterator[None]:
     """Removes both checks: in the choice of links, and in the state machine."""
 
     def choose(
-        links: Mapping[hub.Peer, LinkUse], max_links: int, max_idle_s: float, now_s: float
-    ) -> list[hub.Peer]:
+        links: Mapping[hub.Key, LinkUse], max_links: int, max_idle_s: float, now_s: float
+    ) -> list[hub.Key]:
         idle = {key: LinkUse(use.used_s, is_busy=False) for key, use in links.items()}
         return unused_links(idle, max_links, max_idle_s, now_s)
 
@@ -802,6 +803,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     follow_advice_though_it_is_only_asked_for: 113,
     follow_advice_beyond_the_bounds: 95,
     follow_advice_while_workers_change: 7,
+    **ranks.FIRST_FOUND,
 }
 
 

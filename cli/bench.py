@@ -1,28 +1,29 @@
 """`pdserve bench`: its options. Everything they lead to is imported when the command runs."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .address import NO_ADDRESS, Address
+from .load_options import (
+    LOAD,
+    TEXTS,
+    ArrivalKind,
+    Arrivals,
+    Burstiness,
+    MaxOutputTokens,
+    MaxPromptTokens,
+    OutputTokens,
+    PrefixGroups,
+    PrefixTokens,
+    PromptTokens,
+    Rate,
+    Speed,
+    Trace,
+)
 
-LOAD, TEXTS, SAMPLING, MEASURE, OUTPUT = (
-    "Load",
-    "Prompts and outputs",
-    "Sampling",
-    "Measurement",
-    "Output",
-)  # panels of options
-
-
-class ArrivalKind(StrEnum):
-    """Gaps between the requests of an open load."""
-
-    POISSON = "poisson"
-    GAMMA = "gamma"
-    CONSTANT = "constant"
+SAMPLING, MEASURE, OUTPUT = "Sampling", "Measurement", "Output"  # panels of options
 
 
 def bench(
@@ -35,30 +36,11 @@ def bench(
             )
         ),
     ] = None,
-    rate: Annotated[
-        float | None, typer.Option(metavar="R", help="Open load: requests per second.", rich_help_panel=LOAD)
-    ] = None,
-    arrivals: Annotated[
-        ArrivalKind,
-        typer.Option(
-            metavar="KIND", help="Open load: poisson, gamma or constant gaps.", rich_help_panel=LOAD
-        ),
-    ] = ArrivalKind.POISSON,
-    burstiness: Annotated[
-        float,
-        typer.Option(metavar="B", help="For gamma: 1 is poisson, below 1 is burstier.", rich_help_panel=LOAD),
-    ] = 1.0,
-    trace: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="CSV",
-            help="Open load: columns TIMESTAMP, ContextTokens, GeneratedTokens.",
-            rich_help_panel=LOAD,
-        ),
-    ] = None,
-    speed: Annotated[
-        float, typer.Option(metavar="X", help="Speed-up factor of the replay.", rich_help_panel=LOAD)
-    ] = 1.0,
+    rate: Rate = None,
+    arrivals: Arrivals = ArrivalKind.POISSON,
+    burstiness: Burstiness = 1.0,
+    trace: Trace = None,
+    speed: Speed = 1.0,
     concurrency: Annotated[
         int | None,
         typer.Option(
@@ -80,37 +62,12 @@ def bench(
             min=0.0, metavar="S", help="Seconds after which a round sends no more.", rich_help_panel=LOAD
         ),
     ] = None,
-    prompt_tokens: Annotated[
-        str,
-        typer.Option(
-            metavar="D",
-            help="A number, uniform:min=A,max=B, file:PATH, or lognormal: with mean=, cv=, min=, max=.",
-            rich_help_panel=TEXTS,
-        ),
-    ] = "512",
-    output_tokens: Annotated[
-        str, typer.Option(metavar="D", help="Lengths of outputs, in the same forms.", rich_help_panel=TEXTS)
-    ] = "64",
-    max_prompt_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Cut longer prompts of a trace.", rich_help_panel=TEXTS),
-    ] = None,
-    max_output_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Cut longer outputs of a trace.", rich_help_panel=TEXTS),
-    ] = None,
-    prefix_groups: Annotated[
-        int,
-        typer.Option(
-            min=1, metavar="N", help="Number of prefixes that prompts share.", rich_help_panel=TEXTS
-        ),
-    ] = 1,
-    prefix_tokens: Annotated[
-        int,
-        typer.Option(
-            min=0, metavar="N", help="Their length in tokens, before the prompt's own.", rich_help_panel=TEXTS
-        ),
-    ] = 0,
+    prompt_tokens: PromptTokens = "512",
+    output_tokens: OutputTokens = "64",
+    max_prompt_tokens: MaxPromptTokens = None,
+    max_output_tokens: MaxOutputTokens = None,
+    prefix_groups: PrefixGroups = 1,
+    prefix_tokens: PrefixTokens = 0,
     slo: Annotated[
         str,
         typer.Option(

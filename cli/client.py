@@ -8,7 +8,7 @@ import grpc
 
 from ..core import admin_socket
 from ..core.config_types import is_loopback, parse_host_port
-from ..core.errors import PdserveError
+from ..core.errors import DETAILS_KEY, PdserveError
 from ..proto import pdserve_pb2_grpc
 from .address import DEFAULT_ADDRESS, answers_http, answers_tls, named_by
 from .trust import API_KEY, TLS_CA, current_trust
@@ -16,7 +16,6 @@ from .trust import API_KEY, TLS_CA, current_trust
 if TYPE_CHECKING:
     from ..cluster.launch import LaunchedCluster
 
-DETAILS_KEY = "grpc-status-details-bin"
 MAX_REPLY_BYTES = 256 << 20  # whoever answers at the address; four times the largest of a server by default
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_REPLY_BYTES),

@@ -15,7 +15,7 @@ def _shown(params: list[Any]) -> list[Any]:
     return params
 
 
-class Command(TyperCommand):
+class PlainCommand(TyperCommand):
     """A command without commands of its own."""
 
     def get_params(self, ctx: Any) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..gateway.auth.keys import make_key, new_key
-from .commands import Command, Group
+from .commands import Group, PlainCommand
 
 key_app = typer.Typer(cls=Group, no_args_is_help=True, help="API keys of clients (listen.api_keys).")
 
@@ -18,7 +18,7 @@ def key() -> None:
     """Holds the commands for keys."""
 
 
-@key_app.command(cls=Command)
+@key_app.command(cls=PlainCommand)
 def new(
     name: Annotated[str, typer.Argument(help="The key's name; its requests take turns under it.")],
     file: Annotated[

@@ -16,7 +16,7 @@ from ..core.errors import PdserveError
 from .address import NO_ADDRESS, Address
 from .ask import chat, generate
 from .bench import bench
-from .commands import Command, Group
+from .commands import Group, PlainCommand
 from .ending import end_at_once
 from .entry import EXIT_SIGPIPE
 from .key import key_app
@@ -120,7 +120,7 @@ def pdserve(
     use(Trust(tls_ca, cert, key))
 
 
-@app.command(cls=Command, rich_help_panel=SERVING)
+@app.command(cls=PlainCommand, rich_help_panel=SERVING)
 def serve(
     model: Annotated[
         str, typer.Argument(help="A checkpoint directory, a GGUF file, embedded, or smollm2.")
@@ -139,7 +139,7 @@ def serve(
     serve(model, prefill, decode, port, sets or [])
 
 
-@app.command(cls=Command, rich_help_panel=SERVING)
+@app.command(cls=PlainCommand, rich_help_panel=SERVING)
 def up(file: File = None, sets: Sets = None) -> None:
     """Start the cluster that a file describes, and serve until Ctrl-C or `pdserve down`.
 
@@ -154,7 +154,7 @@ def up(file: File = None, sets: Sets = None) -> None:
     report_end()
 
 
-@app.command(cls=Command, rich_help_panel=OPERATING)
+@app.command(cls=PlainCommand, rich_help_panel=OPERATING)
 def supervise(
     file: Annotated[Path, typer.Argument(help="The file, as Ray puts it on the head.")],
     ray_start: Annotated[list[str], typer.Argument(help="The command that starts Ray, behind `--`.")],
@@ -168,11 +168,11 @@ def supervise(
     supervise(file, ray_start, at_reboot)
 
 
-app.command(cls=Command, rich_help_panel=ASKING)(generate)
-app.command(cls=Command, rich_help_panel=ASKING)(chat)
+app.command(cls=PlainCommand, rich_help_panel=ASKING)(generate)
+app.command(cls=PlainCommand, rich_help_panel=ASKING)(chat)
 
 
-@app.command(cls=Command, rich_help_panel=OPERATING)
+@app.command(cls=PlainCommand, rich_help_panel=OPERATING)
 def status(
     watch: Annotated[
         bool, typer.Option("--watch", "-w", help="Show the state as it changes, until interrupted.")
@@ -188,7 +188,7 @@ def status(
         show_status(client, watch, output.value)
 
 
-@app.command(cls=Command, rich_help_panel=MEASURING)
+@app.command(cls=PlainCommand, rich_help_panel=MEASURING)
 def explain(
     request_id: Annotated[
         str | None, typer.Argument(help="The id of a request that is being served, or that ended recently.")
@@ -207,7 +207,7 @@ def explain(
         explain(client, request_id or read())
 
 
-@app.command(cls=Command, rich_help_panel=MEASURING)
+@app.command(cls=PlainCommand, rich_help_panel=MEASURING)
 def requests(
     number: Annotated[
         int, typer.Option("-n", "--number", min=1, max=200, metavar="N", help="How many at most.")
@@ -223,7 +223,7 @@ def requests(
         show_requests(client, number, output.value)
 
 
-@app.command(cls=Command, rich_help_panel=OPERATING)
+@app.command(cls=PlainCommand, rich_help_panel=OPERATING)
 def logs(
     processes: Annotated[
         list[str] | None,
@@ -243,7 +243,7 @@ def logs(
     show_logs(None if address is None else checked(address), processes or [], follow)
 
 
-@app.command(cls=Command, rich_help_panel=OPERATING)
+@app.command(cls=PlainCommand, rich_help_panel=OPERATING)
 def apply(
     file: Annotated[Path, typer.Argument(help="The file that the cluster is to match.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report what would change.")] = False,
@@ -260,7 +260,7 @@ def apply(
         apply(client, file, dry_run, wait)
 
 
-@app.command(cls=Command, rich_help_panel=OPERATING)
+@app.command(cls=PlainCommand, rich_help_panel=OPERATING)
 def scale(
     changes: Annotated[
         list[str], typer.Argument(metavar="POOL=N", help="Such as prefill=3, or decode=+1 for one more.")
@@ -279,7 +279,7 @@ def scale(
         scale(client, changes, dry_run, wait)
 
 
-@app.command(cls=Command, rich_help_panel=OPERATING)
+@app.command(cls=PlainCommand, rich_help_panel=OPERATING)
 def planner(
     output: Annotated[
         PlannerOutput, typer.Option("--output", "-o", help="How to print.")
@@ -296,7 +296,7 @@ def planner(
         show_planner(client, output.value)
 
 
-@app.command(cls=Command, rich_help_panel=OPERATING)
+@app.command(cls=PlainCommand, rich_help_panel=OPERATING)
 def drain(
     workers: Annotated[
         list[str] | None, typer.Argument(metavar="WORKER", help="Names of workers, as `status` shows them.")
@@ -314,7 +314,7 @@ def drain(
         drain(client, workers or [])
 
 
-@app.command(cls=Command, rich_help_panel=OPERATING)
+@app.command(cls=PlainCommand, rich_help_panel=OPERATING)
 def down(address: Address = NO_ADDRESS) -> None:
     """Drain all workers and end the cluster."""
     from .admin import shut_down
@@ -325,7 +325,7 @@ def down(address: Address = NO_ADDRESS) -> None:
     print("stopped")
 
 
-@app.command(cls=Command, rich_help_panel=SERVING)
+@app.command(cls=PlainCommand, rich_help_panel=SERVING)
 def validate(file: File = None, sets: Sets = None) -> None:
     """Check a cluster.yaml and the model it names."""
     from .plan import validate
@@ -333,7 +333,7 @@ def validate(file: File = None, sets: Sets = None) -> None:
     validate(file, sets or [])
 
 
-@app.command(cls=Command, rich_help_panel=MEASURING)
+@app.command(cls=PlainCommand, rich_help_panel=MEASURING)
 def simulate(
     seed: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="Run this seed alone and print its timeline.")
@@ -357,7 +357,7 @@ def simulate(
         raise typer.Exit(1)
 
 
-@app.command(cls=Command, rich_help_panel=SERVING)
+@app.command(cls=PlainCommand, rich_help_panel=SERVING)
 def demo() -> None:
     """Serve the embedded model through one prefill and one decode worker and ask it something."""
     from .demo import demo
@@ -366,5 +366,5 @@ def demo() -> None:
 
 
 app.add_typer(key_app, name="key", rich_help_panel=OPERATING)
-app.command(cls=Command, rich_help_panel=SERVING)(plan)
-app.command(cls=Command, rich_help_panel=MEASURING)(bench)
+app.command(cls=PlainCommand, rich_help_panel=SERVING)(plan)
+app.command(cls=PlainCommand, rich_help_panel=MEASURING)(bench)

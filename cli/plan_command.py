@@ -6,10 +6,24 @@ from typing import Annotated
 
 import typer
 
-from .bench import ArrivalKind
+from .load_options import (
+    LOAD,
+    ArrivalKind,
+    Arrivals,
+    Burstiness,
+    MaxOutputTokens,
+    MaxPromptTokens,
+    OutputTokens,
+    PrefixGroups,
+    PrefixTokens,
+    PromptTokens,
+    Rate,
+    Speed,
+    Trace,
+)
 from .options import File, Sets
 
-ELSEWHERE, LOAD = "Devices that need not be here", "The load that is planned for"
+ELSEWHERE = "Devices that need not be here"
 
 
 class PlanOutput(StrEnum):
@@ -55,43 +69,20 @@ def plan(
     plot: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Draw goodput over rate.", rich_help_panel=ELSEWHERE)
     ] = None,
-    rate: Annotated[
-        float | None, typer.Option(metavar="R", help="Requests per second.", rich_help_panel=LOAD)
-    ] = None,
-    arrivals: Annotated[
-        ArrivalKind, typer.Option(metavar="KIND", help="poisson, gamma or constant.", rich_help_panel=LOAD)
-    ] = ArrivalKind.POISSON,
-    burstiness: Annotated[
-        float, typer.Option(metavar="B", help="For gamma: below 1 is burstier.", rich_help_panel=LOAD)
-    ] = 1.0,
-    trace: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Azure's CSV, or Mooncake's JSON lines.", rich_help_panel=LOAD),
-    ] = None,
-    speed: Annotated[
-        float, typer.Option(metavar="X", help="Speed-up factor of the trace.", rich_help_panel=LOAD)
-    ] = 1.0,
+    rate: Rate = None,
+    arrivals: Arrivals = ArrivalKind.POISSON,
+    burstiness: Burstiness = 1.0,
+    trace: Trace = None,
+    speed: Speed = 1.0,
     requests: Annotated[
         int, typer.Option(min=10, metavar="N", help="Requests of a trial.", rich_help_panel=LOAD)
     ] = 1000,
-    prompt_tokens: Annotated[
-        str, typer.Option(metavar="D", help="Lengths, as for bench.", rich_help_panel=LOAD)
-    ] = "512",
-    output_tokens: Annotated[
-        str, typer.Option(metavar="D", help="Lengths of outputs.", rich_help_panel=LOAD)
-    ] = "64",
-    max_prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Cut longer prompts.", rich_help_panel=LOAD)
-    ] = None,
-    max_output_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Cut longer outputs.", rich_help_panel=LOAD)
-    ] = None,
-    prefix_groups: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Number of shared prefixes.", rich_help_panel=LOAD)
-    ] = 1,
-    prefix_tokens: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Their length in tokens.", rich_help_panel=LOAD)
-    ] = 0,
+    prompt_tokens: PromptTokens = "512",
+    output_tokens: OutputTokens = "64",
+    max_prompt_tokens: MaxPromptTokens = None,
+    max_output_tokens: MaxOutputTokens = None,
+    prefix_groups: PrefixGroups = 1,
+    prefix_tokens: PrefixTokens = 0,
 ) -> None:
     """Show what a cluster.yaml needs on this machine, what fits, and what does not and why.
 

@@ -62,7 +62,7 @@ def _history(report: pb.PlannerReport) -> list[str]:
 
 def _candidate(one: pb.PlannerCandidate) -> str:
     figures = f"{one.goodput:<7.3g}  {one.attainment:<4.0%}  {one.gain:<8.3g}  {one.cost:.3g}"
-    return f"{_ratio(one.ratio):<8}  {figures}" + ("  (a first look)" if one.screened_out else "")
+    return f"{_ratio(one.ratio):<8}  {figures}" + ("  (given up)" if one.screened_out else "")
 
 
 def _ratio(ratio: pb.Ratio) -> str:

@@ -14,7 +14,7 @@ from ..engine.checkpoint import Checkpoint, described_checkpoint, open_checkpoin
 from ..engine.gpu import DeviceInfo, Node
 from ..engine.gpu_peaks import GpuModel, gpu_model
 from ..loadgen.slo import Slo, parse_slo
-from ..loadgen.statistics import Summary
+from ..loadgen.statistics import Distribution
 from ..planner.comparison import Comparison, Question, RankedSplit, compare, limits_of
 from ..planner.offered_load import OfferedLoad
 from ..planner.priors import Rates
@@ -242,9 +242,9 @@ class _Words:
 _HEAD = "split          goodput/s   met   TTFT p50/p99 ms  TPOT p50/p99 ms   gap p50/p99 ms    KV  GB/s moved"
 
 
-def _pair(summary: Summary | None) -> str:
+def _pair(summary: Distribution | None) -> str:
     return f"{'-':>15}" if summary is None else f"{summary.p50:7.0f}/{summary.p99:<7.0f}"
 
 
-def _as_dict(summary: Summary | None) -> dict[str, float] | None:
+def _as_dict(summary: Distribution | None) -> dict[str, float] | None:
     return None if summary is None else asdict(summary)

@@ -4,6 +4,7 @@ them once."""
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Self
 
+DETAILS_KEY = "grpc-status-details-bin"  # the gRPC trailer with the details of an error
 MAX_EXPECTED_CHARS = 400  # longer than any of ours
 MAX_SHOWN_CHARS = 80  # shown part of a refused value
 MAX_TOLD_CHARS = 1400  # of several wrong fields

@@ -7,6 +7,7 @@ that workers report."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from statistics import median_low
 
 from .histogram import RATIOS, Histogram
@@ -215,6 +216,7 @@ class LatencyModel:
         self._a, self._b, self._c = self._prefill.coefficients
         self._small, self._large = self._decode_small.coefficients, self._decode_large.coefficients
         self._alpha, self._byte_s, _ = self._transfer.coefficients
+        self._fastest_byte_s = inf  # of a transfer
 
     @property
     def knows_prefill(self) -> bool:
@@ -224,7 +226,10 @@ class LatencyModel:
 
     @property
     def learnt(self) -> LearntLatency:
-        coefficients = (self._a, self._b, self._c, *self._small, self._alpha, self._byte_s)
+        """Returns the coefficients in use. A transfer shares its link with others, and waits until its target
+        has room: the time of a byte is that of the fastest one, as whoever asks has both of their own."""
+        byte_s = min(self._byte_s, self._fastest_byte_s)
+        coefficients = (self._a, self._b, self._c, *self._small, self._alpha, byte_s)
         return LearntLatency(
             LatencyPriors(*(max(value, LEAST_S) for value in coefficients)),
             (self._large[0], self._large[1], self._large[2]),
@@ -304,8 +309,11 @@ class LatencyModel:
 
     def observe_transfer(self, stats: TransferStats) -> None:
         """Learn from a transfer: what was hidden behind compute says nothing of the link, the rest does."""
+        num_bytes = stats.num_bytes - stats.hidden_bytes
         if stats.exposed_s > 0:
-            self._transfer.observe(1.0, stats.num_bytes - stats.hidden_bytes, 0.0, stats.exposed_s)
+            if num_bytes:
+                self._fastest_byte_s = min(self._fastest_byte_s, stats.exposed_s / num_bytes)
+            self._transfer.observe(1.0, num_bytes, 0.0, stats.exposed_s)
             self._alpha, self._byte_s, _ = self._transfer.coefficients
 
     def ratios(self) -> Mapping[str, tuple[Histogram, ...]]:

@@ -21,7 +21,7 @@ from ..proto import pdserve_pb2 as pb
 from ..telemetry.logs import REQUEST_ID
 from .answer import ResponseEvents
 from .auth.access import Access, Caller, cache_scope, scoped_salt
-from .auth.cost import Charge, Price, prompt_price, request_price
+from .auth.cost import Charge, RequestPrice, prompt_price, request_price
 from .auth.revocation import Revocation
 from .call_bounds import client_of, host_of
 from .constraint import GrammarCheck
@@ -145,7 +145,7 @@ class Serving:
         )
 
     @contextmanager
-    def _charged(self, prices: Sequence[Price], caller: Caller | None) -> Iterator[list[Charge]]:
+    def _charged(self, prices: Sequence[RequestPrice], caller: Caller | None) -> Iterator[list[Charge]]:
         loop, access = asyncio.get_running_loop(), self.shared.access
         charges = (
             [Charge.free() for _ in prices] if access is None else access.charge(caller, prices, loop.time())
@@ -197,7 +197,7 @@ class Serving:
         if ids:
             check_token_ids("token_ids", ids, self.model.vocab_size)
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
-        with self._charged([Price(num_prompt_tokens=len(ids), is_text=False)], caller) as (charge,):
+        with self._charged([RequestPrice(num_prompt_tokens=len(ids), is_text=False)], caller) as (charge,):
             charge.settle(0, asyncio.get_running_loop().time())
         return pb.DetokenizeResponse(text=await self.text(ids, skip, client_of(caller, host_of(peer))))
 

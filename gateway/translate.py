@@ -15,6 +15,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from ..core.config import ClusterConfig
 from ..core.errors import (
+    DETAILS_KEY,
     CapacityError,
     ConfigError,
     DuplicateRequest,
@@ -33,7 +34,6 @@ from .call_bounds import TooSlow
 from .places import NoPlace
 
 DOMAIN = "pdserve"
-DETAILS_KEY = "grpc-status-details-bin"
 MAX_MESSAGE_CHARS = 1500  # message and details travel as HTTP/2 headers, which peers limit to 8 KiB
 RETRY_UNAVAILABLE_S = 1.0  # roughly the least time to replace a worker
 

@@ -38,7 +38,7 @@ class Fit(enum.Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bounds:
+class RequestBounds:
     """The maxima of one request to one model."""
 
     limits: LimitsSection
@@ -99,7 +99,7 @@ def check_unknown_bytes(message: Message) -> None:
         )
 
 
-async def vet(message: Message, bounds: Bounds) -> None:
+async def vet(message: Message, bounds: RequestBounds) -> None:
     """`refuse_unknown_fields` and `check_message`, for a loop."""
     for index, _ in enumerate(walk(message), 1):  # as `in_turns` does, which costs more than a small message
         if index % STEPS == 0:
@@ -149,7 +149,7 @@ def _children(message: Message) -> Iterator[tuple[str, Message]]:
             yield from ((f"{descriptor.name}[{index}]", item) for index, item in enumerate(value))
 
 
-def check_message(message: Message, bounds: Bounds) -> None:
+def check_message(message: Message, bounds: RequestBounds) -> None:
     """Runs after `walk`: raises InvalidRequest or UnknownModel for errors that show before tokenisation, and
     makes a prompt of token ids as short as its client allows."""
     check_message_model(message, bounds)
@@ -160,7 +160,7 @@ def check_message(message: Message, bounds: Bounds) -> None:
     keep_end(message, bounds)
 
 
-def keep_end(message: Message, bounds: Bounds) -> None:
+def keep_end(message: Message, bounds: RequestBounds) -> None:
     """Drops the tokens of a prompt that its client lets us cut off, before there is work on each of them."""
     if isinstance(message, pb.GenerateRequest | pb.TokenizeRequest):
         prompt = message.prompt
@@ -168,13 +168,13 @@ def keep_end(message: Message, bounds: Bounds) -> None:
             del prompt.token_ids.ids[: -bounds.max_prompt_tokens]
 
 
-def check_message_model(message: Message, bounds: Bounds) -> None:
+def check_message_model(message: Message, bounds: RequestBounds) -> None:
     """Raises UnknownModel."""
     if isinstance(message, pb.GenerateRequest | pb.TokenizeRequest | pb.DetokenizeRequest):
         check_model(message.model, bounds.model)
 
 
-def message_problems(message: Message, bounds: Bounds) -> list[InvalidRequest]:
+def message_problems(message: Message, bounds: RequestBounds) -> list[InvalidRequest]:
     """Returns what is wrong in a message's names, and in the number and size of its parts."""
     match message:
         case pb.GenerateRequest(sampling=sampling):
@@ -211,7 +211,9 @@ def _name_problems(message: pb.GenerateRequest) -> Iterator[InvalidRequest]:
             yield error
 
 
-def _prompt_problems(prompt: pb.Prompt, bounds: Bounds, is_counted: bool = False) -> list[InvalidRequest]:
+def _prompt_problems(
+    prompt: pb.Prompt, bounds: RequestBounds, is_counted: bool = False
+) -> list[InvalidRequest]:
     """Returns what is wrong with a prompt before millions of its tokens are examined."""
     try:
         if prompt.HasField("token_ids") and is_counted:
@@ -224,7 +226,7 @@ def _prompt_problems(prompt: pb.Prompt, bounds: Bounds, is_counted: bool = False
     return _chat_problems(prompt, bounds)
 
 
-def _chat_problems(prompt: pb.Prompt, bounds: Bounds) -> list[InvalidRequest]:
+def _chat_problems(prompt: pb.Prompt, bounds: RequestBounds) -> list[InvalidRequest]:
     """Returns what is wrong with the options of a prompt, before any work is done for it."""
     found, most = [], bounds.max_prompt_tokens
     if prompt.HasField("truncate_tokens") and not (
@@ -254,7 +256,7 @@ def _bad_word_problems(words: Sequence[str]) -> Iterator[InvalidRequest]:
             return
 
 
-def check_prompt_size(prompt: pb.Prompt, bounds: Bounds) -> None:
+def check_prompt_size(prompt: pb.Prompt, bounds: RequestBounds) -> None:
     """Checks a prompt before it is rendered or tokenised. Raises InvalidRequest.
 
     The characters that were sent count. A tokenizer that makes fewer of them (a normalizer that drops some,
@@ -276,7 +278,7 @@ def _chat_chars(chat: pb.Chat) -> int:
     return messages + documents
 
 
-def check_chars(num_chars: int, bounds: Bounds) -> None:
+def check_chars(num_chars: int, bounds: RequestBounds) -> None:
     """Raises InvalidRequest for a text that is too long, however few tokens it has."""
     if num_chars > bounds.max_prompt_chars:
         why = f"{bounds.max_prompt_tokens} tokens of at most {bounds.max_token_chars} each"
@@ -284,7 +286,7 @@ def check_chars(num_chars: int, bounds: Bounds) -> None:
         raise context_length_exceeded("prompt", f"{num_chars} characters", expected, bounds.max_context)
 
 
-def check_counted(num_tokens: int, bounds: Bounds) -> None:
+def check_counted(num_tokens: int, bounds: RequestBounds) -> None:
     """Raises InvalidRequest for more tokens than Tokenize counts."""
     if num_tokens > bounds.max_counted_tokens:
         expected = f"at most {bounds.max_counted_tokens} tokens, twice what a prompt may have"

@@ -15,7 +15,7 @@ from ..core.errors import CapacityError, InvalidRequest
 from ..core.latency import LatencyModel
 from ..core.messages import KVLayout, Role
 from ..core.request import Request
-from ..core.status import ClusterStatus, WorkerState, WorkerStatus
+from ..core.status import ClusterStatus
 from ..engine.checkpoint import open_checkpoint, resolve_model_path
 from ..gateway.app import GatewayServer, open_gateway
 from ..planner.device_choice import resolve_device, why_device
@@ -25,15 +25,15 @@ from ..router.core import Router
 from ..router.events import Closing, EmitChoiceEnd, EmitEnd, EmitTokens, Tick, Timeline
 from ..router.fleet import Fleet, FleetConfig
 from ..router.fleet_events import Apply, Drain, HostJoined, ReplaceWorkers, Shutdown, StartWorker
-from ..router.fleet_member import MemberState, MemberStatus
+from ..router.fleet_member import MemberState
 from ..router.hosts import Hosts
 from ..router.places import Places
 from ..router.planner_desk import PlannerState
 from ..router.service import RouterService
-from ..router.status import RoutedWorkerStatus as RoutedWorker
 from ..router.supervisor import GENERATION_STRIDE
 from ..telemetry.exposition import Snapshot
 from ..worker.spec import WorkerSpec
+from .cluster_status import cluster_status
 from .controller import Controller
 from .host_watch import HostWatch
 from .planning import Planning
@@ -46,14 +46,6 @@ from .telemetry import HeadTelemetry
 log = logging.getLogger(__name__)
 
 FIRST_CHECK_S = 5.0  # for hosts that are present at the start; those that answer later join later
-STATES = {
-    MemberState.STARTING: WorkerState.STARTING,
-    MemberState.READY: WorkerState.READY,
-    MemberState.DRAINING: WorkerState.DRAINING,
-    MemberState.STOPPING: WorkerState.STOPPING,
-    MemberState.BACKOFF: WorkerState.FAILED,
-    MemberState.DRAINED: WorkerState.DRAINED,
-}
 
 
 class Head:
@@ -185,23 +177,14 @@ class Head:
 
     def status(self) -> ClusterStatus:
         now_s = asyncio.get_running_loop().time()
-        routed = self._service.router.status(now_s)
-        rows = {(worker.worker_id, worker.incarnation): worker for worker in routed.workers}
-        members = self._controller.fleet.status()
-        hosts = self._watch.hosts
-        return ClusterStatus(
-            serving=self._is_serving,
-            shutting_down=self._controller.fleet.is_shutting_down,
-            num_queued_requests=routed.num_queued,
-            num_running_requests=routed.num_requests - routed.num_queued,
-            instances=pool_sizes(self._config),
-            workers=tuple(
-                self._row(m, rows.get((m.worker_id, m.incarnation)), hosts.names, now_s) for m in members
-            ),
-            uptime_s=now_s - self._started_s,
-            degraded="; ".join(filter(None, (routed.degraded if routed.workers else None, hosts.problems())))
-            or None,
-            hosts=hosts.status(now_s),
+        return cluster_status(
+            self._service.router.status(now_s),
+            self._controller,
+            self._watch.hosts,
+            self._places.cores.node_of,
+            pool_sizes(self._config),
+            self._started_s,
+            now_s,
         )
 
     def metrics(self) -> bytes:
@@ -389,32 +372,6 @@ class Head:
         self._ended.set()
         self._changed.set()
         self._status_feed.close()
-
-    def _row(
-        self, member: MemberStatus, routed: RoutedWorker | None, hosts: Mapping[str, str], now_s: float
-    ) -> WorkerStatus:
-        process = self._controller.processes.get((member.worker_id, member.incarnation))
-        info = process.info if process is not None else None
-        return WorkerStatus(
-            worker_id=member.worker_id,
-            role=member.role,
-            state=STATES[member.state],
-            phase=self._controller.phase((member.worker_id, member.incarnation)),
-            fraction=process.fraction if process is not None else 0.0,
-            message=(member.last_error or "") if member.state is MemberState.BACKOFF else "",
-            node=hosts.get(self._places.cores.node_of((member.worker_id, member.incarnation)) or "", ""),
-            pid=info.pid if info else 0,
-            devices=info.devices if info else (),
-            kernels=info.kernels if info else "",
-            num_running=routed.load.num_running if routed else 0,
-            num_waiting=routed.load.num_waiting if routed else 0,
-            num_free_blocks=routed.load.num_free_blocks if routed else 0,
-            num_blocks=routed.num_blocks if routed else 0,
-            tokens_per_s=routed.tokens_per_s if routed else 0.0,
-            age_s=now_s - process.started_s if process else 0.0,
-            num_restarts=member.num_restarts,
-            stalled_s=routed.stalled_s if routed else 0.0,
-        )
 
 
 class _PlannedFleet:

@@ -11,19 +11,18 @@ from ..core.config import ClusterConfig
 from ..core.errors import PdserveError
 from ..core.latency import LatencyModel
 from ..core.messages import Role
+from ..planner.seen_load import seen_request
 from ..router.core import Router
 from ..router.events import Timeline
 from ..router.planner_desk import Deed, Mode, PlannerDesk
 from ..router.planning import Advice, Ratio, SeenRequest, Summary, Terms
-from ..telemetry import legs
-from ..telemetry.tally import ANSWERS, CLIENTS_DOING
 from .planner_process import PlannerProcess
 
 log = logging.getLogger(__name__)
 
-INTERVAL_S = 5.0  # of a summary
+INTERVAL_S = 2.0  # of a summary
 MAX_SEEN = 2000  # requests of one: the latest
-MAX_CLIENT_CHARS = 64
+MAX_OPEN = 2000  # requests of one: the first
 START_S = 30.0  # assumed, until an instance has started
 
 
@@ -42,25 +41,6 @@ class PlannedFleet(Protocol):
     def resize(self, sizes: Mapping[Role, int]) -> None:
         """Raises PdserveError where that many have no place."""
         ...
-
-
-def seen_request(timeline: Timeline, terms: Terms) -> SeenRequest | None:
-    """Returns a request that is over as the planner sees it; None where its client ended it, or did not
-    read: such a one counts as an arrival only."""
-    outcome = timeline.outcome
-    if outcome in CLIENTS_DOING or timeline.is_adopted or timeline.num_times_unread:
-        return None
-    first_s, gap_s = timeline.first_token_s, legs.request_gap_s(timeline)
-    account = legs.account(timeline.dispatches[0]) if timeline.dispatches else None
-    is_soon = first_s is not None and first_s - timeline.submitted_s <= terms.ttft_slo_s
-    return SeenRequest(
-        at_s=timeline.submitted_s,
-        num_prompt_tokens=timeline.num_prompt_tokens,
-        num_cached_tokens=0 if account is None else account.num_cached_tokens,
-        num_output_tokens=sum(timeline.num_output_tokens),
-        client=timeline.client[:MAX_CLIENT_CHARS],
-        is_good=outcome in ANSWERS and is_soon and (gap_s is None or gap_s <= terms.itl_slo_s),
-    )
 
 
 class Planning:
@@ -142,6 +122,7 @@ class Planning:
             duration_s=now_s - self._since_s,
             num_arrived=counters.submitted + counters.rejected - self._num_submitted,
             seen=tuple(self._seen),
+            open=self._router.open_requests(MAX_OPEN),
             ratio=self._ratio,
             is_settled=self._fleet.is_settled(),
             instances=self._router.instance_facts(),

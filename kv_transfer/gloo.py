@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from datetime import timedelta
+from mmap import mmap
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ class GlooLink(GroupLink):
         """`device` is an `open_device(host)`, which all links of an endpoint share."""
         super().__init__(rank, host, num_slots, slot_bytes, timeout_s, executor)
         self._device = device
-        self._ring = bytearray(num_slots * slot_bytes)
+        # takes memory only as it is used, and no time on the endpoint's loop, which opens links
+        self._ring = mmap(-1, num_slots * slot_bytes)
         self._view = memoryview(self._ring)
         self._whole: torch.Tensor | None = None
 

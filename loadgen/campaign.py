@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .compare import Ratio, compare
+from .compare import FigureRatio, compare
 from .errors import LoadError, LoadRequestFailed
 from .records import Round
 from .report import Report, make_report
@@ -171,7 +171,7 @@ def summed_up(plan_words: dict[str, Any], results: Sequence[Result], slo: Slo) -
     return {"format": "pdserve-bench-1", "load": plan_words, "targets": targets, "ratios": ratios}
 
 
-def ratios_of(results: Sequence[Result], slo: Slo) -> list[Ratio]:
+def ratios_of(results: Sequence[Result], slo: Slo) -> list[FigureRatio]:
     """Second over first; nothing unless there are two."""
     if len(results) != 2:
         return []

@@ -44,7 +44,7 @@ FIGURES: dict[str, Figure] = {
 
 
 @dataclass(frozen=True)
-class Ratio:
+class FigureRatio:
     """The second target's figure over the first one's."""
 
     figure: str
@@ -55,7 +55,7 @@ class Ratio:
     high: float | None
 
 
-def compare(first: Sequence[Round], second: Sequence[Round], slo: Slo, seed: int = 0) -> list[Ratio]:
+def compare(first: Sequence[Round], second: Sequence[Round], slo: Slo, seed: int = 0) -> list[FigureRatio]:
     """Compares each figure that all rounds of both have. Round i of one is paired with that of the other."""
     pairs = [(make_report([a], slo), make_report([b], slo)) for a, b in zip(first, second, strict=True)]
     ratios = []
@@ -67,15 +67,17 @@ def compare(first: Sequence[Round], second: Sequence[Round], slo: Slo, seed: int
     return ratios
 
 
-def ratio_of_means(figure: str, first: Sequence[float], second: Sequence[float], seed: int = 0) -> Ratio:
+def ratio_of_means(
+    figure: str, first: Sequence[float], second: Sequence[float], seed: int = 0
+) -> FigureRatio:
     """The ratio of the means of values paired by position."""
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     mean_a, mean_b = float(a.mean()), float(b.mean())
     ratio = mean_b / mean_a if mean_a > 0 else None
     if len(a) < 2 or ratio is None:
-        return Ratio(figure, mean_a, mean_b, ratio, None, None)
+        return FigureRatio(figure, mean_a, mean_b, ratio, None, None)
     drawn = np.random.default_rng(seed).integers(len(a), size=(NUM_RESAMPLES, len(a)))
     sums_a, sums_b = a[drawn].sum(axis=1), b[drawn].sum(axis=1)
     ratios = sums_b[sums_a > 0] / sums_a[sums_a > 0]
     low, high = (float(value) for value in np.percentile(ratios, (2.5, 97.5)))
-    return Ratio(figure, mean_a, mean_b, ratio, low, high)
+    return FigureRatio(figure, mean_a, mean_b, ratio, low, high)

@@ -9,7 +9,7 @@ from typing import Any
 
 from .records import GeneratorLoad, Legs, RequestRecord, Round
 from .slo import Slo
-from .statistics import Summary
+from .statistics import Distribution
 
 LEGS = ("queue", "worker_queue", "prefill", "way", "transfer", "exposed_transfer", "first_decode")
 # the generator is part of what was measured when it is later than this share of the median TTFT, and than a
@@ -23,7 +23,7 @@ class PromptBucket:
 
     low: int
     high: int
-    ttft_ms: Summary
+    ttft_ms: Distribution
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class GeneratorReport:
     """Whether the figures are the server's or the generator's own."""
 
     cpu_share: float  # share of one core
-    lateness_ms: Summary | None  # sent after due; None in a closed loop
-    loop_lag_ms: Summary | None  # observations may be late by this much
+    lateness_ms: Distribution | None  # sent after due; None in a closed loop
+    loop_lag_ms: Distribution | None  # observations may be late by this much
     warnings: tuple[str, ...]
 
 
@@ -51,16 +51,16 @@ class Report:
     requests_per_min: float
     input_tokens_per_s: float
     output_tokens_per_s: float
-    tokens_per_s_per_user: Summary | None
+    tokens_per_s_per_user: Distribution | None
     slo: dict[str, float | None]
     goodput_per_s: float
     good_share: float  # share of all requests, failed ones included
-    ttft_ms: Summary | None
-    itl_ms: Summary | None
-    tpot_ms: Summary | None
-    e2e_ms: Summary | None
+    ttft_ms: Distribution | None
+    itl_ms: Distribution | None
+    tpot_ms: Distribution | None
+    e2e_ms: Distribution | None
     ttft_by_prompt_tokens: tuple[PromptBucket, ...]
-    legs_ms: dict[str, Summary]
+    legs_ms: dict[str, Distribution]
     generator: GeneratorReport
 
     def as_dict(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def make_report(rounds: Sequence[Round], slo: Slo) -> Report:
         requests_per_min=_rate(len(ok), duration_s) * 60,
         input_tokens_per_s=_rate(num_input, duration_s),
         output_tokens_per_s=_rate(num_output, duration_s),
-        tokens_per_s_per_user=Summary.of([1 / gap_s for gap_s in tpot_s if gap_s > 0]),
+        tokens_per_s_per_user=Distribution.of([1 / gap_s for gap_s in tpot_s if gap_s > 0]),
         slo=asdict(slo),
         goodput_per_s=_rate(num_good, duration_s),
         good_share=_rate(num_good, len(records)),
@@ -114,8 +114,8 @@ def _present(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def _ms(values_s: Sequence[float]) -> Summary | None:
-    summary = Summary.of(values_s)
+def _ms(values_s: Sequence[float]) -> Distribution | None:
+    summary = Distribution.of(values_s)
     return None if summary is None else summary.scaled(1e3)
 
 
@@ -130,7 +130,7 @@ def _ttft_by_prompt_tokens(records: Sequence[RequestRecord]) -> tuple[PromptBuck
     )
 
 
-def _legs_ms(records: Sequence[RequestRecord]) -> dict[str, Summary]:
+def _legs_ms(records: Sequence[RequestRecord]) -> dict[str, Distribution]:
     """Legs that some request had, in the order of a request's journey."""
 
     def of_server(leg: Callable[[Legs], float | None]) -> list[float]:
@@ -152,7 +152,7 @@ def _legs_ms(records: Sequence[RequestRecord]) -> dict[str, Summary]:
 
 
 def _generator_report(
-    records: Sequence[RequestRecord], load: GeneratorLoad, ttft_ms: Summary | None
+    records: Sequence[RequestRecord], load: GeneratorLoad, ttft_ms: Distribution | None
 ) -> GeneratorReport:
     lateness_ms, lag_ms = _ms(_present(record.lateness_s for record in records)), _ms(load.loop_lags_s)
     cpu_share = _rate(load.cpu_s, load.wall_s)

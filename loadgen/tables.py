@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from .compare import Ratio
+from .compare import FigureRatio
 from .report import Report
-from .statistics import Summary
+from .statistics import Distribution
 
 _NAMES = {
     "requests_per_s": "requests/s",
@@ -74,13 +74,13 @@ def _latency_rows(report: Report) -> Iterator[tuple[str, ...]]:
     yield from _summary_row("sent late", report.generator.lateness_ms)
 
 
-def _summary_row(name: str, summary: Summary | None) -> Iterator[tuple[str, ...]]:
+def _summary_row(name: str, summary: Distribution | None) -> Iterator[tuple[str, ...]]:
     if summary is not None:
         values = (summary.mean, summary.p50, summary.p90, summary.p95, summary.p99, summary.max)
         yield (name, *map(_number, values))
 
 
-def ratio_lines(first: str, second: str, ratios: Sequence[Ratio]) -> Iterator[str]:
+def ratio_lines(first: str, second: str, ratios: Sequence[FigureRatio]) -> Iterator[str]:
     """Two targets side by side: means over rounds, the ratio and its interval."""
     rows: list[tuple[str, ...]] = [("", first, second, f"{second} / {first}", "95 %")]
     for ratio in ratios:

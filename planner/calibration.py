@@ -1,4 +1,6 @@
-"""Predictions of goodput beside what came, and how far the next ones are to be trusted."""
+"""Predictions of the share of good requests beside what came, and how far the next ones are to be trusted.
+
+How many requests come is another matter: a check compares the goodput of those that came."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -8,17 +10,19 @@ from ..router.planning import Check, Ratio, Summary
 
 ERROR_WEIGHT = 0.3  # of the latest prediction
 MAX_CHECKS = 20
+MIN_ENDED = 30  # requests: the share of fewer says little
 
 
 @dataclass
 class _Prediction:
-    """Good requests per second by ratio; counting begins with the first settled summary."""
+    """The share of good requests by ratio; counting begins with the first settled summary."""
 
     until_s: float
-    goodputs: Mapping[Ratio, float]
+    attainments: Mapping[Ratio, float]
     ratio: Ratio | None = None
     from_s: float = 0.0
     num_good: int = 0
+    num_ended: int = 0
 
 
 class Calibration:
@@ -38,17 +42,17 @@ class Calibration:
     def checks(self) -> tuple[Check, ...]:
         return tuple(self._checks)
 
-    def predict(self, now_s: float, horizon_s: float, goodputs: Mapping[Ratio, float]) -> None:
+    def predict(self, now_s: float, horizon_s: float, attainments: Mapping[Ratio, float]) -> None:
         """Has the prediction checked, unless an earlier one is still to be."""
         if self._prediction is None:
-            self._prediction = _Prediction(now_s + horizon_s, goodputs)
+            self._prediction = _Prediction(now_s + horizon_s, attainments)
 
     def observe(self, summary: Summary) -> None:
         one = self._prediction
         if one is None:
             return
         if one.ratio is None:
-            if summary.ratio not in one.goodputs or summary.at_s >= one.until_s:
+            if summary.ratio not in one.attainments or summary.at_s >= one.until_s:
                 self._prediction = None
             elif summary.is_settled:
                 one.ratio, one.from_s = summary.ratio, summary.at_s
@@ -57,13 +61,17 @@ class Calibration:
             self._prediction = None  # nothing is learnt of a ratio that did not last
             return
         one.num_good += sum(request.is_good for request in summary.seen)
+        one.num_ended += len(summary.seen)
         if summary.at_s >= one.until_s:
             self._check(one, summary.at_s)
 
     def _check(self, one: _Prediction, now_s: float) -> None:
         assert one.ratio is not None
         self._prediction = None
-        predicted, came = one.goodputs[one.ratio], one.num_good / (now_s - one.from_s)
+        if one.num_ended < MIN_ENDED:
+            return
+        rate = one.num_ended / (now_s - one.from_s)
+        predicted, came = rate * one.attainments[one.ratio], one.num_good / (now_s - one.from_s)
         self._checks.append(
             Check(from_s=one.from_s, until_s=now_s, ratio=one.ratio, predicted=predicted, came=came)
         )

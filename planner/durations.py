@@ -84,6 +84,11 @@ class Durations:
             transfer_byte_s=1 / self.link_bytes_per_s,
         )
 
+    def decode_s(self, num_sequences: int, num_context_tokens: float) -> float:
+        """Returns the seconds of one step that decodes alone."""
+        decode = self.decode if num_sequences < self.large_batch else self.decode_large
+        return decode.step_s + decode.context_token_s * num_context_tokens + decode.sequence_s * num_sequences
+
     def step_s(self, timing: StepTiming) -> float:
         """Returns the seconds of one step. Prompts and decoding sequences of a mixed one share the weights
         that it reads."""

@@ -1,88 +1,75 @@
-"""The live planner's decisions: whether another ratio serves the load of the next horizon better than the
-present one, by more than the change costs.
+"""The live planner's decisions: whether another ratio serves better than the present one from now on, the
+change included.
 
     Summary --observe--> SeenLoad, Calibration
-    decide: forecast -> replay of each candidate -> gain, cost -> Advice
+    is_due: the utilisation of both pools, at each ratio
+    decide: replay of the present ratio and of the best few, from what is being served now -> gain -> Advice
 
-Every candidate serves the same requests. The requests are cut into batches, and a gain is the lower end of
-the confidence interval of the mean of the batches' differences (batch means; Law, Simulation Modeling and
-Analysis, chapter 9). No clock and no I/O."""
+Every replay has the same requests, so that their differences can be compared one by one. What they bring
+differs in the long run of a replay, as queues grow or shrink; noise is what differs from one stretch to the
+next: the confidence interval rests on mean square successive differences (von Neumann et al., Annals of
+Mathematical Statistics 12, 1941). No clock and no I/O."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import ceil, sqrt
-from statistics import fmean, stdev
+from math import sqrt
+from random import Random
+from statistics import fmean
 
-from msgspec import structs
-
-from ..core.messages import Role
-from ..loadgen.slo import Slo
-from ..router.planning import Advice, Candidate, InstanceFacts, Objective, Ratio, SeenRequest, Summary, Window
+from ..router.planning import Advice, Candidate, Objective, Ratio, Summary, Window
 from .calibration import Calibration
-from .changes import price
-from .durations import Durations
-from .forecast import Forecast, last_window, recent_peaks
-from .seen_load import SeenLoad, arrivals, window_of
-from .virtual_cluster import ServedRequest, VirtualCluster
-from .virtual_instance import InstanceShape
+from .changes import Change
+from .demand import Demand, demand
+from .forecast import recent_peaks
+from .replay import Outlook, Replay, outlook, replay
+from .seen_load import MIN_BEGUN, MIN_RECENT, Recent, SeenLoad, window_of
 
-NUM_BATCHES = 6  # the first one fills the empty cluster, and is not counted
-STUDENT = 2.776  # two-sided 95 % point of Student's t, with 4 degrees of freedom
-MIN_REQUESTS = 60
-MIN_SHARE_SEEN = 0.5  # of a horizon
-# a replay takes some 16 us a token of output, and a tenth of that a token of a prompt: at most 1.6 s
-MIN_REPLAYED, MAX_REPLAYED = 40_000, 100_000  # tokens of output, and tenths of those of prompts
-NUM_DURATIONS = 3  # of a request: a replay begins with an empty cluster, and should last longer by far
-BLOCK_TOKENS = 64  # replays hash prompts in blocks of at least this size
-FIRST_LOOK = 2  # a first look at candidates takes one request in so many
-NUM_FINALISTS = 2
-MAX_CANDIDATES = 9
-MARGIN = 0.02  # of the requests of a horizon: what a change has to bring beyond its cost
+NUM_STRETCHES = 12  # of a replay
+CONFIDENCE = 2.2  # two-sided 95 % point of Student's t, with 11 degrees of freedom
+NUM_FINALISTS = 2  # ratios that are replayed beside the present one
+BETTER = 0.9  # of the present ratio's utilisation: at most that of one that is worth a replay
+NEARLY_BEST = 1.15  # of the lowest utilisation: at most that of another one
+BUSY = 0.6  # utilisation below which no change can pay, where requests are good
+NEARLY = 0.9  # of the highest gain: another one is about as good
+MARGIN = 0.03  # of the requests of a replay: what a change has to bring
 INSTANCE_SHARE = 0.03  # under the objective "cost", an instance counts as much as this share of the requests
 LEAST_TRUST = 0.5
-CHANGED = 0.15  # relative: the load is another one
-NUM_STEADY_HORIZONS = 2  # between decisions on a load that stays
-RETURN_FACTOR = 2.0  # costs and margin of a change that takes back the last one, for two horizons
-
-FORECASTS: dict[Objective, Forecast] = {Objective.GOODPUT: last_window, Objective.COST: recent_peaks}
+NUM_STEADY_HORIZONS = 4  # between decisions that nothing asks for
+PATIENCE = 0.25  # of a horizon, until others are replayed again for the same load; it doubles each time
+OTHER_MIX = 0.1  # absolute: another share of prompts in all work is another load,
+MORE_LOAD = 1.3  # and so is so many times the utilisation
+RETURN_FACTOR = 2.0  # of the margin, for a change that takes back the last one, for two horizons
 
 
 @dataclass(frozen=True)
-class _Replay:
-    """How one ratio served."""
+class _View:
+    """What is known at a summary."""
 
-    are_good: tuple[bool, ...]
-    mean_e2e_s: float
-    is_whole: bool = True  # not given up
-
-    @property
-    def max_bad(self) -> int:
-        """Returns how many bad requests another ratio may have and still be better: those of this one, and
-        as many as a batch has, since one is not counted."""
-        return self.are_good.count(False) + ceil(len(self.are_good) / NUM_BATCHES)
-
-    def shares(self) -> list[float]:
-        """Returns the share of good requests in each batch that counts."""
-        size = len(self.are_good) / NUM_BATCHES
-        cuts = [round(number * size) for number in range(1, NUM_BATCHES + 1)]
-        return [fmean(self.are_good[start:end]) for start, end in pairwise(cuts)]
+    summary: Summary
+    recent: Recent
+    rate: float
+    long_rate: float  # the mean of some horizons
+    window: Window
+    demand: Demand | None  # None: nothing came
 
 
 @dataclass(frozen=True)
 class _Decided:
-    """A decision for which ratios were replayed."""
+    """The latest decision for which ratios were replayed."""
 
     at_s: float
     ratio: Ratio
-    window: Window
-    mean_e2e_s: float  # of a request
+    mix: float
+    utilisation: float
+    patience_s: float  # until the same load asks for another one
 
-    def is_like(self, window: Window) -> bool:
-        """Whether a window has about the same load of prompts, and of outputs."""
-        return all(
-            abs(new - old) <= CHANGED * old
-            for new, old in zip(_loads(window), _loads(self.window), strict=True)
+    def is_like(self, ratio: Ratio, demand: Demand) -> bool:
+        """Whether prompts and outputs ask for about the same shares of the instances, and not for more."""
+        return (
+            ratio == self.ratio
+            and abs(demand.mix - self.mix) <= OTHER_MIX
+            and demand.utilisation(ratio) <= MORE_LOAD * self.utilisation
         )
 
 
@@ -92,95 +79,91 @@ class LivePlanner:
     def __init__(self) -> None:
         self._load = SeenLoad()
         self._calibration = Calibration()
-        self._latest: Summary | None = None
+        self._view: _View | None = None
         self._left: tuple[Ratio, float] | None = None  # the ratio before the last change, and when that was
         self._decided: _Decided | None = None
+        self.num_replayed_tokens = 0  # as `Outlook.num_tokens` counts them
 
     def observe(self, summary: Summary) -> None:
-        if self._latest is not None and summary.ratio != self._latest.ratio:
-            self._left = self._latest.ratio, summary.at_s
-        self._latest = summary
+        if self._view is not None and summary.ratio != self._view.summary.ratio:
+            self._left = self._view.summary.ratio, summary.at_s
         self._load.add(summary)
         self._calibration.observe(summary)
+        recent = self._load.recent(Random(summary.number))
+        rate, rates = recent.rate, self._load.rates()
+        long_rate = fmean(rates) if rates else rate
+        if summary.terms.objective is Objective.COST and rates:
+            rate = max(rate, recent_peaks(rates))
+        found = None
+        if recent.requests:
+            found = demand(summary, recent.requests, rate, recent.waiting)
+        self._view = _View(summary, recent, rate, long_rate, window_of(recent, summary, rate), found)
 
     @property
     def is_due(self) -> bool:
-        """Whether another load, or the time since the last decision, gives reason for another one: replays
-        are spared for a load that changes."""
-        summary, last = self._latest, self._decided
-        if summary is None or last is None:
+        """Whether another ratio may be better, or the time since the last decision gives reason for another
+        one."""
+        view, last = self._view, self._decided
+        if view is None or last is None:
             return True
-        num_horizons = NUM_STEADY_HORIZONS if summary.ratio == last.ratio else 1
-        is_old = summary.at_s - last.at_s >= num_horizons * summary.terms.horizon_s
-        return is_old or not last.is_like(self._window(summary, self._requests))
-
-    @property
-    def _requests(self) -> list[SeenRequest]:
-        """Returns those to replay: as many as last several times longer than a request."""
-        num_tokens = MIN_REPLAYED
-        if self._decided is not None:
-            window = self._decided.window
-            per_request = window.mean_output_tokens + window.mean_prompt_tokens / 10
-            num_tokens = round(NUM_DURATIONS * self._decided.mean_e2e_s * window.rate * per_request)
-        return self._load.latest(min(max(MIN_REPLAYED, num_tokens), MAX_REPLAYED))
-
-    def _window(self, summary: Summary, requests: Sequence[SeenRequest]) -> Window:
-        rates = self._load.rates()
-        rate = last_window(rates) if rates else 0.0
-        forecast = FORECASTS[summary.terms.objective](rates) if rates else 0.0
-        return window_of(requests, rate, forecast)
+        age_s = view.summary.at_s - last.at_s
+        if age_s >= NUM_STEADY_HORIZONS * view.summary.terms.horizon_s:
+            return True
+        if view.demand is None or not self._finalists(view):
+            return False
+        return age_s >= last.patience_s or not last.is_like(view.summary.ratio, view.demand)
 
     def decide(self) -> Advice:
         """Returns the advice that follows from the latest summary; there must be one."""
-        summary = self._latest
-        assert summary is not None
-        terms, requests = summary.terms, self._requests
-        window = self._window(summary, requests)
-        why_not = self._why_not(summary, window)
+        view = self._view
+        assert view is not None
+        why_not = self._why_not(view)
         if why_not is not None:
-            return self._stay(summary, window, why_not)
-        candidates = self._weigh(summary, window, requests)
-        predicted = {one.ratio: window.rate * one.attainment for one in candidates if not one.is_screened_out}
-        self._calibration.predict(summary.at_s, terms.horizon_s, predicted)
-        return self._choose(summary, window, candidates)
+            return self._advice(view, None, why_not)
+        summary = view.summary
+        others = self._finalists(view)
+        self._remember(view)
+        what = outlook(summary, view.recent, view.rate, Random(summary.number))
+        candidates = self._weigh(view, what, others)
+        predicted = {one.ratio: one.attainment for one in candidates if not one.is_screened_out}
+        self._calibration.predict(summary.at_s, summary.terms.horizon_s, predicted)
+        return self._choose(view, what.num_requests, candidates)
 
-    def _why_not(self, summary: Summary, window: Window) -> str | None:
+    def _remember(self, view: _View) -> None:
+        summary, last = view.summary, self._decided
+        assert view.demand is not None
+        patience_s = PATIENCE * summary.terms.horizon_s
+        if last is not None and last.is_like(summary.ratio, view.demand):
+            patience_s = 2 * last.patience_s
+        utilisation = view.demand.utilisation(summary.ratio)
+        self._decided = _Decided(summary.at_s, summary.ratio, view.demand.mix, utilisation, patience_s)
+
+    def _why_not(self, view: _View) -> str | None:
         """Returns why nothing can be said yet."""
-        terms, seen_s = summary.terms, self._load.seen_s
+        summary = view.summary
         if not summary.is_settled:
             return f"the workers of {summary.ratio} are not all ready, or others drain"
         if not summary.knows_latency:
             return "too few steps were measured to predict others"
-        if seen_s < MIN_SHARE_SEEN * terms.horizon_s:
-            return f"{seen_s:.0f} s were seen, of at least {MIN_SHARE_SEEN * terms.horizon_s:.0f}"
-        if window.num_requests < MIN_REQUESTS:
-            return f"{window.num_requests} requests ended in the last horizon, of at least {MIN_REQUESTS}"
-        if window.forecast_rate <= 0:
-            return "no request is expected"
-        if next(iter(_nearest(summary)), None) is None:
+        if len(view.recent.requests) < MIN_RECENT:
+            return f"{len(view.recent.requests)} requests came lately, of at least {MIN_RECENT}"
+        if view.recent.num_begun < MIN_BEGUN:
+            return f"{view.recent.num_begun} outputs have begun, of at least {MIN_BEGUN}"
+        if not _others(summary):
             return f"no other ratio is allowed beside {summary.ratio}"
         return None
 
-    def _stay(
-        self, summary: Summary, window: Window, reason: str, candidates: Sequence[Candidate] = ()
-    ) -> Advice:
-        return self._advice(summary, window, None, reason, candidates)
-
     def _advice(
-        self,
-        summary: Summary,
-        window: Window,
-        to: Ratio | None,
-        reason: str,
-        candidates: Sequence[Candidate],
+        self, view: _View, to: Ratio | None, reason: str, candidates: Sequence[Candidate] = ()
     ) -> Advice:
+        summary = view.summary
         return Advice(
             number=summary.number,
             at_s=summary.at_s,
             made_for=summary.ratio,
             to=to,
             reason=reason,
-            window=window,
+            window=view.window,
             candidates=tuple(candidates),
             trust=self._calibration.trust,
             checks=self._calibration.checks,
@@ -188,98 +171,79 @@ class LivePlanner:
 
     # candidates
 
-    def _weigh(self, summary: Summary, window: Window, requests: Sequence[SeenRequest]) -> list[Candidate]:
+    def _finalists(self, view: _View) -> tuple[Ratio, ...]:
+        """Returns the ratios that are worth a replay, if any."""
+        summary, found = view.summary, view.demand
+        if found is None:
+            return ()
+        if summary.terms.objective is Objective.COST:
+            return tuple(
+                sorted(_others(summary), key=lambda one: _distance(summary.ratio, one))[: NUM_FINALISTS * 2]
+            )
+        present = found.utilisation(summary.ratio)
+        if present < BUSY and view.recent.share_good >= 1 - MARGIN:
+            return ()
+        others = sorted((found.utilisation(one), one) for one in _others(summary))
+        most = min(BETTER * present, NEARLY_BEST * others[0][0]) if others else 0.0
+        return tuple(ratio for utilisation, ratio in others[:NUM_FINALISTS] if utilisation <= most)
+
+    def _weigh(self, view: _View, what: Outlook, others: Sequence[Ratio]) -> list[Candidate]:
         """Returns the candidates, the one with the highest net gain first; the present ratio is one."""
-        present, others = summary.ratio, _nearest(summary)
-        base = _replay(summary, present, requests, window.forecast_rate)
-        self._decided = _Decided(summary.at_s, present, window, base.mean_e2e_s)
-        screened: list[Candidate] = []
-        if summary.terms.objective is Objective.GOODPUT and fmean(base.shares()) >= 1 - MARGIN:
-            others = []  # none could bring as much as a change has to
-        few = requests[-(len(requests) // FIRST_LOOK) :]
-        if len(others) > NUM_FINALISTS and len(few) >= MIN_REQUESTS:
-            first = _replay(summary, present, few, window.forecast_rate)
-            looks = self._compare(summary, window, few, first, others)
-            screened = [structs.replace(look, is_screened_out=True) for look in looks[NUM_FINALISTS:]]
-            others = [look.ratio for look in looks[:NUM_FINALISTS]]
-        found = self._compare(summary, window, requests, base, [present, *others])
-        return found + screened
-
-    def _compare(
-        self,
-        summary: Summary,
-        window: Window,
-        requests: Sequence[SeenRequest],
-        base: _Replay,
-        ratios: Sequence[Ratio],
-    ) -> list[Candidate]:
-        """Returns the ratios on these requests, the one with the highest net gain first; `base` is how the
-        present one did."""
-        rate = window.forecast_rate
+        summary = view.summary
+        base = replay(summary, summary.ratio, what)
         # fewer instances may be better at a lower cost
-        max_bad = base.max_bad if summary.terms.objective is Objective.GOODPUT else None
-        found = []
-        for ratio in ratios:
-            served = base if ratio == summary.ratio else _replay(summary, ratio, requests, rate, max_bad)
-            found.append(self._judge(summary, requests, ratio, rate, base, served))
-        return sorted(found, key=lambda candidate: candidate.cost - candidate.gain)
+        max_bad = None
+        if summary.terms.objective is Objective.GOODPUT:
+            max_bad = base.num_bad + round(view.long_rate * base.late_s)
+            if max_bad <= MARGIN * what.num_requests:
+                others = ()
+        served = {summary.ratio: base} | {one: replay(summary, one, what, max_bad) for one in others}
+        self.num_replayed_tokens += len(served) * what.num_tokens
+        found = [self._judge(view, what, ratio, base, one) for ratio, one in served.items()]
+        return sorted(found, key=lambda candidate: -candidate.gain)
 
-    def _judge(
-        self,
-        summary: Summary,
-        requests: Sequence[SeenRequest],
-        ratio: Ratio,
-        rate: float,
-        base: _Replay,
-        served: _Replay,
-    ) -> Candidate:
-        terms = summary.terms
+    def _judge(self, view: _View, what: Outlook, ratio: Ratio, base: Replay, served: Replay) -> Candidate:
+        terms = view.summary.terms
         worth = 0.0
         if terms.objective is Objective.COST:
-            worth = INSTANCE_SHARE * (summary.ratio.num_instances - ratio.num_instances)
-        differences = [
-            theirs - ours + worth for theirs, ours in zip(served.shares(), base.shares(), strict=True)
-        ]
-        low = fmean(differences) - STUDENT * stdev(differences) / sqrt(len(differences))
-        attainment = fmean(served.shares())
-        paid = price(summary, ratio, requests, rate * fmean(base.shares()), base.mean_e2e_s)
-        served_s = max(0.0, terms.horizon_s - paid.delay_s)
+            worth = INSTANCE_SHARE * (view.summary.ratio.num_instances - ratio.num_instances)
+        pairs = list(zip(served.are_good, base.are_good, strict=True))
+        # and those that come behind the replay, to a queue that is left
+        num_behind = round(view.long_rate * max(served.late_s, base.late_s))
+        behind_s = [number / view.long_rate for number in range(num_behind)]
+        pairs += [(at_s >= served.late_s, at_s >= base.late_s) for at_s in behind_s]
+        differences = [theirs - ours + worth for theirs, ours in pairs]
+        low = lower_end(differences)
         return Candidate(
             ratio=ratio,
-            goodput=rate * attainment,
-            attainment=attainment,
-            gain=rate * served_s * (low * self._calibration.trust if low > 0 else low),
-            cost=paid.num_requests,
+            goodput=view.rate * served.attainment,
+            attainment=served.attainment,
+            gain=low * self._calibration.trust if low > 0 else low,
+            cost=sum(ours and not theirs for theirs, ours in pairs),
             is_screened_out=not served.is_whole,
         )
 
-    def _choose(self, summary: Summary, window: Window, candidates: Sequence[Candidate]) -> Advice:
-        best = next(
-            (c for c in candidates if c.ratio != summary.ratio and not c.is_screened_out), candidates[0]
-        )
-        if len(candidates) == 1:
-            share = f"{candidates[0].attainment:.1%} of the requests are good at {summary.ratio}"
-            return self._stay(summary, window, f"{share}: no change could pay", candidates)
-        requests = window.forecast_rate * summary.terms.horizon_s
-        factor = RETURN_FACTOR if self._takes_back(summary, best.ratio) else 1.0
-        needed = factor * (best.cost + MARGIN * requests)
-        if best.ratio == summary.ratio or best.gain <= needed:
-            reason = (
-                f"{best.ratio} would bring {best.gain:.3g} good requests in {summary.terms.horizon_s:g} s, of"
-                f" at least {needed:.3g} ({best.cost:.3g} for the change)"
-            )
-            return self._stay(summary, window, reason, candidates)
+    def _choose(self, view: _View, num_requests: int, candidates: Sequence[Candidate]) -> Advice:
+        summary = view.summary
+        whole = [one for one in candidates if one.ratio != summary.ratio and not one.is_screened_out]
+        if not whole:
+            share = next(one.attainment for one in candidates if one.ratio == summary.ratio)
+            reason = f"{share:.1%} of the requests are good at {summary.ratio}: no other ratio brings more"
+            return self._advice(view, None, reason, candidates)
+        # of about the same gain, the one with fewer steps
+        alike = [one for one in whole if one.gain >= NEARLY * whole[0].gain]
+        best = min(alike, key=lambda one: _distance(summary.ratio, one.ratio)) if alike else whole[0]
+        needed = MARGIN * num_requests * (RETURN_FACTOR if self._takes_back(summary, best.ratio) else 1.0)
+        brings = f"{best.gain:.3g} good requests of {num_requests}"
+        if best.gain <= needed:
+            reason = f"{best.ratio} would bring {brings}, of at least {needed:.3g}"
+            return self._advice(view, None, reason, candidates)
         if self._calibration.trust < LEAST_TRUST:
-            reason = (
-                f"{best.ratio} would be better, but the latest predictions were wrong by"
-                f" {1 - self._calibration.trust:.0%}"
-            )
-            return self._stay(summary, window, reason, candidates)
-        reason = (
-            f"{best.ratio} brings {best.gain:.3g} good requests in {summary.terms.horizon_s:g} s, with 95 %"
-            f" confidence, and costs {best.cost:.3g}"
-        )
-        return self._advice(summary, window, best.ratio, reason, candidates)
+            wrong = f"{1 - self._calibration.trust:.0%}"
+            reason = f"{best.ratio} would be better, but the latest predictions were wrong by {wrong}"
+            return self._advice(view, None, reason, candidates)
+        reason = f"{best.ratio} brings {brings}, with 95 % confidence"
+        return self._advice(view, best.ratio, reason, candidates)
 
     def _takes_back(self, summary: Summary, ratio: Ratio) -> bool:
         if self._left is None:
@@ -288,78 +252,25 @@ class LivePlanner:
         return ratio == left and summary.at_s - at_s < 2 * summary.terms.horizon_s
 
 
-def _loads(window: Window) -> tuple[float, float]:
-    """Returns tokens per second that prefill computes, and that decode does."""
-    new = window.mean_prompt_tokens - window.mean_cached_tokens
-    return window.rate * new, window.rate * window.mean_output_tokens
+def lower_end(differences: Sequence[float]) -> float:
+    """Returns the lower end of the 95 % confidence interval of their sum."""
+    size = len(differences) / NUM_STRETCHES
+    cuts = [round(number * size) for number in range(NUM_STRETCHES + 1)]
+    sums = [sum(differences[start:end]) for start, end in pairwise(cuts)]
+    square = sum((later - earlier) ** 2 for earlier, later in pairwise(sums)) / (2 * (NUM_STRETCHES - 1))
+    return sum(sums) - CONFIDENCE * sqrt(NUM_STRETCHES * square)
 
 
-def _nearest(summary: Summary) -> list[Ratio]:
-    """Returns the allowed ratios that take the fewest instances to flip, start or stop."""
-    present = summary.ratio
+def _distance(present: Ratio, ratio: Ratio) -> tuple[int, Ratio]:
+    return Change.between(present, ratio, can_flip=True).num_steps, ratio
 
-    def distance(ratio: Ratio) -> tuple[int, int, Ratio]:
-        prefill = abs(ratio.num_prefill - present.num_prefill)
-        decode = abs(ratio.num_decode - present.num_decode)
-        return max(prefill, decode), prefill + decode, ratio
 
+def _others(summary: Summary) -> list[Ratio]:
+    """Returns the other ratios that are allowed."""
     # fewer instances never serve more: only a lower cost is a reason to give some back
-    least = present.num_instances if summary.terms.objective is Objective.GOODPUT else 0
-    others = (
-        ratio for ratio in summary.terms.bounds.ratios() if ratio != present and ratio.num_instances >= least
-    )
-    return sorted(others, key=distance)[:MAX_CANDIDATES]
-
-
-def _replay(
-    summary: Summary,
-    ratio: Ratio,
-    requests: Sequence[SeenRequest],
-    rate: float,
-    max_bad: int | None = None,
-) -> _Replay:
-    """Replays the requests at `rate`; given up once more than `max_bad` are bad, as all that are left count
-    then."""
-    terms = summary.terms
-    coarser = max(1, BLOCK_TOKENS // terms.layout.block_size)
-    layout = structs.replace(terms.layout, block_size=coarser * terms.layout.block_size)
-    cluster = VirtualCluster(_shapes(summary, ratio, coarser), layout, terms.router)
-    slo = Slo(ttft=terms.ttft_slo_s * 1e3, tpot=terms.itl_slo_s * 1e3)
-    num_bad = 0
-
-    def is_enough(request: ServedRequest) -> bool:
-        nonlocal num_bad
-        num_bad += bool(request.misses(slo))
-        return max_bad is not None and num_bad > max_bad
-
-    served = cluster.serve(arrivals(requests, rate, terms.max_model_len), is_enough)
-    times = [one.e2e_s for one in served if one.e2e_s is not None]
-    are_good = [not one.misses(slo) for one in served]
-    are_good += [False] * (len(requests) - len(served))
-    is_whole = max_bad is None or num_bad <= max_bad
-    return _Replay(tuple(are_good), fmean(times) if times else 0.0, is_whole)
-
-
-def _shapes(summary: Summary, ratio: Ratio, coarser: int) -> list[InstanceShape]:
-    """Returns the instances of a ratio: those that are there, prefill first, then new ones like them. Blocks
-    are so many times as large."""
-    terms = summary.terms
-    there = sorted(summary.instances, key=lambda one: one.role is not Role.PREFILL)
-    durations = Durations.learnt(summary.latency)
-    num_blocks = round(fmean(one.num_blocks for one in there))
-    shapes = []
-    for index in range(ratio.num_instances):
-        role = Role.PREFILL if index < ratio.num_prefill else Role.DECODE
-        limits = terms.prefill if role is Role.PREFILL else terms.decode
-        facts = there[index] if index < len(there) else InstanceFacts(role, num_blocks, 1.0, 1.0)
-        shapes.append(
-            InstanceShape(
-                role=role,
-                durations=durations.slowed(facts.prefill_factor, facts.decode_factor),
-                num_blocks=facts.num_blocks // coarser,
-                max_model_len=terms.max_model_len,
-                max_batch_tokens=limits.max_batch_tokens,
-                max_batch_size=limits.max_batch_size,
-            )
-        )
-    return shapes
+    least = summary.ratio.num_instances if summary.terms.objective is Objective.GOODPUT else 0
+    return [
+        ratio
+        for ratio in summary.terms.bounds.ratios()
+        if ratio != summary.ratio and ratio.num_instances >= least
+    ]

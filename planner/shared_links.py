@@ -44,9 +44,15 @@ class SharedLinks:
 
     def __init__(self, bytes_per_s: Mapping[str, float]) -> None:
         """`bytes_per_s`: of each instance's port, in either direction."""
-        self._bytes_per_s = bytes_per_s
-        self._out: dict[str, dict[Flow, None]] = {name: {} for name in bytes_per_s}
-        self._in: dict[str, dict[Flow, None]] = {name: {} for name in bytes_per_s}
+        self._bytes_per_s: dict[str, float] = {}
+        self._out: dict[str, dict[Flow, None]] = {}
+        self._in: dict[str, dict[Flow, None]] = {}
+        for name, rate in bytes_per_s.items():
+            self.add(name, rate)
+
+    def add(self, name: str, bytes_per_s: float) -> None:
+        self._bytes_per_s[name] = bytes_per_s
+        self._out[name], self._in[name] = {}, {}
 
     def start(self, flow: Flow, now_s: float) -> list[Flow]:
         self._out[flow.source][flow] = None

@@ -12,18 +12,13 @@ from ..core.messages import KVLayout, Role
 from ..engine.checkpoint import Checkpoint
 from ..engine.gpu import Node
 from ..loadgen.slo import Slo
-from ..loadgen.statistics import Summary
-from ..router.config import RouterConfig
+from ..loadgen.statistics import Distribution
 from .durations import Durations
 from .offered_load import OfferedLoad
 from .plan import Plan, make_plan, planned_layout
 from .priors import Rates, priors
-from .virtual_cluster import ServedRequest, VirtualCluster
+from .virtual_cluster import ServedRequest, VirtualCluster, router_config
 from .virtual_instance import InstanceShape
-
-MAX_QUEUED = (
-    1 << 20
-)  # the replay's queue: so long that what comes too late is served too late, and not refused
 
 
 @dataclass(frozen=True)
@@ -73,10 +68,10 @@ class Trial:
     num_good: int
     duration_s: float
     num_output_tokens: int
-    ttft_ms: Summary | None
-    tpot_ms: Summary | None
-    gap_ms: Summary | None  # the largest gap between two tokens of each request
-    e2e_ms: Summary | None
+    ttft_ms: Distribution | None
+    tpot_ms: Distribution | None
+    gap_ms: Distribution | None  # the largest gap between two tokens of each request
+    e2e_ms: Distribution | None
     misses: dict[str, int]  # requests by the objectives that they missed; "failed" is one
     busy_shares: dict[Role, float]  # of the time, by role
     kv_shares: dict[Role, float]  # of the blocks, at most, by role
@@ -158,12 +153,7 @@ class Site:
         return num_misses <= max_misses
 
     def _cluster(self, split: Split) -> VirtualCluster:
-        factor = RouterConfig().prefill_on_decode_factor if split.prefills_on_decode else None
-        config = RouterConfig(
-            max_queued_requests=MAX_QUEUED,
-            itl_slo_s=self.config.slo.itl_ms / 1e3,
-            prefill_on_decode_factor=factor,
-        )
+        config = router_config(self.config.slo.itl_ms / 1e3, split.prefills_on_decode)
         return VirtualCluster(self.shapes(split), self.layout, config)
 
 
@@ -208,6 +198,6 @@ def _trial(
     )
 
 
-def _ms(values_s: Sequence[float | None]) -> Summary | None:
-    summary = Summary.of([value for value in values_s if value is not None])
+def _ms(values_s: Sequence[float | None]) -> Distribution | None:
+    summary = Distribution.of([value for value in values_s if value is not None])
     return None if summary is None else summary.scaled(1e3)

@@ -7,7 +7,7 @@ workload; steps and transfers take their predicted durations and compute nothing
 Messages take no time. A transfer's bytes leave while the step that computes them is under way."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import pairwise
 
@@ -27,26 +27,53 @@ from ..router.events import (
     Submit,
     Tick,
     Timeline,
+    WorkerDraining,
     WorkerReady,
     WorkerRole,
 )
+from ..router.registry import RoutingState
 from .shared_links import Flow, SharedLinks
 from .virtual_instance import INCARNATION, InstanceShape, VirtualInstance
+
+MAX_QUEUED = 1 << 20  # so many that what comes too late is served too late, and not refused
+
+
+def router_config(itl_slo_s: float, prefills_on_decode: bool) -> RouterConfig:
+    """Returns the settings of a replay's router: it refuses nothing."""
+    return RouterConfig(
+        max_queued_requests=MAX_QUEUED,
+        itl_slo_s=itl_slo_s,
+        prefill_on_decode_factor=RouterConfig().prefill_on_decode_factor if prefills_on_decode else None,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A request of a workload. Its output has `num_output_tokens` tokens, whatever they are."""
+    """A request of a workload. Its output has `num_output_tokens` tokens, whatever they are. One that comes
+    before instant 0 has waited since."""
 
     at_s: float
     prompt_token_ids: tuple[int, ...]
     num_output_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """A request that has come before instant 0, and had `num_tokens` tokens by then, the first one at
+    `first_token_s`. They end its `prompt_token_ids`."""
+
+    at_s: float
+    prompt_token_ids: tuple[int, ...]
+    first_token_s: float
+    num_tokens: int
+    num_left: int  # at least 1
+
+
 @dataclass(slots=True)
 class ServedRequest:
     """A request with the instants of its tokens, in virtual seconds."""
 
+    number: int  # in the order of arrival
     arrived_s: float
     num_prompt_tokens: int
     token_s: list[float] = field(default_factory=list)  # when each token came
@@ -109,34 +136,39 @@ class VirtualCluster:
         self._layout = layout
         self.model = LatencyModel(shapes[0].durations.priors)
         self.router = Router(config, self.model)
-        self.instances = {
-            name: VirtualInstance(self, name, shape, layout)
-            for name, shape in ((f"{shape.role.value}-{i}", shape) for i, shape in enumerate(shapes))
-        }
-        self._links = SharedLinks(
-            {name: one.shape.durations.link_bytes_per_s for name, one in self.instances.items()}
-        )
+        self.instances: dict[str, VirtualInstance] = {}
+        self._links = SharedLinks({})
         self._transfers: dict[TransferId, _Transfer] = {}
         self._flows: dict[Flow, TransferId] = {}
-        self._served: dict[str, ServedRequest] = {}
+        self.served: list[ServedRequest] = []  # and being served
         self._tick_s: float | None = None
         self._is_enough: Callable[[ServedRequest], bool] | None = None
         self._has_enough = False
-        for instance in self.instances.values():
-            self._route(WorkerReady(instance.info))
+        self.is_preloading = False  # prompts and transfers take no time
+        for shape in shapes:
+            self.join(shape)
 
     def serve(
-        self, workload: Iterable[Arrival], is_enough: Callable[[ServedRequest], bool] | None = None
+        self,
+        workload: Iterable[Arrival],
+        is_enough: Callable[[ServedRequest], bool] | None = None,
+        decoding: Iterable[Decoding] = (),
     ) -> list[ServedRequest]:
-        """Serves all requests to their ends. Instants of arrival never decrease.
+        """Serves all requests to their ends, those that are `decoding` at the start first. Instants of
+        arrival never decrease.
 
         `is_enough` is asked at each request's end; once it says so, the rest is left unserved."""
         self._is_enough = is_enough
+        self._preload(decoding)
         self._expect_next(iter(workload))
         while self._calls and not self._has_enough:
             self.now_s, _, call = heappop(self._calls)
             call()
-        return list(self._served.values())
+        return self.served
+
+    def stop(self) -> None:
+        """Leaves the rest unserved."""
+        self._has_enough = True
 
     def check_idle(self) -> None:
         """Raises AssertionError when anything is held, after all requests have ended."""
@@ -145,9 +177,26 @@ class VirtualCluster:
         for instance in self.instances.values():
             instance.check_idle()
 
+    def join(self, shape: InstanceShape) -> None:
+        """Lets one more instance serve from now on."""
+        name = f"{shape.role.value}-{len(self.instances)}"
+        instance = self.instances[name] = VirtualInstance(self, name, shape, self._layout)
+        self._links.add(name, shape.durations.link_bytes_per_s)
+        self._route(WorkerReady(instance.info))
+
+    def least_loaded(self, role: Role) -> str:
+        """Returns the instance of the pool with the fewest open legs among those that do not drain."""
+        workers = self.router.status(self.now_s).workers
+        pool = (one for one in workers if one.role is role and one.state is RoutingState.READY)
+        return min(pool, key=lambda one: (one.num_legs, one.worker_id)).worker_id
+
     def assign(self, name: str, role: Role) -> None:
         """Lets an instance serve as `role` from now on; its streams continue."""
         self._route(WorkerRole(name, role))
+
+    def drain(self, name: str) -> None:
+        """Gives an instance no more work; its streams continue."""
+        self._route(WorkerDraining(name))
 
     def call_at(self, at_s: float, call: Callable[[], object]) -> None:
         self._num_calls += 1
@@ -155,20 +204,38 @@ class VirtualCluster:
 
     # clients
 
+    def _preload(self, decoding: Iterable[Decoding]) -> None:
+        """Those for whose KV no place is left begin as soon as there is one."""
+        config = self.router.config
+        self.router.configure(replace(config, prefill_on_decode_factor=None))
+        self.is_preloading = True
+        for one in decoding:
+            served = ServedRequest(len(self.served), one.at_s, len(one.prompt_token_ids))
+            served.token_s += [one.first_token_s] * one.num_tokens
+            self._submit(served, one.prompt_token_ids, one.num_left)
+        while self._calls and self._calls[0][0] <= self.now_s:
+            heappop(self._calls)[2]()
+        self.is_preloading = False
+        self.router.configure(config)
+
     def _expect_next(self, workload: Iterator[Arrival]) -> None:
         arrival = next(workload, None)
         if arrival is not None:
-            self.call_at(arrival.at_s, lambda: self._arrive(arrival, workload))
+            self.call_at(max(arrival.at_s, self.now_s), lambda: self._arrive(arrival, workload))
 
     def _arrive(self, arrival: Arrival, workload: Iterator[Arrival]) -> None:
         self._expect_next(workload)
-        request_id = str(len(self._served))
-        served = ServedRequest(self.now_s, len(arrival.prompt_token_ids))
-        self._served[request_id] = served
+        served = ServedRequest(len(self.served), arrival.at_s, len(arrival.prompt_token_ids))
+        self._submit(served, arrival.prompt_token_ids, arrival.num_output_tokens)
+
+    def _submit(
+        self, served: ServedRequest, prompt_token_ids: tuple[int, ...], num_output_tokens: int
+    ) -> None:
+        self.served.append(served)
         request = Request(
-            request_id=request_id,
-            prompt_token_ids=arrival.prompt_token_ids,
-            sampling=SamplingParams(max_tokens=arrival.num_output_tokens, ignore_eos=True),
+            request_id=str(served.number),
+            prompt_token_ids=prompt_token_ids,
+            sampling=SamplingParams(max_tokens=num_output_tokens, ignore_eos=True),
         )
         try:
             self._route(Submit(request))
@@ -184,14 +251,14 @@ class VirtualCluster:
         for command in self.router.handle(event, self.now_s):
             match command:
                 case EmitTokens():
-                    served = self._served[command.request_id]
+                    served = self.served[int(command.request_id)]
                     served.token_s += [self.now_s] * len(command.tokens)
                 case SendCommand(command=Probe()):
                     self.call_at(self.now_s, lambda command=command: self._answer(command))  # type: ignore[misc]
                 case SendCommand():
                     self.instances[command.worker_id].command(command.command)
                 case EmitEnd():
-                    self._end(self._served[command.request_id], command.error)
+                    self._end(self.served[int(command.request_id)], command.error)
                 case RequestClosed():
                     self.on_closed(command.timeline)
         self._tick_later()
@@ -264,6 +331,8 @@ class VirtualCluster:
             one.started_s = self.now_s
         one.num_bytes += more_bytes
         self.num_bytes_moved += more_bytes
+        if self.is_preloading:
+            return
         if one.flow is None:
             one.flow = Flow(one.source.name, one.target.name, more_bytes)
             self._flows[one.flow] = transfer
@@ -290,8 +359,8 @@ class VirtualCluster:
     def _end_if_complete(self, transfer: TransferId, one: _Transfer) -> None:
         if one.payload is not None and one.target is not None and one.flow is None:
             assert one.source is not None
-            at_s = self.now_s + one.source.shape.durations.transfer_s
-            self.call_at(at_s, lambda: self._end_transfer(transfer, one))
+            transfer_s = 0.0 if self.is_preloading else one.source.shape.durations.transfer_s
+            self.call_at(self.now_s + transfer_s, lambda: self._end_transfer(transfer, one))
 
     def _end_transfer(self, transfer: TransferId, one: _Transfer) -> None:
         assert one.source is not None and one.target is not None and one.payload is not None

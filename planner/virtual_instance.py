@@ -10,6 +10,7 @@ from ..core.messages import (
     LegEnded,
     Role,
     StepReport,
+    StepTiming,
     TransferAddress,
     TransferStats,
     WorkerCommand,
@@ -43,6 +44,7 @@ class World(Protocol):
     """The surroundings of an instance: time, the router, and KV on its way."""
 
     now_s: float
+    is_preloading: bool
 
     def call_at(self, at_s: float, call: Callable[[], object]) -> None: ...
     def report(self, message: StepReport | LegEnded) -> None: ...
@@ -108,8 +110,10 @@ class VirtualInstance:
     def clock_s(self) -> float:
         return self._world.now_s + self._ahead_s
 
-    def spend(self, seconds: float) -> None:
-        self._ahead_s += seconds
+    def spend_step(self, timing: StepTiming) -> None:
+        """The prompts of what it decodes from the start cost no time."""
+        if not (self._world.is_preloading and timing.num_prefill_tokens):
+            self._ahead_s += self.shape.durations.step_s(timing)
 
     def command(self, command: WorkerCommand) -> None:
         self._post(lambda: self._worker.handle(command))
@@ -162,7 +166,7 @@ class _Runner:
     ) -> CompletedStep:
         if on_layer is not None:
             on_layer(0)  # KV leaves while the step computes
-        self._instance.spend(self._instance.shape.durations.step_s(batch.timing(0.0)))
+        self._instance.spend_step(batch.timing(0.0))
         return CompletedStep([[_TOKEN] * len(chunk.choices) for chunk in batch.chunks])
 
 

@@ -2132,7 +2132,7 @@ class PlannerLoad(_message.Message):
     NUM_CLIENTS_FIELD_NUMBER: _builtins.int
     num_requests: _builtins.int
     rate: _builtins.float
-    """Arrivals per second in the last horizon, and as expected in the next one."""
+    """Arrivals per second lately, and as expected."""
     forecast_rate: _builtins.float
     mean_prompt_tokens: _builtins.float
     mean_cached_tokens: _builtins.float
@@ -2173,11 +2173,11 @@ class PlannerCandidate(_message.Message):
     """Predicted requests per second within both latency objectives, and their share of all."""
     attainment: _builtins.float
     gain: _builtins.float
-    """Good requests over the horizon, against the present ratio: the lower end of the confidence interval."""
+    """Good requests of the replay, against the present ratio: the lower end of the confidence interval."""
     cost: _builtins.float
-    """Good requests that the change costs."""
+    """Requests that would be good at the present ratio alone."""
     screened_out: _builtins.bool
-    """It was replayed on a part of the requests alone."""
+    """Its replay was given up: it can be no better than the present ratio."""
     @_builtins.property
     def ratio(self) -> Global___Ratio: ...
     def __init__(

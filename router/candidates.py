@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import msgspec
 
 from .events import ConsideredPlace
-from .registry import RegisteredWorker
+from .registered_worker import RegisteredWorker
 
 NUM_KEPT = 4  # candidates whose predictions go with a placement
 
@@ -46,6 +46,7 @@ class RoutingDecision(msgspec.Struct, frozen=True):
     queue_s: float
     transfer_s: float = 0.0  # the part of it that remains exposed after the prefill
     itl_s: float = 0.0
+    exceeds_itl: bool = False  # streams there are predicted to miss the SLO
     best: Sequence[Candidate] = ()  # the chosen candidate and the runners-up
 
     @property

@@ -45,9 +45,10 @@ from .live_request import Job
 from .live_requests import LiveRequests
 from .pairs import Pairs
 from .placement import Placer
-from .planning import InstanceFacts
+from .planning import InstanceFacts, OpenRequest
 from .prefix_index import PrefixIndex
-from .registry import RegisteredWorker, Registry, RoutingState
+from .registered_worker import RegisteredWorker, RoutingState
+from .registry import Registry
 from .reports import WorkerReports
 from .reunion import Reunion
 from .status import Counters, RouterStatus, snapshot
@@ -214,6 +215,10 @@ class Router:
             for worker in self._registry
             if worker.state is RoutingState.READY
         )
+
+    def open_requests(self, max_requests: int) -> tuple[OpenRequest, ...]:
+        """Returns the requests that are being served as a planner sees them, by arrival: the first ones."""
+        return self._requests.open_requests(max_requests)
 
     def num_running(self, client: str) -> int:
         """Returns the number of choices that workers have of the client."""

@@ -10,7 +10,8 @@ ejected share), with a slow start after it.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from .registry import RegisteredWorker, Registry, RoutingState
+from .registered_worker import RegisteredWorker, RoutingState
+from .registry import Registry
 
 NUM_FAILURES = 3  # consecutive; fewer may be the other worker's, or the link's
 EJECTION_S = 10.0  # the first time; doubles with each ejection that no healthy time has ended

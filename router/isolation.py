@@ -7,7 +7,8 @@ READY --first suspect waits--> APART (empties) --last leg ends--> APART (one sus
 
 from .ledger import Ledger
 from .live_request import DispatchState, Job
-from .registry import RegisteredWorker, Registry
+from .registered_worker import RegisteredWorker
+from .registry import Registry
 
 SHARE = 2  # one worker in so many is set apart at a time, at least one
 # how long suspects wait for a worker that is starting, before one with long streams empties

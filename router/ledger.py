@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from ..core.messages import Leg, LegEnded, StepReport
 from ..core.request import TransferId
 from .candidates import RoutingDecision
+from .decode_legs import DecodeLegs
 from .live_request import Dispatch
-from .registry import RegisteredWorker, Registry
+from .ranking import Ranking
+from .registered_worker import RegisteredWorker
+from .registry import Registry
 
 
 class Ledger:
@@ -20,12 +23,13 @@ class Ledger:
         self._dispatches: dict[TransferId, Dispatch] = {}
         # by client: choices of dispatches with an open leg that have not ended; absent means 0
         self.num_running: Counter[str] = Counter()
-        self._priorities: Counter[int] = Counter()  # of open dispatches; absent means 0
+        self._by_running: Ranking[str] = Ranking()  # those clients, the one that runs least first
+        self.decoding = DecodeLegs()
         self.num_blocks: Counter[str] = Counter()  # by client: reserved by its open decode legs
 
-    def lowest_priority(self) -> int:
-        """Returns the highest number among the open dispatches; 0 when there are none."""
-        return max(self._priorities, default=0)
+    def by_running(self) -> Iterator[str]:
+        """Yields the clients that run something, the one that runs most first."""
+        return reversed(self._by_running)
 
     def __iter__(self) -> Iterator[Dispatch]:
         return iter(self._dispatches.values())
@@ -46,8 +50,7 @@ class Ledger:
         dispatch.prefill_s = placement.prefill_s
         dispatch.placement = placement
         self._dispatches[dispatch.transfer] = dispatch
-        self.num_running[dispatch.spec.client] += len(dispatch.spec.choices)
-        self._priorities[dispatch.priority] += 1
+        self._count_running(dispatch.spec.client, len(dispatch.spec.choices))
         dispatch.live.num_open_legs += len(dispatch.open_legs)
         dispatch.prefill.start_prefill(dispatch.num_new_tokens, dispatch.prefill_s)
         dispatch.prefill.open_legs[dispatch.transfer] = None
@@ -61,6 +64,7 @@ class Ledger:
         spec = dispatch.spec
         dispatch.num_reserved_blocks = worker.blocks_for(spec.num_tokens, len(spec.choices))
         self.num_blocks[spec.client] += dispatch.num_reserved_blocks
+        self.decoding.add(dispatch)
         worker.open_legs[dispatch.transfer] = None
         worker.num_sequences += len(spec.choices)
         worker.num_context_tokens += len(spec.choices) * spec.num_tokens
@@ -135,7 +139,7 @@ class Ledger:
         if not dispatch.open_legs:
             return
         dispatch.num_booked -= 1
-        self._close_running(dispatch, 1)
+        self._count_running(dispatch.spec.client, -1)
         if dispatch.decode is not None and Leg.DECODE in dispatch.open_legs:
             dispatch.decode.num_sequences -= 1
             num_left = dispatch.num_expected_tokens * dispatch.num_booked // (dispatch.num_booked + 1)
@@ -158,20 +162,26 @@ class Ledger:
             self._registry.rank(worker)
         if not dispatch.open_legs:
             del self._dispatches[dispatch.transfer]
-            self._close_running(dispatch, dispatch.num_booked)
-            self._priorities[dispatch.priority] -= 1
-            if not self._priorities[dispatch.priority]:
-                del self._priorities[dispatch.priority]
+            self._count_running(dispatch.spec.client, -dispatch.num_booked)
         return worker
 
-    def _close_running(self, dispatch: Dispatch, num_choices: int) -> None:
-        client = dispatch.spec.client
-        self.num_running[client] -= num_choices
-        if not self.num_running[client]:
+    def _count_running(self, client: str, num_choices: int) -> None:
+        self.num_running[client] += num_choices
+        if self.num_running[client]:
+            self._by_running.put(client, self.num_running[client], client)
+        else:
             del self.num_running[client]
+            self._by_running.discard(client)
+
+    def fail(self, dispatch: Dispatch, failure: str, now_s: float) -> None:
+        """Marks a dispatch as failed; its open legs close later."""
+        dispatch.fail(failure, now_s)
+        if Leg.DECODE in dispatch.open_legs:
+            self.decoding.fail(dispatch)
 
     def _close_decode(self, dispatch: Dispatch, worker: RegisteredWorker) -> None:
         spec = dispatch.spec
+        self.decoding.remove(dispatch)
         self.num_blocks[spec.client] -= dispatch.num_reserved_blocks
         if not self.num_blocks[spec.client]:
             del self.num_blocks[spec.client]
@@ -194,10 +204,13 @@ class Ledger:
             num_running[dispatch.spec.client] += dispatch.num_booked
             if Leg.DECODE in dispatch.open_legs:
                 num_blocks[dispatch.spec.client] += dispatch.num_reserved_blocks
+        self.decoding.check_integrity({d for d in self if Leg.DECODE in d.open_legs})
+        running = {client: self.num_running[client] for client in self.by_running()}
+        assert running == self.num_running, f"{running} are ranked, {self.num_running} run"
         assert num_blocks == self.num_blocks, f"{self.num_blocks}, the open legs say {num_blocks}"
         assert +num_running == self.num_running, f"{self.num_running}, the open dispatches say {num_running}"
         for worker in self._registry:
-            decoding = [d for d in self.at(worker) if d.decode is worker and Leg.DECODE in d.open_legs]
+            here = [d for d in self.at(worker) if d.decode is worker and Leg.DECODE in d.open_legs]
             prefilling = [d for d in self._dispatches.values() if d.prefill is worker and d.is_prefilling]
             sending = [d for d in self.at(worker) if d.prefill is worker and Leg.PREFILL in d.open_legs]
             expected = {
@@ -207,14 +220,14 @@ class Ledger:
                 "num_short_tokens": sum(
                     d.num_new_tokens for d in prefilling if worker.is_short(d.num_new_tokens)
                 ),
-                "num_sequences": sum(d.num_booked for d in decoding),
+                "num_sequences": sum(d.num_booked for d in here),
                 "num_context_tokens": sum(
-                    len(d.spec.choices) * d.spec.num_tokens + d.num_grown_tokens for d in decoding
+                    len(d.spec.choices) * d.spec.num_tokens + d.num_grown_tokens for d in here
                 ),
-                "num_reserved_blocks": sum(d.num_reserved_blocks for d in decoding),
-                "num_grown_tokens": sum(d.num_grown_tokens for d in decoding),
-                "num_expected_tokens": sum(d.num_expected_tokens for d in decoding),
-                "num_pending_blocks": sum(d.num_reserved_blocks for d in decoding if not d.decode_started),
+                "num_reserved_blocks": sum(d.num_reserved_blocks for d in here),
+                "num_grown_tokens": sum(d.num_grown_tokens for d in here),
+                "num_expected_tokens": sum(d.num_expected_tokens for d in here),
+                "num_pending_blocks": sum(d.num_reserved_blocks for d in here if not d.decode_started),
             }
             actual = {name: getattr(worker, name) for name in expected}
             assert actual == expected, f"{worker.worker_id}: {actual}, its open legs say {expected}"

@@ -14,7 +14,8 @@ from math import inf
 
 from ..core.messages import Probed
 from .cores import Key
-from .registry import RegisteredWorker, Registry, RoutingState
+from .registered_worker import RegisteredWorker, RoutingState
+from .registry import Registry
 
 NUM_FAILURES = 2  # consecutive; a single one may be a worker that died
 PROBE_AGAIN_S = 4.0  # after the first failure: by then it is known whether a worker died

@@ -6,18 +6,17 @@ LiveRequest --has--> ChoiceStream per choice        (what the client sees)
 """
 
 import enum
-from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from ..core.automaton import Automaton
-from ..core.messages import Leg, LegEnded, TokenOutput
+from ..core.messages import Leg, LegEnded
 from ..core.request import HeldSpec, Request, SequenceSpec, TransferId, identity_of, shared_fields
 from ..core.token_ids import digest
 from .candidates import RoutingDecision
-from .events import DispatchTimes, EmitTokens, RouterCommand, StreamCommand, Timeline
+from .kept_stream import KeptStream
+from .planning import MAX_CLIENT_CHARS, OpenRequest
 from .prefix_index import PrefixChain
-from .registry import RegisteredWorker
+from .registered_worker import RegisteredWorker
 from .request_states import TRANSITIONS, RequestState
 from .stream import ChoiceStream
 
@@ -40,23 +39,6 @@ DISPATCH_TRANSITIONS = {
     DispatchState.FINISHED: set[DispatchState](),
     DispatchState.FAILED: set[DispatchState](),
 }
-
-
-@dataclass(slots=True)
-class KeptTokens:
-    """Consecutive tokens of one choice for a client that is not connected, without anything beside them."""
-
-    transfer: TransferId
-    choice: int
-    first_index: int
-    token_ids: "array[int]"
-
-    def emitted(self) -> EmitTokens:
-        tokens = tuple(
-            TokenOutput(self.transfer, self.choice, index, token_id)
-            for index, token_id in enumerate(self.token_ids, self.first_index)
-        )
-        return EmitTokens(self.transfer.request_id, self.choice, tokens)
 
 
 class LiveRequest(Automaton[RequestState]):
@@ -99,7 +81,7 @@ class LiveRequest(Automaton[RequestState]):
         self.error: str | None = None
         self.dispatches: list[Dispatch] = []
         self.jobs: list[Job] = []  # in the queue; when it is UNREAD, set aside
-        self.kept: list[StreamCommand | KeptTokens] = []  # for its client, which is not connected
+        self.kept = KeptStream(request.request_id)  # for its client, which is not connected
         self.num_times_displaced = 0
         self.keeps_place = False  # it has got a place although something of higher priority waited
         self.num_times_unread = 0
@@ -166,7 +148,7 @@ class LiveRequest(Automaton[RequestState]):
             f"{self}: ended, without legs, and not closed"
         )
         assert state.has_client == (not self.kept) or state is RequestState.UNCLAIMED, (
-            f"{self}: {state}, {self.kept}"
+            f"{self}: {state}, something is kept: {bool(self.kept)}"
         )
         running = [choice for dispatch in self.running() for choice in dispatch.streams]
         waiting = [choice for job in self.jobs for choice in job.choices]
@@ -189,39 +171,6 @@ class LiveRequest(Automaton[RequestState]):
             left = [choice for choice in running + waiting if choice in unfinished]
             assert sorted(left) == unfinished, f"{self}: {unfinished} are left, {running} run, {waiting} wait"
 
-    def keep(self, commands: list[RouterCommand]) -> list[RouterCommand]:
-        """Keeps the commands for the request's client; returns the rest."""
-        self.kept += [command for command in commands if isinstance(command, StreamCommand)]
-        return [command for command in commands if not isinstance(command, StreamCommand)]
-
-    def keep_tokens(self, transfer: TransferId, choice: int, first_index: int, tokens: Sequence[int]) -> None:
-        """Keeps a choice's next tokens, those that have nothing beside them."""
-        if not tokens:
-            return
-        last = self.kept[-1] if self.kept else None
-        if isinstance(last, KeptTokens) and last.choice == choice and last.transfer == transfer:
-            last.token_ids.extend(tokens)
-        else:
-            self.kept.append(KeptTokens(transfer, choice, first_index, array("I", tokens)))
-
-    def keep_outputs(self, choice: int, outputs: tuple[TokenOutput, ...]) -> None:
-        """Keeps a choice's next tokens, if there are any."""
-        if not outputs:
-            return
-        if all(output.is_plain for output in outputs):
-            self.keep_tokens(
-                outputs[0].transfer, choice, outputs[0].index, [output.token_id for output in outputs]
-            )
-        else:
-            self.kept.append(EmitTokens(self.request_id, choice, outputs))
-
-    def take_kept(self) -> list[RouterCommand]:
-        kept: list[RouterCommand] = [
-            one.emitted() if isinstance(one, KeptTokens) else one for one in self.kept
-        ]
-        self.kept.clear()
-        return kept
-
     def unserved_jobs(self, now_s: float) -> list["Job"]:
         """Returns jobs for the choices that no running dispatch is to produce."""
         served = {choice for dispatch in self.running() for choice in dispatch.streams}
@@ -237,22 +186,15 @@ class LiveRequest(Automaton[RequestState]):
         jobs = [Job(self, fresh, (), now_s)] if fresh else []
         return jobs + [Job(self, (s.choice,), tuple(s.token_ids), now_s) for s in unfinished if s.token_ids]
 
-    def timeline(self, now_s: float) -> Timeline:
-        return Timeline(
-            request_id=self.request_id,
-            submitted_s=self.submitted_s,
-            first_token_s=self.first_token_s,
-            ended_s=now_s if self.ended_s is None else self.ended_s,
-            dispatches=tuple(dispatch.times(attempt) for attempt, dispatch in enumerate(self.dispatches)),
-            finish_reasons=tuple(stream.finish_reason for stream in self.streams),
-            error=self.error,
+    def facts(self) -> OpenRequest:
+        placement = self.dispatches[-1].placement if self.dispatches else None
+        return OpenRequest(
+            at_s=self.submitted_s,
             num_prompt_tokens=self.num_prompt_tokens,
-            num_output_tokens=tuple(len(stream.token_ids) for stream in self.streams),
-            client=self.request.client,
-            user=self.request.user,
-            traceparent=self.request.traceparent,
-            num_times_unread=self.num_times_unread,
-            is_adopted=self.held is not None,
+            num_cached_tokens=0 if placement is None else placement.num_cached_tokens,
+            num_output_tokens=sum(len(stream.token_ids) for stream in self.streams),
+            client=self.request.client[:MAX_CLIENT_CHARS],
+            first_token_s=self.first_token_s,
         )
 
 
@@ -484,7 +426,7 @@ class Dispatch(Automaton[DispatchState]):
     def has_progressed(self) -> bool:
         """Whether clients have so much from it that its failure is not the request's. The first token is the
         prefill worker's alone, and a request that breaks each worker a step later would never end."""
-        return self._num_steps() >= PROGRESS_TOKENS
+        return self.count_steps() >= PROGRESS_TOKENS
 
     @property
     def has_survived(self) -> bool:
@@ -508,45 +450,9 @@ class Dispatch(Automaton[DispatchState]):
     def fail(self, failure: str, now_s: float) -> None:
         """Marks the dispatch as failed: its unfinished choices will be served elsewhere."""
         self.transition(DispatchState.FAILED, now_s, failure)
-        self.failure, self.ended_s, self.num_steps = failure, now_s, self._num_steps()
+        self.failure, self.ended_s, self.num_steps = failure, now_s, self.count_steps()
 
-    def _num_steps(self) -> int:
+    def count_steps(self) -> int:
         """Returns the largest number of tokens that a choice has from this dispatch."""
         num_tokens = max(len(stream.token_ids) for stream in self.streams.values())
         return num_tokens - self.spec.num_output_tokens
-
-    def times(self, attempt: int) -> DispatchTimes:
-        """Returns the row of the request's timeline for this dispatch, as this router's attempt number
-        `attempt`."""
-        placement = self.placement
-        assert placement is not None, f"{self.transfer} was never booked"
-        ended_s, num_steps = self.ended_s, self.num_steps
-        if self.failure is None:
-            num_steps = self._num_steps()
-            if self.state is DispatchState.FINISHED:
-                ended_s = max(
-                    (s.last_token_s for s in self.streams.values() if s.last_token_s is not None),
-                    default=None,
-                )
-        return DispatchTimes(
-            attempt=attempt,
-            number=self.transfer.attempt,
-            choices=self.spec.choices,
-            prefill_worker=self.prefill.worker_id,
-            decode_worker=self.decode.worker_id if self.decode else None,
-            num_tokens=self.spec.num_tokens,
-            expected_cached_tokens=placement.num_cached_tokens,
-            expected_ttft_s=placement.ttft_s,
-            expected_queue_s=placement.queue_s,
-            expected_transfer_s=placement.transfer_s,
-            expected_itl_s=placement.itl_s,
-            considered=placement.considered(),
-            queued_s=self.job.queued_s,
-            dispatched_s=self.dispatched_s,
-            first_token_s=self.first_token_s,
-            ended_s=ended_s,
-            num_steps=num_steps,
-            failure=self.failure,
-            prefill=self.prefill_ended,
-            decode=self.decode_ended,
-        )

@@ -15,11 +15,13 @@ from .deaths import Deaths
 from .events import Cancel, LossCause, RouterCommand, StreamRead, StreamUnread, Timeline, WorkerLost
 from .ledger import Ledger
 from .live_request import Dispatch, DispatchState, LiveRequest
-from .registry import RegisteredWorker
+from .planning import OpenRequest
+from .registered_worker import RegisteredWorker
 from .request_events import Abandoned, CancelChoice, Claimed, Due, End, Judged, LegOver, RequestEvent
 from .request_life import RequestLife
 from .request_states import RequestState
 from .status import Counters
+from .timelines import timeline_of
 
 BY_DECISION = (FinishReason.CANCELLED, FinishReason.DEADLINE)
 
@@ -78,12 +80,18 @@ class LiveRequests:
     def timeline(self, request_id: str, now_s: float) -> Timeline | None:
         """Returns the timeline of a live request so far; None for an unknown id."""
         live = self._requests.get(request_id)
-        return None if live is None else live.timeline(now_s)
+        return None if live is None else timeline_of(live, now_s)
 
     def timelines(self, max_requests: int, scope: str, now_s: float) -> list[Timeline]:
         """Returns the timelines so far of live requests whose ids begin with `scope`, newest first."""
         found = (live for name, live in reversed(self._requests.items()) if name.startswith(scope))
-        return [live.timeline(now_s) for live in islice(found, max_requests)]
+        return [timeline_of(live, now_s) for live in islice(found, max_requests)]
+
+    def open_requests(self, max_requests: int) -> tuple[OpenRequest, ...]:
+        """Returns the first live requests, without their contents. Those that an earlier router had, and
+        those that are set aside, are left out."""
+        found = (live.facts() for live in self._requests.values() if live.state.is_served and not live.held)
+        return tuple(islice(found, max_requests))
 
     def handle(self, live: LiveRequest, event: RequestEvent, now_s: float) -> list[RouterCommand]:
         """Applies the event to the request, which is forgotten once it is closed."""

@@ -9,7 +9,7 @@ An avoided pair is chosen last, as one of hosts is that do not reach each other 
 
 from dataclasses import dataclass
 
-from .registry import RegisteredWorker
+from .registered_worker import RegisteredWorker
 
 NUM_FAILURES = 2  # consecutive; a single one may be a worker that died
 AVOIDED_S = 10.0  # the first time; doubles with each further failure

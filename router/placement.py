@@ -3,9 +3,9 @@
 Cost is the time that streams take for it: predicted TTFT (queue and uncached prompt tokens on P), the part of
 the transfer that compute does not hide, and, for each token that the output is expected to have, D's next
 step and the delay of its other streams.
-Workers on which a token would take longer than the SLO come last, the least excess first. A decision
-considers the few least loaded workers of each role and those that hold most of the prefix, never all
-pairs."""
+Workers on which a token would take longer than the SLO come last, the least excess first; but once no
+prefill worker has room, the load is beyond capacity, and cost alone decides. A decision considers the few
+least loaded workers of each role and those that hold most of the prefix, never all pairs."""
 
 from itertools import islice
 from operator import itemgetter
@@ -18,7 +18,8 @@ from .links import Links
 from .live_request import Job
 from .pairs import Pairs
 from .prefix_index import PrefixIndex
-from .registry import RegisteredWorker, Registry, decode_load
+from .registered_worker import RegisteredWorker, decode_load
+from .registry import Registry
 
 
 class Placer:
@@ -45,25 +46,31 @@ class Placer:
         job's decoding."""
         prefills, decodes, depths = self._workers(job, host)
         options = [self._prefill_option(job, worker, depths) for worker in prefills]
-        options = [option for option in options if self._has_prefill_room(option)] or options
+        with_room = [option for option in options if self._has_prefill_room(option)]
+        is_beyond_capacity = not with_room
+        options = with_room or options
         # a retry may have to go elsewhere
         if len(options) > self.config.num_candidates and not job.failed_pairs:
             options = sorted(options, key=_by_ttft)[: self.config.num_candidates]
         if not job.needs_decode:
             candidates = self._prefill_only(job, options)
-            candidates += self._on_one(job, decodes, depths, bool(prefills))
+            candidates += self._on_one(job, decodes, depths, bool(prefills), is_beyond_capacity)
         elif _can_pair(prefills, decodes):
             candidates = self._pairs(job, options, decodes, depths, host)
             # when each of them has failed, the pools may not reach each other: one worker alone needs no
             # transfer
             has_way = not candidates or any(not candidate[0][0] for candidate in candidates)
-            candidates += self._on_one(job, decodes, depths, has_way, host)
+            candidates += self._on_one(job, decodes, depths, has_way, is_beyond_capacity, host)
+            if host is None and self._bends() and not any(_keeps_slo(candidate) for candidate in candidates):
+                is_beyond_capacity = True
+                able = [worker for worker in prefills if worker.capacity_tokens >= job.num_total_tokens]
+                candidates += self._on_one(job, able, depths, True, True)
         else:
-            candidates = self._on_one(job, decodes or prefills, depths, False, host)
+            candidates = self._on_one(job, decodes or prefills, depths, False, is_beyond_capacity, host)
         if not candidates:
             return None
-        candidates.sort(key=itemgetter(0))
-        _, option, decode, itl_s, transfer_s = candidates[0]
+        candidates.sort(key=_by_cost if is_beyond_capacity else itemgetter(0))
+        score, option, decode, itl_s, transfer_s = candidates[0]
         if not self._has_prefill_room(option):
             return None
         return RoutingDecision(
@@ -75,6 +82,7 @@ class Placer:
             option.queue_s,
             transfer_s,
             itl_s,
+            score[2] > 0.0,
             candidates[:NUM_KEPT],
         )
 
@@ -107,6 +115,10 @@ class Placer:
             num_left = max(1.0, worker.num_expected_tokens / worker.num_sequences)
             waits_s.append(itl_s * num_left / worker.num_sequences)
         return min(waits_s, default=0.0)
+
+    def _bends(self) -> bool:
+        """Whether workers of one role may take the other's work."""
+        return self.config.prefill_on_decode_factor is not None
 
     def _has_prefill_room(self, option: PrefillOption) -> bool:
         return option.worker.has_prefill_room(option.num_new_tokens, self.config.max_prefill_backlog_tokens)
@@ -256,11 +268,12 @@ class Placer:
         workers: list[RegisteredWorker],
         depths: dict[int, int],
         others_prefill: bool,
+        is_beyond_capacity: bool,
         host: RegisteredWorker | None = None,
     ) -> list[Candidate]:
         """Returns the candidates that serve both phases on one worker. Where others prefill, a decode
-        worker's time is precious: it must keep its streams inside the SLO, and its prefill counts
-        `prefill_on_decode_factor` times, as it delays later ones."""
+        worker's time is precious: it must keep its streams inside the SLO while others have room, and its
+        prefill counts `prefill_on_decode_factor` times, as it delays later ones."""
         candidates: list[Candidate] = []
         for worker in workers:
             if worker is not host and not _has_decode_room(job, worker):
@@ -275,13 +288,24 @@ class Placer:
             itl_s = self._decode_itl_s(job, worker)
             cost_s = option.queue_s + factor * option.compute_s + self._decode_cost_s(job, worker)
             score = self._score(job, option, worker, itl_s, cost_s, decode_load(worker))
-            if not is_dear or score[2] == 0.0:
+            if not is_dear or is_beyond_capacity or score[2] == 0.0:
                 candidates.append((score, option, worker, itl_s, 0.0))
         return candidates
 
 
 def _has_decode_room(job: Job, worker: RegisteredWorker) -> bool:
     return worker.has_decode_room(job.num_tokens, len(job.choices), job.num_expected_tokens)
+
+
+def _keeps_slo(candidate: Candidate) -> bool:
+    failed, num_failed, excess_s, *_ = candidate[0]
+    return not failed and not num_failed and excess_s == 0.0
+
+
+def _by_cost(candidate: Candidate) -> tuple[bool, int, tuple[float | str, ...]]:
+    """Orders candidates as their scores do, but for the excess over the SLO."""
+    failed, num_failed, _, *rest = candidate[0]
+    return failed, num_failed, tuple(rest)
 
 
 def _by_ttft(option: PrefillOption) -> tuple[float, str]:

@@ -13,6 +13,8 @@ from ..core.latency import LearntLatency
 from ..core.messages import KVLayout, Role
 from .config import RouterConfig
 
+MAX_CLIENT_CHARS = 64
+
 
 class Objective(enum.Enum):
     """The quantity that the planner maximises."""
@@ -71,6 +73,17 @@ class SeenRequest(msgspec.Struct, frozen=True, array_like=True):
     is_good: bool  # complete, and within both latency objectives
 
 
+class OpenRequest(msgspec.Struct, frozen=True, array_like=True):
+    """A request that has not ended."""
+
+    at_s: float  # when it was submitted
+    num_prompt_tokens: int
+    num_cached_tokens: int  # of the prompt; 0 until it has a place
+    num_output_tokens: int  # so far, of all choices
+    client: str
+    first_token_s: float | None  # when its first token came; None: it waits, or its prompt is computed
+
+
 class InstanceFacts(msgspec.Struct, frozen=True, array_like=True):
     """A ready worker. The factors are those of `core.worker_speed`."""
 
@@ -111,6 +124,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     duration_s: float
     num_arrived: int  # requests, refused ones included
     seen: tuple[SeenRequest, ...]
+    open: tuple[OpenRequest, ...]  # at its end, by arrival
     ratio: Ratio  # as configured
     is_settled: bool  # that many are ready, and no others are left
     instances: tuple[InstanceFacts, ...]
@@ -121,15 +135,15 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """A ratio that was replayed. `gain` and `cost` are in good requests over the horizon, against keeping the
+    """A ratio that was replayed. `gain` and `cost` are in good requests of the replay, against keeping the
     present ratio."""
 
     ratio: Ratio
     goodput: float  # predicted, in requests a second
     attainment: float  # predicted share of requests within both latency objectives
-    gain: float  # the lower end of its confidence interval, less what distrust takes
-    cost: float  # of the change
-    is_screened_out: bool = False  # replayed on a part of the requests alone
+    gain: float  # net: the lower end of its confidence interval, less what distrust takes
+    cost: float  # those that would be good at the present ratio alone
+    is_screened_out: bool = False  # its replay was given up: it can be no better than the present ratio
 
 
 class Window(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,6 +152,8 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     num_requests: int = 0  # in the replay
     rate: float = 0.0  # arrivals per second
     forecast_rate: float = 0.0  # over the next horizon
+    num_waiting: int = 0  # requests without a token
+    num_decoding: int = 0
     mean_prompt_tokens: float = 0.0
     mean_cached_tokens: float = 0.0
     mean_output_tokens: float = 0.0

@@ -21,6 +21,9 @@ class Ranking(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         return (self._items[name] for _, name in self._order)
 
+    def __reversed__(self) -> Iterator[T]:
+        return (self._items[name] for _, name in reversed(self._order))
+
     def first_name(self) -> str | None:
         return self._order[0][1] if self._order else None
 

@@ -16,7 +16,8 @@ from .live_request import Dispatch, DispatchState
 from .live_requests import LiveRequests
 from .pairs import Pairs
 from .prefix_index import PrefixIndex
-from .registry import RegisteredWorker, Registry
+from .registered_worker import RegisteredWorker
+from .registry import Registry
 from .request_events import LastToken, Survived
 from .request_states import RequestState
 from .stream import ChoiceStream
@@ -108,7 +109,7 @@ class WorkerReports:
                 self._tokens_before.extend([now_s] * (len(tokens) - 1))
             stream.last_token_s = now_s
             if live.state is RequestState.UNCLAIMED:
-                live.keep_outputs(output.choice, tokens)
+                live.kept.add_outputs(output.choice, tokens)
             else:
                 commands.append(EmitTokens(live.request_id, output.choice, tokens))
             if stream.finish_reason is not None:
@@ -136,7 +137,7 @@ class WorkerReports:
             if not tokens:
                 continue
             self._note_replayed(dispatch, stream, now_s)
-            live.keep_outputs(choice, tokens)
+            live.kept.add_outputs(choice, tokens)
             if stream.finish_reason is not None:
                 commands += self._requests.handle(live, LastToken(dispatch, stream), now_s)
         return commands
@@ -154,7 +155,7 @@ class WorkerReports:
         if tokens:
             self._note_replayed(dispatch, stream, now_s)
             first_index = len(stream.token_ids) - len(tokens)
-            dispatch.live.keep_tokens(held.spec.transfer, held.choice, first_index, tokens)
+            dispatch.live.kept.add_tokens(held.spec.transfer, held.choice, first_index, tokens)
         return True
 
     def _note_replayed(self, dispatch: Dispatch, stream: ChoiceStream, now_s: float) -> None:

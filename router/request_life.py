@@ -29,7 +29,7 @@ from .events import (
 from .ledger import Ledger
 from .live_request import Dispatch, DispatchState, Job, LiveRequest
 from .output_lengths import OutputLengths
-from .registry import RegisteredWorker, RoutingState
+from .registered_worker import RegisteredWorker, RoutingState
 from .request_events import (
     Abandoned,
     CancelChoice,
@@ -48,6 +48,7 @@ from .request_events import (
 from .request_states import RequestState
 from .status import Counters
 from .stream import ChoiceStream
+from .timelines import timeline_of
 
 PEER_DEATH_S = 0.1  # by which the end of a transfer may be reported before the death that caused it
 
@@ -103,7 +104,7 @@ class RequestLife:
         commands = self._react(live, event, now_s)
         if live.state.is_served:
             live.settle(now_s)
-        return commands if live.state.has_client else live.keep(commands)
+        return commands if live.state.has_client else live.kept.keep(commands)
 
     def _react(self, live: LiveRequest, event: RequestEvent, now_s: float) -> Commands:
         return self.REACTIONS[type(event)][live.state](self, live, event, now_s)
@@ -130,6 +131,7 @@ class RequestLife:
         live.dispatches.append(dispatch)
         self._ledger.open(dispatch, placement)
         self.counters.dispatched += 1
+        self.counters.beyond_itl += placement.exceeds_itl
         if decode is prefill:
             self.counters.served_on_one += 1
             return _send(prefill, Serve(spec=spec))
@@ -215,7 +217,7 @@ class RequestLife:
     def give_up(self, live: LiveRequest, event: GivenUp, now_s: float) -> Commands:
         """Aborts the open legs of an earlier router's dispatch."""
         if event.dispatch.state is DispatchState.RUNNING:
-            event.dispatch.fail("given up when its router was replaced", now_s)
+            self._ledger.fail(event.dispatch, "given up when its router was replaced", now_s)
         return self._abort(event.dispatch, event.dispatch.open_legs)
 
     def come_due(self, live: LiveRequest, event: Due, now_s: float) -> Commands:
@@ -254,21 +256,21 @@ class RequestLife:
         live.jobs = live.unserved_jobs(now_s)
         self._queue.push_front(live.jobs, now_s)
         live.settle(now_s)
-        return live.take_kept()
+        return live.kept.take()
 
     def deliver(self, live: LiveRequest, event: Claimed, now_s: float) -> Commands:
         """Gives the client its whole stream, to the end."""
         live.request = event.request
         live.transition(RequestState.ENDED, now_s)
-        return live.take_kept() + self._close_if_done(live, now_s)
+        return live.kept.take() + self._close_if_done(live, now_s)
 
     def abandon(self, live: LiveRequest, event: Abandoned, now_s: float) -> Commands:
         """Ends the request, and drops what was kept for its client."""
-        ended = live.keep(self._react(live, End(FinishReason.CANCELLED), now_s))
+        ended = live.kept.keep(self._react(live, End(FinishReason.CANCELLED), now_s))
         return ended + self._react(live, event, now_s)
 
     def drop(self, live: LiveRequest, event: Abandoned, now_s: float) -> Commands:
-        live.take_kept()
+        live.kept.take()
         live.transition(RequestState.ENDED, now_s)
         return self._close_if_done(live, now_s)
 
@@ -326,7 +328,7 @@ class RequestLife:
             now_s,
             event.error or "",
         )
-        commands.append(EmitEnd(live.request_id, event.reason, event.error, live.timeline(now_s)))
+        commands.append(EmitEnd(live.request_id, event.reason, event.error, timeline_of(live, now_s)))
         return commands + self._close_if_done(live, now_s)
 
     def _choice_ended(
@@ -362,7 +364,7 @@ class RequestLife:
         if live.state is not RequestState.ENDED or live.num_open_legs:
             return []
         live.transition(RequestState.CLOSED, now_s)
-        return [RequestClosed(live.request_id, live.timeline(now_s))]
+        return [RequestClosed(live.request_id, timeline_of(live, now_s))]
 
     # failures
 
@@ -442,7 +444,7 @@ class RequestLife:
         self, dispatch: Dispatch, legs: set[Leg], why: str, now_s: float
     ) -> tuple[list[Job], Commands]:
         """Aborts `legs` of a dispatch; returns jobs for the remaining work, to be done elsewhere."""
-        dispatch.fail(why, now_s)
+        self._ledger.fail(dispatch, why, now_s)
         commands = self._abort(dispatch, legs)
         jobs = dispatch.unfinished_jobs(now_s)
         for job in jobs:

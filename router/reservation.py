@@ -7,7 +7,8 @@ it waits for itself then. Pure; changes no account."""
 
 from .ledger import Ledger
 from .live_request import Job
-from .registry import RegisteredWorker, Registry
+from .registered_worker import RegisteredWorker
+from .registry import Registry
 
 AGING_S = 5.0  # after which all that the job needs is held
 AGING_TURNS = 16  # or after so many dispatches of its own client

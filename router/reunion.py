@@ -8,7 +8,7 @@ from .events import RouterCommand, SendCommand
 from .ledger import Ledger
 from .live_request import DispatchState
 from .live_requests import LiveRequests
-from .registry import RegisteredWorker
+from .registered_worker import RegisteredWorker
 from .reports import WorkerReports
 
 NEVER_ARRIVED = "its command had not arrived when its worker lost the router"

@@ -7,12 +7,12 @@ same tokens."""
 
 from collections.abc import Iterable, Iterator
 
-from ..core.messages import Leg
 from ..core.sharing import LITTLE
 from .fair_queue import TokenCounters
 from .ledger import Ledger
 from .live_request import Dispatch, DispatchState, Job
-from .registry import RegisteredWorker, Registry, decode_load
+from .registered_worker import RegisteredWorker
+from .registry import Registry
 
 MAX_DISPLACED = 3  # times that a request gives up its place for one of higher priority
 
@@ -40,31 +40,18 @@ class RoomMaker:
         return self._giver(job) is not None or self._lower(job) is not None
 
     def _lower(self, job: Job) -> Dispatch | None:
-        """Returns the dispatch of the lowest priority, below the job's, that is to make room or does already:
-        the youngest of the client that runs most."""
-        if self._ledger.lowest_priority() <= job.priority:
-            return None
-        workers = set(self._registry.able_to_decode(job.num_total_tokens))
-        candidates = [
-            dispatch
-            for dispatch in self._ledger
-            if dispatch.priority > job.priority
-            and dispatch.decode in workers
-            and Leg.DECODE in dispatch.open_legs
-            and dispatch.state is not DispatchState.FINISHED
+        """Returns the dispatch below the job's priority that makes room already, or is to: of the lowest
+        priority, the youngest of the client that runs most."""
+        legs = self._ledger.decoding.below(job.priority, self._ledger.by_running)
+        return next((dispatch for dispatch in legs if self._gives_way(dispatch, job)), None)
+
+    def _gives_way(self, dispatch: Dispatch, job: Job) -> bool:
+        """Whether a dispatch of lower priority has a place that the job could take, and may lose it."""
+        return (
+            dispatch.state is not DispatchState.FINISHED
             and dispatch.live.num_times_displaced < MAX_DISPLACED
             and not dispatch.live.keeps_place
-        ]
-        num_running = self._ledger.num_running
-        return max(
-            candidates,
-            key=lambda dispatch: (
-                dispatch.state is DispatchState.FAILED,  # its place is about to be free
-                dispatch.priority,
-                num_running[dispatch.spec.client],
-                dispatch.transfer.attempt,
-            ),
-            default=None,
+            and self._could_hold(dispatch, job)
         )
 
     def level(self, head: Job, jobs: Iterable[Job]) -> Iterator[Job]:
@@ -100,13 +87,10 @@ class RoomMaker:
         lower = self._lower(job)
         if lower is not None:
             return None if lower.state is DispatchState.FAILED else lower
-        num_then = self._num_then(job)
-        candidates = [
-            dispatch
-            for dispatch, _ in self._given(job)
-            if self._ledger.num_running[dispatch.spec.client] - dispatch.num_booked >= num_then
-        ]
-        return candidates[0] if candidates else None
+        for dispatch, _ in self._given(job):
+            if self._ledger.num_running[dispatch.spec.client] - dispatch.num_booked >= self._num_then(job):
+                return dispatch
+        return None
 
     def host(self, job: Job) -> RegisteredWorker | None:
         """Returns a worker to place the job at, though it has no room: its scheduler preempts choices of a
@@ -123,26 +107,23 @@ class RoomMaker:
                 return worker
         return None
 
-    def _given(self, job: Job) -> list[tuple[Dispatch, RegisteredWorker]]:
-        """Returns what the giver runs where the job could, with the workers, the youngest on the least loaded
+    def _given(self, job: Job) -> Iterator[tuple[Dispatch, RegisteredWorker]]:
+        """Yields what the giver runs where the job could, with the workers, the youngest on the least loaded
         one first; nothing while a place that it has given up is not free yet."""
         giver = self._giver(job)
-        if giver is None:
-            return []
-        workers = set(self._registry.able_to_decode(job.num_total_tokens))
-        given = [
-            (dispatch, worker)
-            for dispatch in self._ledger
-            if dispatch.spec.client == giver
-            and (worker := dispatch.decode) in workers
-            and Leg.DECODE in dispatch.open_legs
-        ]
-        if any(dispatch.state is DispatchState.FAILED for dispatch, _ in given):
-            return []
-        running = [pair for pair in given if pair[0].state is DispatchState.RUNNING]
-        return sorted(
-            running, key=lambda pair: (decode_load(pair[1]), pair[1].worker_id, -pair[0].transfer.attempt)
-        )
+        legs = self._ledger.decoding
+        if giver is None or any(self._could_hold(dispatch, job) for dispatch in legs.failed_of(giver)):
+            return
+        given = legs.of_client(giver)
+        for worker in self._registry.least_loaded(given.keys(), job.num_total_tokens):
+            for dispatch in reversed(given[worker]):
+                if dispatch.state is DispatchState.RUNNING:
+                    yield dispatch, worker
+
+    def _could_hold(self, dispatch: Dispatch, job: Job) -> bool:
+        """Whether the job could take the place of a dispatch that decodes."""
+        assert dispatch.decode is not None
+        return self._registry.is_able_to_decode(dispatch.decode, job.num_total_tokens)
 
     def _num_then(self, job: Job) -> int:
         return self._ledger.num_running[job.client] + len(job.choices)
@@ -150,7 +131,7 @@ class RoomMaker:
     def _giver(self, job: Job) -> str | None:
         """Returns the client that runs most, if it is to give up some of that for the job."""
         num_running = self._ledger.num_running
-        giver = max(num_running, key=lambda client: (num_running[client], client), default=None)
+        giver = next(self._ledger.by_running(), None)
         if giver is None or giver == job.client:
             return None
         if self._counters.of(job.client) > self._counters.of(giver):  # it has had more, only not lately

@@ -7,7 +7,8 @@ import msgspec
 
 from ..core.messages import Role, WorkerLoad
 from ..core.request import FinishReason
-from .registry import RegisteredWorker, Registry, RoutingState
+from .registered_worker import RegisteredWorker, RoutingState
+from .registry import Registry
 
 
 @dataclass(slots=True)
@@ -24,6 +25,7 @@ class Counters:
     rejected: int = 0  # refused because the queue was full
     dispatched: int = 0
     served_on_one: int = 0  # of those, both phases on one worker
+    beyond_itl: int = 0  # of those, where the time between tokens is predicted to miss the SLO
     retried: int = 0  # dispatches that failed and were repeated
     unread: int = 0  # streams taken from their workers because their clients did not read
     displaced: int = 0  # dispatches taken back to make room for clients that ran little

@@ -10,8 +10,9 @@ from ..core.messages import Abort, HeldLeg, Leg
 from .adoption import Adoption, HeldDispatch
 from .candidates import RoutingDecision
 from .events import RouterCommand, RouterEvent, SendCommand
+from .kept_stream import KeptTokens
 from .ledger import Ledger
-from .live_request import Dispatch, DispatchState, Job, KeptTokens, LiveRequest
+from .live_request import Dispatch, DispatchState, Job, LiveRequest
 from .live_requests import LiveRequests
 from .registry import Registry
 from .reports import WorkerReports
@@ -128,6 +129,6 @@ class TakeOver:
             first_index, due = len(stream.token_ids), stream.accept_plain(0, token_ids)
             if due is None:
                 recalled = KeptTokens(dispatch.transfer, choice, 0, token_ids).emitted()
-                live.keep_outputs(choice, stream.accept_run(recalled.tokens))
+                live.kept.add_outputs(choice, stream.accept_run(recalled.tokens))
             else:
-                live.keep_tokens(dispatch.transfer, choice, first_index, due)
+                live.kept.add_tokens(dispatch.transfer, choice, first_index, due)

@@ -10,7 +10,8 @@ from ..core.messages import LegEnded, StepReport
 from .admission import JobQueue
 from .ledger import Ledger
 from .live_request import Job
-from .registry import RegisteredWorker, Registry
+from .registered_worker import RegisteredWorker
+from .registry import Registry
 from .room import RoomMaker
 
 REVIEW_S = 0.05  # at the next report after that

@@ -26,24 +26,26 @@ from .scenario import (
 from .simulated_hosts import PlannedHost
 from .simulated_planner import PlannedPlanner
 from .simulated_worker import WorkerShape
-from .staged_scenarios import (
+from .staged_faults import (
     with_blind_router,
-    with_contest,
     with_crash,
-    with_crowd,
     with_deadly_request,
     with_gray_worker,
-    with_greedy_client,
-    with_hidden_room,
     with_large_bodies,
-    with_large_request,
     with_long_start,
     with_lost_workers,
-    with_priorities,
     with_severed_pair,
     with_slow_worker,
     with_standing_router,
     with_swap,
+)
+from .staged_loads import (
+    with_contest,
+    with_crowd,
+    with_greedy_client,
+    with_hidden_room,
+    with_large_request,
+    with_priorities,
 )
 
 

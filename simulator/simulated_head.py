@@ -2,20 +2,17 @@
 processes that `RouterService` and `Controller` handle."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 from ..core.errors import PdserveError
-from ..core.failures import FailureKind
 from ..core.latency import LatencyModel
 from ..core.messages import (
     Abort,
     Heartbeat,
     LegEnded,
-    Prefill,
     Probe,
     Role,
-    Serve,
-    StepReport,
     WorkerCommand,
 )
 from ..core.pump import CommandPump
@@ -54,10 +51,9 @@ from ..router.hosts import (
     HostSuspected,
     VacateHost,
 )
-from ..router.links import NUM_FAILURES
 from ..router.places import Places
 from ..router.planner_desk import PlannerDesk
-from ..router.registry import RoutingState
+from ..router.registered_worker import RoutingState
 from ..router.supervisor import (
     GENERATION_STRIDE,
     AdoptProcesses,
@@ -73,19 +69,16 @@ from ..router.supervisor import (
     SuspectHost,
 )
 from ..router.worker_sessions import HangUp, Say, SessionCommand, ToRouter, ToSupervisor, WorkerSessions
-from .broken_links import BrokenLinks
+from .head_checks import HeadChecks
 from .network import ConnectionEnd
 from .simulated_hosts import SimulatedHosts
 from .simulated_worker import InstanceSpec, SimulatedWorker
-from .turns import Turns
 from .virtual_time import Timer, VirtualProcess, VirtualTime
-from .wanted import WantedLegs
 
 LINKS_INTERVAL_S = 1.0  # between two checks that every link has been tried
 END_S = 0.001  # until a process that is asked to end has ended
 TAKE_OVER_S = 0.01  # of the head's loop, for each request
 SLICE_S = 0.0002  # of a take-over that adds none
-MAX_TAKEN_OVER = 1  # requests in a slice
 
 
 def _spec(action: StartWorker) -> InstanceSpec:
@@ -143,9 +136,7 @@ class SimulatedHead:
         self.on_dispatch: Callable[[], object] = lambda: None
         self._time = world.time
         self._sessions: WorkerSessions[ConnectionEnd] = WorkerSessions(self._supervisor.expects)
-        self._wanted = WantedLegs()
-        self.turns = Turns()
-        self._links = BrokenLinks()
+        self.checks = HeadChecks(self.router, world.violation, is_first=self._is_first)
         self._started: dict[Key, SimulatedWorker] = {}
         self._commands: CommandPump[RouterCommand] = CommandPump(self._carry_out)
         self._actions: CommandPump[SupervisorCommand[InstanceSpec]] = CommandPump(self._act, self._settle)
@@ -194,7 +185,7 @@ class SimulatedHead:
             match action:
                 case CheckHost(node_id):
                     after_s, answer = self._world.hosts.check(node_id)
-                    self.process.call_later(after_s, lambda answer=answer: self.host_event(answer))  # type: ignore[misc]
+                    self.process.call_later(after_s, partial(self.host_event, answer))
                 case VacateHost(workers):
                     self.manage(ReplaceWorkers(workers))
                 case HostJoined():
@@ -212,20 +203,15 @@ class SimulatedHead:
             raise AssertionError("clients do not use an id twice at a time")
         self.clients[request.request_id] = client
         num_displaced = self.router.counters.displaced
-        self.turns.submitted(request)
+        self.checks.submitted(request)
         try:
             self.handle(Submit(request))
         except PdserveError as error:
             del self.clients[request.request_id]
-            self.turns.ended(request.request_id)
+            self.checks.refused(request.request_id)
             return error
-        num_queued = self.router.status(self._time.now_s).num_queued
-        # those dispatched before return beside it
-        is_beside = comes_back or self.router.counters.displaced > num_displaced
-        if num_queued > self.router.config.max_queued_requests and not is_beside:
-            self._world.violation(
-                f"{num_queued} requests are queued, {self.router.config.max_queued_requests} are allowed"
-            )
+        has_displaced = self.router.counters.displaced > num_displaced
+        self.checks.admitted(self._time.now_s, comes_back=comes_back or has_displaced)
         return None
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
@@ -245,8 +231,7 @@ class SimulatedHead:
             self._world.violation(f"the router failed at {type(event).__name__}: {error!r}")
             raise
         num_taken_over = 0 if num_live_before is None else self.router.num_live - num_live_before
-        if num_taken_over > MAX_TAKEN_OVER:
-            self._world.violation(f"{num_taken_over} requests are taken over in one turn")
+        self.checks.took_over(num_taken_over)
         if not self._commands.run(commands):
             return
         cost_s = max(0, num_taken_over) * TAKE_OVER_S
@@ -270,55 +255,24 @@ class SimulatedHead:
                 connection = self._sessions.connection((worker_id, incarnation))
                 if connection is not None:
                     connection.send(message)
-                self._wanted.sent((worker_id, incarnation), message)
                 started = self._started.get((worker_id, incarnation))
-                if started is not None and self._links.sent(
-                    started.placement.node_id, message, self._time.now_s
-                ):
-                    self._check_want_of_another_place(message)
-                if isinstance(message, Prefill | Serve):
-                    self.turns.dispatched(message.spec.transfer.request_id)
+                host = None if started is None else started.placement.node_id
+                self.checks.sent((worker_id, incarnation), host, message, self._time.now_s)
                 if not isinstance(message, Abort | Probe):
-                    self._check_bound(message)
                     self.on_dispatch()
                 if self._world.keeps_timeline:
                     self._world.note(f"router -> {worker_id}/{incarnation}: {describe(message)}")
             case EmitTokens() | EmitChoiceEnd() | EmitEnd():
                 client = self.clients.get(command.request_id)
                 if isinstance(command, EmitEnd):
-                    self.turns.ended(command.request_id)
                     self.clients.pop(command.request_id, None)
-                    for text in self._wanted.ended(command.request_id, self.connected()):
-                        self._world.violation(text)
+                    self.checks.ended(command.request_id, self.connected())
                 if client is None:
                     self._world.violation(f"{command.request_id}: {type(command).__name__} after its end")
                 else:
                     client.on_event(command)
             case WorkerIdle(worker_id, incarnation):
                 self.manage(WorkerIdle(worker_id, incarnation))
-
-    def _check_want_of_another_place(self, command: WorkerCommand) -> None:
-        """Checks that the placement of a command over a broken link considered that, and found nothing
-        better."""
-        assert isinstance(command, Prefill)
-        transfer = command.spec.transfer
-        timeline = self.router.timeline(transfer.request_id, self._time.now_s)
-        for dispatch in timeline.dispatches if timeline is not None else ():
-            if dispatch.number == transfer.attempt and not dispatch.considered[0].has_failed:
-                self._world.violation(
-                    f"{transfer} takes a link between hosts that has just failed {NUM_FAILURES} times"
-                )
-
-    def _check_bound(self, command: WorkerCommand) -> None:
-        """Checks that a client runs no more than it may; what comes back is not held up."""
-        if not isinstance(command, Prefill | Serve):
-            return
-        limit, spec = self.router.config.max_running_per_client, command.spec
-        num_running = self.router.num_running(spec.client)
-        counters = self.router.counters
-        comes_back = counters.retried or counters.unread or counters.displaced or not self._is_first
-        if limit is not None and not comes_back and limit < num_running > len(spec.choices):
-            self._world.violation(f"{spec.client} runs {num_running} choices, {limit} are allowed")
 
     def _hosts_that_serve(self) -> set[str]:
         """Returns the hosts on which workers are ready, according to the router."""
@@ -329,8 +283,7 @@ class SimulatedHead:
         return {worker.placement.node_id for worker in started if worker is not None}
 
     def _check_links(self) -> None:
-        for link in self._links.untried(self._hosts_that_serve(), self._time.now_s):
-            self._world.violation(f"no worker has tried the link from {link[0]} to {link[1]}")
+        self.checks.check_links(self._hosts_that_serve(), self._time.now_s)
 
     # workers' connections
 
@@ -354,11 +307,11 @@ class SimulatedHead:
         for command in commands:
             match command:
                 case ToRouter(event):
-                    self._observe(event)
+                    self._note_report(event)
+                    self.checks.hears(event, self._time.now_s)
                     self.handle(event)
                     if isinstance(event, WorkerReady) and self._supervisor.is_adopted:
-                        for text in self._wanted.came_back((event.info.worker_id, event.info.incarnation)):
-                            self._world.violation(text)
+                        self.checks.came_back((event.info.worker_id, event.info.incarnation))
                 case ToSupervisor(event):
                     self.manage(event)
                 case Say(end, message):
@@ -371,30 +324,15 @@ class SimulatedHead:
         """Returns the workers that are running and reachable."""
         return {key for key in self._started if self._sessions.connection(key) is not None}
 
-    def _observe(self, event: RouterEvent) -> None:
-        """Checks a worker's report before the router handles it."""
+    def _note_report(self, event: RouterEvent) -> None:
         match event:
-            case WorkerReady(info, held):
-                self._wanted.took_over((info.worker_id, info.incarnation), held)
-                self._links.took_over(info.address.host_id, held)
             case WorkerLost(worker_id, incarnation, reason):
                 self._world.note(f"router lost {worker_id}/{incarnation}: {reason}")
             case WorkerAway(worker_id, incarnation):
                 self._world.note(f"{worker_id}/{incarnation} is away")
-            case StepReport():
-                self._wanted.heard(event)
-            case LegEnded():
-                self._wanted.heard(event)
-                self._links.heard(event, self._time.now_s)
-                if event.kind is FailureKind.DISAGREEMENT:
-                    self._world.violation(
-                        f"{event.worker_id}: {event.leg.value} of {event.transfer}: {event.error}"
-                    )
+            case LegEnded(worker_id=worker_id, incarnation=incarnation, leg=leg):
                 how = event.error or "complete"
-                self._world.note(
-                    f"{event.worker_id}/{event.incarnation}: {event.leg.value} of {event.transfer} ended,"
-                    f" {how}"
-                )
+                self._world.note(f"{worker_id}/{incarnation}: {leg.value} of {event.transfer} ended, {how}")
 
     # workers' processes
 

@@ -5,7 +5,7 @@ from collections import Counter
 from ..core.request import Request
 
 
-class Turns:
+class TurnsOfOthers:
     """Requests that wait, in order of arrival, and the dispatches of other clients since each became the
     first of its client's."""
 

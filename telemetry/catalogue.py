@@ -151,6 +151,10 @@ COUNTERS = (
     _counter(
         "dispatches_on_one_worker_total", "Those of them whose prefill and decode were given to one worker."
     ),
+    _counter(
+        "dispatches_beyond_itl_total",
+        "Those of them that no worker with room was predicted to serve within the SLO between tokens.",
+    ),
     _counter("dispatches_retried_total", "Dispatches that failed and were repeated."),
     _counter("dispatches_displaced_total", "Dispatches taken back to make room for clients that ran little."),
     _counter(

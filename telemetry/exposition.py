@@ -20,7 +20,7 @@ from ..core.latency import LatencyModel
 from ..core.messages import Role
 from ..core.request import FinishReason
 from ..router.planner_desk import PlannerState
-from ..router.registry import RoutingState
+from ..router.registered_worker import RoutingState
 from ..router.status import RoutedWorkerStatus, RouterStatus
 from .catalogue import COUNTERS, GAUGES, GPU_COUNTERS, GPU_GAUGES, HISTOGRAMS, Metric
 from .steps import PHASES, StepCosts, StepTally
@@ -187,6 +187,7 @@ def _counters(now: Snapshot) -> Mapping[str, float]:
         "generation_tokens_total": counts.tokens,
         "dispatches_total": counts.dispatched,
         "dispatches_on_one_worker_total": counts.served_on_one,
+        "dispatches_beyond_itl_total": counts.beyond_itl,
         "dispatches_retried_total": counts.retried,
         "dispatches_displaced_total": counts.displaced,
         "streams_resumed_total": counts.resumed,

@@ -94,11 +94,14 @@ def reports(num_workers: int, num_free_blocks: int) -> Report:
     return report
 
 
-def filled(router: Router) -> Router:
-    """Submits requests until ten wait."""
+def filled(router: Router, num_clients: int = 1, priority: int = 0) -> Router:
+    """Submits requests, of so many clients, until ten wait."""
     number = 0
     while router.status(0.0).num_queued < 10 if number % 100 == 0 else True:
-        router.handle(Submit(prompt(f"fills-{number}", 600)), 0.0)
+        fills = structs.replace(
+            prompt(f"fills-{number}", 600), client=f"c{number % num_clients}", priority=priority
+        )
+        router.handle(Submit(fills), 0.0)
         number += 1
     return router
 
@@ -121,13 +124,18 @@ def report_while_decodes_wait(num_workers: int) -> float:
     return median_us(lambda number: router.handle(made[number], 1.0), len(made))
 
 
-def place_given_up(num_workers: int) -> float:
+def place_given_up(num_workers: int, num_clients: int = 1, priority: int = 0) -> float:
     """The choice of the dispatch that makes room for another client, of some two a decode worker."""
     config = RouterConfig(max_queued_requests=1 << 30, max_prefill_backlog_tokens=1 << 30)
-    router = filled(fleet_of(num_workers, config, lambda number: 100))
+    router = filled(fleet_of(num_workers, config, lambda number: 100), num_clients, priority)
     newcomer = structs.replace(prompt("n", 500), client="another")
     job = Job(LiveRequest(newcomer, 0.0), (0,), (), 0.0)
+    assert router._dispatcher._room.victim(job) is not None
     return median_us(lambda number: router._dispatcher._room.victim(job), 20)
+
+
+def place_of_lower_priority(num_workers: int) -> float:
+    return place_given_up(num_workers, num_clients=num_workers, priority=7)
 
 
 def unequal(num_workers: int) -> Router:
@@ -254,6 +262,7 @@ ROWS = {
     "step report while jobs wait for prompts": report_while_prompts_wait,
     "step report while jobs wait for a place to decode": report_while_decodes_wait,
     "choice of the dispatch that makes room": place_given_up,
+    "choice of one of lower priority, a client a worker": place_of_lower_priority,
     "submit, all capacities differ": submit_with_unequal_capacities,
     "  its decision": decision_with_unequal_capacities,
     "event of the fleet": event_of_the_fleet,

@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -173,7 +174,7 @@ def measure(chunk_bytes: int, repeats: int) -> dict[str, list[float]]:
         rates["memcpy"].append(NUM_BYTES / (time.perf_counter() - start) / 1e9)
         rates["plain"].append(timed(pipe, "plain", number, lambda: plain.copy_in(flat)))
         for name in endpoints:
-            rates[name].append(timed(pipe, name, number, lambda name=name, number=number: push(name, number)))  # type: ignore[misc]
+            rates[name].append(timed(pipe, name, number, partial(push, name, number)))
     pipe.send(("digest", 0))
     if pipe.recv() != digest(store):
         raise RuntimeError("what arrived is not what was sent")

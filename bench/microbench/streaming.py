@@ -7,8 +7,11 @@ that computes nothing.
 The head has the real router, its control connection and both servers. The worker speaks the control protocol
 and produces a token for every stream in each step: as fast as the head takes them, or at `--rate`. Clients
 write and read raw bytes, so that they cost little: HTTP/1.1, and HTTP/2 with gRPC's framing. The head runs on
-the first core, worker and clients on the second. Each line: tokens/s in total, the head's CPU time per token,
-and the mean number of tokens per event."""
+the first core, worker and clients on the second.
+
+Two rounds for each server. In the first, calls start while the worker already produces tokens for those that
+have; in the second it waits until all have started, so that starts and streams are measured one by one. Then
+the floor: grpc.aio alone sends as many messages of that size (`grpc_floor`)."""
 
 import argparse
 import asyncio
@@ -20,7 +23,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 
+from bench.microbench import grpc_floor
 from bench.microbench.stream_clients import PROMPT_TOKENS, Count, over_grpc, over_http
 from pdserve.core.config import ClusterConfig
 from pdserve.core.messages import (
@@ -112,16 +117,18 @@ class TokenSource:
     """A token for every stream in each step."""
 
     def __init__(self, port: int, rate: float | None) -> None:
+        self._num_awaited = 1  # streams that are to be there before the first step for any
+        self._announces = True  # the next first step
         self._rate = rate
         self._token_ids = Tokenizer.load(MODEL_DIR).encode(CONTINUATION, add_special_tokens=False)
         self._next: dict[
             TransferId, tuple[int, int]
         ] = {}  # index of the next token, how many there are to be
-        self._lock = threading.Lock()
+        self._inbox: deque[WorkerCommand] = deque()
         self._lost = threading.Event()
         hello = Hello(worker_id="both-0", incarnation=1)
         self._link = RouterLink(
-            ("127.0.0.1", port), "token", hello, self._take, lambda link: self._lost.set()
+            ("127.0.0.1", port), "token", hello, self._inbox.append, lambda link: self._lost.set()
         )
         self._link.start()
         self._link.send(Ready(info=_info()))
@@ -129,24 +136,34 @@ class TokenSource:
     def _take(self, command: WorkerCommand) -> None:
         match command:
             case Serve(spec=spec) | Prefill(spec=spec):
-                with self._lock:
-                    self._next[spec.transfer] = len(spec.output_token_ids), spec.sampling.max_tokens
+                self._next[spec.transfer] = len(spec.output_token_ids), spec.sampling.max_tokens
             case Abort(transfer=transfer):
-                with self._lock:
-                    self._next.pop(transfer, None)
-                    self._link.send(_ended(transfer, "aborted"))
+                self._next.pop(transfer, None)
+                self._link.send(_ended(transfer, "aborted"))
 
     def run(self) -> None:
         """Runs until the head closes the connection."""
         started_s, num_sent = time.perf_counter(), 0
         while not self._lost.is_set():
-            if not self._next:
+            while self._inbox:
+                self._take(self._inbox.popleft())
+            if not num_sent and len(self._next) < self._num_awaited:
                 time.sleep(0.001)
-                started_s, num_sent = time.perf_counter(), 0
+                continue
+            if not num_sent:
+                started_s = time.perf_counter()
+                if self._announces:
+                    self._num_awaited, self._announces = 1, False
+                    print(flush=True)
             elif self._rate:
                 time.sleep(max(0.0, started_s + num_sent / self._rate - time.perf_counter()))
-            with self._lock:
-                num_sent += self._step()
+            num_sent = num_sent + self._step() if self._next else 0
+
+    def obey(self) -> None:
+        """Reads how many streams to await, line by line; each is answered by one when the first step is
+        made."""
+        for line in sys.stdin:
+            self._num_awaited, self._announces = int(line), True
 
     def _step(self) -> int:
         outputs, ended = [], []
@@ -226,39 +243,94 @@ def _start(*arguments: str) -> "subprocess.Popen[str]":
     )
 
 
+class Measurement:
+    """A head and a worker, each on its core, and the time that the head takes."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        profile = ["--profile", args.profile] if args.profile else []
+        self._head = _start("--head", "--at-once", str(args.at_once), *profile)
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(self._head.pid, {cores[HEAD_CORE]})
+        self.ports: dict[str, int] = json.loads(_line(self._head))
+        rate = ["--rate", str(args.rate)] if args.rate else []
+        self._worker = _start("--worker", str(self.ports["worker"]), *rate)
+        for pid in (0, self._worker.pid):
+            os.sched_setaffinity(pid, {cores[OTHER_CORE]})
+
+    def used(self) -> tuple[float, float]:
+        """Returns the head's CPU seconds, and the time."""
+        _say(self._head, "")
+        return float(_line(self._head)), time.perf_counter()
+
+    def await_streams(self, num_streams: int) -> None:
+        """Has the worker wait for that many before it begins."""
+        _say(self._worker, str(num_streams))
+
+    async def begun(self) -> None:
+        """Returns when the worker begins."""
+        await asyncio.to_thread(_line, self._worker)
+
+    def close(self) -> None:
+        assert self._head.stdin
+        self._head.stdin.close()
+        self._head.wait()
+        self._worker.wait()
+
+
 async def measure(server: str, args: argparse.Namespace) -> None:
-    process = _start(
-        "--head", "--at-once", str(args.at_once), *(["--profile", args.profile] if args.profile else [])
-    )
-    assert process.stdin and process.stdout
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(process.pid, {cores[HEAD_CORE]})
-    ports = json.loads(process.stdout.readline())
+    cores = os.sched_getaffinity(0)
+    measurement = Measurement(args)
+    await _until_ready(measurement.ports["http"])
+    await measurement.begun()
+    for num_tokens, num_awaited in ((20, 1), (args.tokens, 1), (args.tokens, args.streams)):
+        measurement.await_streams(num_awaited)
+        before = measurement.used()
+        count = Count()
+        streams = asyncio.gather(*clients(server, args.streams, num_tokens, measurement.ports, count))
+        await measurement.begun()
+        begun = measurement.used()
+        await streams
+        ended = measurement.used()
+        if num_awaited > 1:
+            print(
+                f"{server}, a call's start: {(begun[0] - before[0]) / args.streams * 1e6:5.0f} us CPU,"
+                f" {args.streams / (begun[1] - before[1]):6,.0f} a second"
+            )
+        if num_tokens == args.tokens:
+            since, what = (before, "with the starts") if num_awaited == 1 else (begun, "streams alone")
+            print(f"{server}, {what}: {_rate(since, ended, args.streams * num_tokens, count)}", flush=True)
+    measurement.close()
+    os.sched_setaffinity(0, cores)
+    if server == "grpc":
+        num_events = max(args.streams, count.num_events)
+        size = max(1, round(args.streams * args.tokens / num_events))
+        cost = await asyncio.to_thread(
+            grpc_floor.measure, "write", args.streams, num_events // args.streams, size
+        )
+        print(
+            f"grpc.aio alone: a call's start {cost.start_us:5.0f} us CPU, a message of {size} tokens"
+            f" {cost.message_us:5.1f} us, {cost.message_us / size:5.1f} us a token"
+        )
 
-    def cpu_s() -> float:
-        assert process.stdin and process.stdout
-        process.stdin.write("\n")
-        process.stdin.flush()
-        return float(process.stdout.readline())
 
-    worker = _start("--worker", str(ports["worker"]), *(["--rate", str(args.rate)] if args.rate else []))
-    for pid in (0, worker.pid):
-        os.sched_setaffinity(pid, {cores[OTHER_CORE]})
-    await _until_ready(ports["http"])
-    await _round(server, args.streams, 20, ports)  # warm
-    before_s, started_s = cpu_s(), time.perf_counter()
-    count = await _round(server, args.streams, args.tokens, ports)
-    wall_s, used_s = time.perf_counter() - started_s, cpu_s() - before_s
-    num_tokens = args.streams * args.tokens
-    print(
-        f"{server}: {num_tokens / wall_s:8,.0f} tokens/s, head {used_s / num_tokens * 1e6:5.1f} us CPU a "
+def _rate(since: tuple[float, float], until: tuple[float, float], num_tokens: int, count: Count) -> str:
+    used_s, wall_s = until[0] - since[0], until[1] - since[1]
+    return (
+        f"{num_tokens / wall_s:8,.0f} tokens/s, head {used_s / num_tokens * 1e6:5.1f} us CPU a "
         f"token ({used_s / wall_s:4.0%} of a core), "
         f"{num_tokens / max(1, count.num_events):.2f} tokens an event"
     )
-    os.sched_setaffinity(0, set(cores))
-    process.stdin.close()
-    process.wait()
-    worker.wait()
+
+
+def _line(process: "subprocess.Popen[str]") -> str:
+    assert process.stdout
+    return process.stdout.readline()
+
+
+def _say(process: "subprocess.Popen[str]", line: str) -> None:
+    assert process.stdin
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
 
 
 async def _until_ready(port: int) -> None:
@@ -266,12 +338,6 @@ async def _until_ready(port: int) -> None:
     count = Count()
     while not count.num_events:
         await over_http(1, port, count)
-
-
-async def _round(server: str, num_streams: int, num_tokens: int, ports: dict[str, int]) -> Count:
-    count = Count()
-    await asyncio.gather(*clients(server, num_streams, num_tokens, ports, count))
-    return count
 
 
 def main() -> None:
@@ -292,7 +358,9 @@ def main() -> None:
         asyncio.run(head(args.profile))
         return
     if args.worker:
-        TokenSource(args.worker, args.rate).run()
+        source = TokenSource(args.worker, args.rate)
+        threading.Thread(target=source.obey, daemon=True).start()
+        source.run()
         return
     for server in args.servers:
         asyncio.run(measure(server, args))

@@ -9,9 +9,10 @@ from typing import Protocol
 from msgspec import structs
 
 from pdserve.core.messages import Role
-from pdserve.head.planning import INTERVAL_S, START_S, seen_request
+from pdserve.head.planning import INTERVAL_S, MAX_OPEN, START_S
 from pdserve.planner.changes import FLIP_S
-from pdserve.planner.virtual_cluster import ServedRequest, VirtualCluster
+from pdserve.planner.seen_load import seen_request
+from pdserve.planner.virtual_cluster import ServedRequest, VirtualCluster, router_config
 from pdserve.router.config import RouterConfig
 from pdserve.router.events import Timeline, WorkerReady
 from pdserve.router.fleet import Fleet
@@ -20,8 +21,6 @@ from pdserve.router.planning import Bounds, Objective, PoolLimits, Ratio, SeenRe
 
 from .profiles import Service
 from .traffic import Traffic
-
-MAX_QUEUED = 1 << 20  # what comes too late is served too late, and not refused
 
 
 @dataclass(frozen=True)
@@ -80,15 +79,6 @@ def terms_of(service: Service, horizon_s: float, router: RouterConfig) -> Terms:
     )
 
 
-def router_config(service: Service, prefill_on_decode: bool) -> RouterConfig:
-    assert service.slo.tpot is not None
-    return RouterConfig(
-        max_queued_requests=MAX_QUEUED,
-        itl_slo_s=service.slo.tpot / 1e3,
-        prefill_on_decode_factor=RouterConfig().prefill_on_decode_factor if prefill_on_decode else None,
-    )
-
-
 @dataclass
 class ChangingCluster:
     """Serves traffic once."""
@@ -104,7 +94,8 @@ class ChangingCluster:
     _is_changing: bool = False
 
     def __post_init__(self) -> None:
-        router = router_config(self.service, self.prefill_on_decode)
+        assert self.service.slo.tpot is not None
+        router = router_config(self.service.slo.tpot / 1e3, self.prefill_on_decode)
         self._terms = terms_of(self.service, self.horizon_s, router)
         roles = [role for role, size in self.ratio.sizes.items() for _ in range(size)]
         self._cluster = VirtualCluster(
@@ -144,6 +135,7 @@ class ChangingCluster:
             duration_s=INTERVAL_S,
             num_arrived=num_arrived - self._num_arrived,
             seen=tuple(self._seen),
+            open=router.open_requests(MAX_OPEN),
             ratio=self.ratio,
             is_settled=not self._is_changing,
             instances=router.instance_facts(),

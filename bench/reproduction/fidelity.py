@@ -13,8 +13,7 @@ from pdserve.core.messages import KVLayout, Role
 from pdserve.core.request import Request, SamplingParams
 from pdserve.loadgen.slo import Slo
 from pdserve.planner.durations import DecodeSeconds, Durations
-from pdserve.planner.virtual_cluster import Arrival, ServedRequest, VirtualCluster
-from pdserve.planner.virtual_instance import InstanceShape
+from pdserve.planner.virtual_cluster import Arrival, ServedRequest
 from pdserve.router.config import RouterConfig
 from pdserve.router.events import EmitChoiceEnd, EmitEnd, EmitTokens
 from pdserve.simulator.faults import FaultRates
@@ -22,6 +21,8 @@ from pdserve.simulator.scenario import MAX_MODEL_LEN, PlannedRequest, Scenario
 from pdserve.simulator.simulated_hosts import PlannedHost
 from pdserve.simulator.simulated_worker import WorkerShape
 from pdserve.simulator.simulation import Simulation
+
+from .profiles import Profile
 
 POOLS = {Role.PREFILL: 2, Role.DECODE: 2}
 SHAPE = WorkerShape(
@@ -69,20 +70,17 @@ def replayed(requests: list[Arrival]) -> list[ServedRequest]:
         transfer_s=0.0005,
         link_bytes_per_s=1e9,
     )
-    shapes = [
-        InstanceShape(
-            role=role,
-            durations=durations,
-            num_blocks=SHAPE.num_blocks,
-            max_model_len=SHAPE.max_model_len,
-            max_batch_tokens=SHAPE.max_batch_tokens,
-            max_batch_size=SHAPE.max_batch_size,
-        )
-        for role, size in POOLS.items()
-        for _ in range(size)
-    ]
     layout = KVLayout(1, 1, 8, "float32", SHAPE.block_size, "m")
-    return VirtualCluster(shapes, layout, RouterConfig()).serve(requests)
+    profile = Profile(
+        durations,
+        layout,
+        kv_bytes=SHAPE.num_blocks * SHAPE.block_size * layout.bytes_per_token,
+        max_model_len=SHAPE.max_model_len,
+        max_batch_tokens=SHAPE.max_batch_tokens,
+        max_batch_size=SHAPE.max_batch_size,
+    )
+    cluster = profile.cluster(POOLS[Role.PREFILL], POOLS[Role.DECODE], RouterConfig().itl_slo_s, True)
+    return cluster.serve(requests)
 
 
 def simulated(requests: list[Arrival], seed: int) -> list[ServedRequest]:

@@ -1,10 +1,11 @@
 """Simulated devices: how long their steps take, and how much KV they hold."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pdserve.core.messages import KVLayout, Role
 from pdserve.loadgen.slo import Slo
 from pdserve.planner.durations import DecodeSeconds, Durations
+from pdserve.planner.virtual_cluster import VirtualCluster, router_config
 from pdserve.planner.virtual_instance import InstanceShape
 
 BLOCK_TOKENS = 64
@@ -25,11 +26,19 @@ class Profile:
         return InstanceShape(
             role=role,
             durations=self.durations,
-            num_blocks=self.kv_bytes // (BLOCK_TOKENS * self.layout.bytes_per_token),
+            num_blocks=self.kv_bytes // (self.layout.block_size * self.layout.bytes_per_token),
             max_model_len=self.max_model_len,
             max_batch_tokens=self.max_batch_tokens,
             max_batch_size=self.max_batch_size,
         )
+
+    def cluster(
+        self, num_prefill: int, num_decode: int, itl_slo_s: float, prefills_on_decode: bool = False
+    ) -> VirtualCluster:
+        """Returns such instances. Without prefill instances the others serve both phases."""
+        roles = [Role.PREFILL] * num_prefill + [Role.DECODE] * num_decode
+        config = router_config(itl_slo_s, prefills_on_decode)
+        return VirtualCluster([self.shape(role) for role in roles], self.layout, config)
 
 
 def _layout(num_layers: int, num_kv_heads: int, head_dim: int) -> KVLayout:
@@ -59,6 +68,18 @@ OPT_13B_A100 = Profile(
     kv_bytes=46 << 30,
     max_model_len=16_384,
 )
+# the same by vLLM's kernels, as the artifact has it too
+OPT_13B_VLLM = replace(
+    OPT_13B_A100,
+    durations=replace(
+        OPT_13B_A100.durations,
+        prefill_step_s=23.63e-3,
+        prefill_token_s=0.1505e-3,
+        prefill_square_s=8.65e-9,
+        decode=DecodeSeconds(19.56e-3, 4.94e-7, 0.0506e-3),
+        decode_large=DecodeSeconds(16.84e-3, 4.39e-7, 0.140e-3),
+    ),
+)
 # a Llama of 8 billion parameters on an H200: the roofline at 80 % of its products and 90 % of its bandwidth
 _LLAMA_DECODE = DecodeSeconds(3.7e-3, 3.0e-8, 2.5e-5)
 LLAMA_8B_H200 = Profile(
@@ -76,6 +97,25 @@ LLAMA_8B_H200 = Profile(
     kv_bytes=100 << 30,
     max_model_len=131_072,
 )
+# slow steps of few tokens: a load that fills such devices is cheap to serve in virtual time
+_SLOW_DECODE = DecodeSeconds(0.2, 1e-5, 4e-3)
+SLOW_DEVICE = Profile(
+    Durations(
+        prefill_step_s=50e-3,
+        prefill_token_s=4e-3,
+        prefill_square_s=1e-7,
+        decode=_SLOW_DECODE,
+        decode_large=_SLOW_DECODE,
+        large_batch=1,
+        transfer_s=1e-3,
+        link_bytes_per_s=1e9,
+    ),
+    _layout(4, 4, 64),
+    kv_bytes=64 << 20,
+    max_model_len=4096,
+    max_batch_tokens=512,
+    max_batch_size=32,
+)
 
 
 @dataclass(frozen=True)
@@ -89,3 +129,4 @@ class Service:
 
 AZURE = Service(OPT_13B_A100, 8, Slo(ttft=2000.0, tpot=100.0))
 MOONCAKE = Service(LLAMA_8B_H200, 8, Slo(ttft=10_000.0, tpot=25.0))
+SLOW = Service(SLOW_DEVICE, 8, Slo(ttft=4000.0, tpot=800.0))

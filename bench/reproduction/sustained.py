@@ -5,15 +5,12 @@ from dataclasses import dataclass, replace
 from math import sqrt
 from random import Random
 
-from pdserve.core.messages import Role
 from pdserve.loadgen.slo import Slo
-from pdserve.planner.virtual_cluster import Arrival, ServedRequest, VirtualCluster
-from pdserve.router.config import RouterConfig
+from pdserve.planner.virtual_cluster import Arrival, ServedRequest
 
 from .profiles import Profile
 
 PRECISION = 0.02  # relative
-MAX_QUEUED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -39,14 +36,7 @@ class Trial:
         return found
 
     def attains(self, rate: float) -> bool:
-        roles = [Role.PREFILL] * self.num_prefill + [Role.DECODE] * self.num_decode
-        assert self.slo.tpot is not None or self.slo.ttft is not None
-        config = RouterConfig(
-            max_queued_requests=MAX_QUEUED,
-            itl_slo_s=(self.slo.tpot or 1e6) / 1e3,
-            prefill_on_decode_factor=None,
-        )
-        cluster = VirtualCluster([self.profile.shape(role) for role in roles], self.profile.layout, config)
+        cluster = self.profile.cluster(self.num_prefill, self.num_decode, (self.slo.tpot or 1e6) / 1e3)
         num_left = round((1 - self.target) * self.num_requests)
 
         def has_failed(request: ServedRequest) -> bool:

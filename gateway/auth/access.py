@@ -11,7 +11,7 @@ from enum import Enum
 from typing import Literal
 
 from ...core.errors import PdserveError
-from .cost import Charge, Price
+from .cost import Charge, RequestPrice
 from .key_file import KeyFile
 from .keys import ApiKey, KeyRing
 from .rate_limit import TokenBucket
@@ -148,7 +148,7 @@ class Access:
             raise Revoked(f"{caller.name}: the key of this call was revoked")
         _check_marks(key, need)
 
-    def charge(self, caller: Caller | None, prices: Sequence[Price], now_s: float) -> list[Charge]:
+    def charge(self, caller: Caller | None, prices: Sequence[RequestPrice], now_s: float) -> list[Charge]:
         """Charges a call's full price, in both rates, before any work is done; `admit` has counted its first
         request.
 

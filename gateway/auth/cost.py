@@ -25,7 +25,7 @@ _DEFAULTS = SamplingParams()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Price:
+class RequestPrice:
     """The most that a request can cost, as far as is known before it is tokenised."""
 
     num_prompt_tokens: int  # estimated, unless token ids are given
@@ -46,24 +46,24 @@ class Price:
         return self.num_choices * self.max_tokens
 
 
-def prompt_price(prompt: pb.Prompt) -> Price:
+def prompt_price(prompt: pb.Prompt) -> RequestPrice:
     """The price of a prompt alone, e.g. for tokenising it."""
     kind = prompt.WhichOneof("kind")
     if kind == "token_ids":
-        return Price(num_prompt_tokens=len(prompt.token_ids.ids), is_text=False)
+        return RequestPrice(num_prompt_tokens=len(prompt.token_ids.ids), is_text=False)
     num_chars = prompt.chat.ByteSize() if kind == "chat" else len(prompt.text)
-    return Price(num_prompt_tokens=estimated_tokens(num_chars))
+    return RequestPrice(num_prompt_tokens=estimated_tokens(num_chars))
 
 
 def request_price(
     message: pb.GenerateRequest, limits: LimitsSection, max_model_len: int, fills: bool
-) -> Price:
+) -> RequestPrice:
     """The price of a request. Values beyond the limits, which will be refused, count as the limits. `fills`:
     without `max_tokens` each choice may use all the remaining room."""
     prompt, sampling = prompt_price(message.prompt), message.sampling
     most = min(limits.max_tokens, max_model_len)
     default = max_model_len - prompt.num_prompt_tokens if fills else _DEFAULTS.max_tokens
-    return Price(
+    return RequestPrice(
         num_prompt_tokens=prompt.num_prompt_tokens,
         num_choices=_within(sampling.n if sampling.HasField("n") else 1, 1, limits.max_n),
         max_tokens=_within(sampling.max_tokens if sampling.HasField("max_tokens") else default, 1, most),
@@ -85,7 +85,7 @@ class Charge:
     """The account of one request with its key's bucket: the maximum is charged first, and the unused part
     refunded at the end."""
 
-    def __init__(self, price: Price, bucket: TokenBucket | None) -> None:
+    def __init__(self, price: RequestPrice, bucket: TokenBucket | None) -> None:
         """`price` has already been taken from `bucket`; without a bucket nothing is counted."""
         self._price = price
         self._bucket = bucket
@@ -97,7 +97,7 @@ class Charge:
     @staticmethod
     def free() -> "Charge":
         """Returns an account for clients that are not metered."""
-        return Charge(Price(num_prompt_tokens=0), None)
+        return Charge(RequestPrice(num_prompt_tokens=0), None)
 
     @contextmanager
     def tokenizing(self) -> Iterator[None]:

@@ -39,7 +39,7 @@ class ClusterService(pdserve_pb2_grpc.ClusterServicer):
         self._shared = shared
         self._applying = asyncio.Lock()
         self._drains: set[asyncio.Task[None]] = set()
-        self._last: tuple[ClusterStatus, pb.ClusterStatus] | None = None  # one message for all watchers
+        self._last: tuple[ClusterStatus, bytes] | None = None  # one message for all watchers
 
     async def close(self) -> None:
         """Abandons drains that are still in progress."""
@@ -56,7 +56,7 @@ class ClusterService(pdserve_pb2_grpc.ClusterServicer):
         async with translated(context), aclosing(self._frontend.watch()) as states:
             async for status in states:
                 if self._last is None or self._last[0] is not status:
-                    self._last = status, self._message(status)
+                    self._last = status, self._message(status).SerializeToString()
                 await write(context, self._last[1])
             await self._shared.answered()
 

@@ -181,7 +181,12 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
                     if not handler.response_streaming:
                         await write_within(context, response, self.bounds.max_unread_s)
 
-        return grpc.stream_stream_rpc_method_handler(call, None, handler.response_serializer)
+        def serialized(response: Message | bytes) -> bytes:
+            """Serializes a response, unless its service has done so, once for many calls."""
+            data: bytes = response if isinstance(response, bytes) else handler.response_serializer(response)
+            return data
+
+        return grpc.stream_stream_rpc_method_handler(call, None, serialized)
 
     def _add_unauthenticated(self, connection: str) -> None:
         self.bounds.connections.add_unauthenticated(connection, asyncio.get_running_loop().time())

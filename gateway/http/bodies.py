@@ -18,7 +18,7 @@ from ...core.validation import sampling_problems
 from ...proto import pdserve_pb2 as pb
 from ..sampling import sampling_params
 from ..translate import UnknownModel
-from ..vetting import Bounds, check_message_model, keep_end, message_problems, refuse_many_parts
+from ..vetting import RequestBounds, check_message_model, keep_end, message_problems, refuse_many_parts
 from .answer_options import AnswerOptions
 from .chat_schema import ChatCompletionRequest, DetokenizeRequest, TokenizeRequest
 from .constraint import constraint_field
@@ -44,7 +44,7 @@ def is_small(data: bytes) -> bool:
 
 
 def read_body(
-    route: str, data: bytes, request_id: str, bounds: Bounds, *, is_id_given: bool = True
+    route: str, data: bytes, request_id: str, bounds: RequestBounds, *, is_id_given: bool = True
 ) -> tuple[Sequence[Message], AnswerOptions]:
     """Returns the messages in a body for `route`, at least one. `request_id` comes from the request's head;
     if it is not given there, one in the body takes its place. Raises InvalidRequest, with all fields that are
@@ -80,11 +80,11 @@ def read_body(
     return messages, options
 
 
-def _extra(bounds: Bounds) -> Literal["forbid", "ignore"]:
+def _extra(bounds: RequestBounds) -> Literal["forbid", "ignore"]:
     return "forbid" if bounds.limits.unknown_fields == "refuse" else "ignore"
 
 
-def _beside(messages: Sequence[Message], bounds: Bounds) -> Iterator[InvalidRequest]:
+def _beside(messages: Sequence[Message], bounds: RequestBounds) -> Iterator[InvalidRequest]:
     """Yields what is wrong in messages beside what their bodies' types and sizes show."""
     for message in messages[:1]:  # all of them have the same parameters
         try:
@@ -96,7 +96,7 @@ def _beside(messages: Sequence[Message], bounds: Bounds) -> Iterator[InvalidRequ
 
 
 def _further(
-    reader: "_Reader[Any]", faults: Sequence[ErrorDetails], data: bytes, bounds: Bounds
+    reader: "_Reader[Any]", faults: Sequence[ErrorDetails], data: bytes, bounds: RequestBounds
 ) -> Iterator[InvalidRequest]:
     """Yields what is wrong in the fields of a body whose other fields have been refused."""
     if not all(fault["loc"] for fault in faults):

@@ -13,7 +13,7 @@ from ..http.answer_options import AnswerOptions
 from ..http.bodies import MESSAGES, SMALL_BYTES as SMALL_BYTES, is_small, read_body
 from ..in_turns import in_turns
 from ..text.tokenizer import Tokenizer
-from ..vetting import Bounds, Fit, vet
+from ..vetting import Fit, RequestBounds, vet
 from .fair_threads import MAX_JOBS, MAX_JOBS_EACH, FairThreads
 from .messages import (
     Decode,
@@ -47,9 +47,9 @@ class Offload:
         """The process id of the intake process, if it is running."""
         return self._intake.pid
 
-    def bounds(self, limits: LimitsSection) -> Bounds:
+    def bounds(self, limits: LimitsSection) -> RequestBounds:
         """Returns the bounds of a request to the model, within the limits in force."""
-        return Bounds(
+        return RequestBounds(
             limits=limits,
             model=self._model,
             max_model_len=self._max_model_len,

@@ -16,7 +16,13 @@ from ..text.encoding import bounded_ids, chat_text
 from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_loading.messages import TemplateData, TokenizerData
 from ..tools.offer import OfferedTools
-from ..vetting import MAX_UNKNOWN_BYTES, Bounds, check_message, check_unknown_bytes, refuse_unknown_fields
+from ..vetting import (
+    MAX_UNKNOWN_BYTES,
+    RequestBounds,
+    check_message,
+    check_unknown_bytes,
+    refuse_unknown_fields,
+)
 from .messages import Decode, Encode, EncodeChat, IntakeJob, IntakeSetup, ReadBody, ReadMessage, RenderChat
 
 TURN_S = 0.1  # of processor time for a short conversation; others wait for it
@@ -33,7 +39,7 @@ class IntakeWorker:
 
     def do(self, job: IntakeJob, data: bytes) -> tuple[Sequence[bytes], bytes]:
         """Returns the results and their metadata. Raises InvalidRequest or UnknownModel."""
-        bounds = Bounds(
+        bounds = RequestBounds(
             limits=LimitsSection.model_validate_json(job.limits),
             model=self._setup.model,
             max_model_len=self._setup.max_model_len,
@@ -72,7 +78,7 @@ class TemplateWorker:
         return [chat_text(self._templates, chat, offer, TURN_S).encode()], b""
 
 
-def read_message(kind: type[Message], data: bytes, bounds: Bounds) -> Message:
+def read_message(kind: type[Message], data: bytes, bounds: RequestBounds) -> Message:
     """Raises InvalidRequest for data that is not a message of the kind, InvalidRequest or UnknownModel for an
     invalid message."""
     message = parsed(kind, data)

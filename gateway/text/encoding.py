@@ -6,7 +6,7 @@ from ...core.validation import check_prompt_length
 from ...proto import pdserve_pb2 as pb
 from ..tools.conversation import opens_answer, template_messages, template_options
 from ..tools.offer import OfferedTools
-from ..vetting import Bounds, Fit, check_chars, check_counted
+from ..vetting import Fit, RequestBounds, check_chars, check_counted
 from .chat_template import ChatTemplates, TooCostly
 from .tokenizer import Tokenizer
 
@@ -17,7 +17,7 @@ USUAL_CHARS = 8  # of a token, at most, in natural text
 
 
 def bounded_ids(
-    tokenizer: Tokenizer, text: str, add_special_tokens: bool, bounds: Bounds, fit: Fit = Fit.REQUEST
+    tokenizer: Tokenizer, text: str, add_special_tokens: bool, bounds: RequestBounds, fit: Fit = Fit.REQUEST
 ) -> tuple[int, ...]:
     """Returns the token ids of `text`. Raises InvalidRequest for more than `fit` allows, with their number if
     the excess is moderate."""
@@ -34,7 +34,7 @@ def bounded_ids(
     return token_ids
 
 
-def _check_slices(tokenizer: Tokenizer, text: str, max_tokens: int, bounds: Bounds) -> None:
+def _check_slices(tokenizer: Tokenizer, text: str, max_tokens: int, bounds: RequestBounds) -> None:
     """Counts a text slice by slice if it is longer than `max_tokens` tokens usually are, so that most of a
     far too long text is never processed. A cut splits tokens: hence twice as many are admitted, to be counted
     as a whole."""

@@ -24,19 +24,20 @@ class RowBlock {
     rows_ = static_cast<const uint32_t*>(l.x) + begin * l.depth;
     if constexpr (E::kHalves) {
       const auto* x = reinterpret_cast<const uint16_t*>(rows_);
-      auto* wide = static_cast<float*>(scratch(count_ * stride_ * sizeof(float)));
+      const int64_t num_floats = round_up(count_ * stride_, kLanes);
+      auto* wide = static_cast<float*>(scratch((num_floats + (is_panel_widened() ? stride_ * kPanel : 0)) * sizeof(float)));
       for (int64_t i = 0; i < count_ * stride_; i += kLanes)
         store(wide + i, load(x + i, count_ * stride_ - i), count_ * stride_ - i);
       rows_ = reinterpret_cast<const uint32_t*>(wide);
+      panel_ = wide + num_floats;
     }
   }
 
   void times(int64_t panel) const {
-    const int64_t tiles = ceil_div(count_, count_ <= kFewRows ? kWideRows : kTileRows);
-    for (int64_t tile = 0; tile < tiles; ++tile) {  // of nearly equal heights
-      const int64_t row = count_ * tile / tiles, next = count_ * (tile + 1) / tiles;
-      with_rows<kTileRows>(next - row, [&](auto rows) { tile_times<rows.value>(row, panel); });
-    }
+    const uint32_t* weight = l_.panel(panel);
+    if constexpr (E::kHalves)
+      if (is_panel_widened()) return times<F32>(panel, widened(weight), stride_);
+    times<E>(panel, weight, l_.depth);
   }
 
  private:
@@ -44,14 +45,36 @@ class RowBlock {
   // Weights with halves need registers of their own.
   static constexpr int kSums = kTileRows * kTileVecs - (E::kHalves && kLanes == 8 ? 4 : 0);
   static constexpr int kWideRows = std::max(kSums * kLanes / kPanel, 1), kFewRows = E::kHalves ? kWideRows : 4 * kWideRows;
+  static constexpr int64_t kManyRows = 2 * kTileRows;
 
-  template <int ROWS>
-  void tile_times(int64_t row, int64_t panel) const {
+  // Many rows share the work of widening a panel's weights. The order of the sums stays.
+  bool is_panel_widened() const { return count_ >= kManyRows; }
+
+  const uint32_t* widened(const uint32_t* weight) const {
+    for (int64_t d = 0; d < l_.depth; ++d)
+      for (int64_t column = 0; column < kPanel; column += kLanes) {
+        const I pairs = load_as<I>(weight + d * kPanel + column);
+        store(panel_ + 2 * d * kPanel + column, E::template half<0>(pairs));
+        store(panel_ + (2 * d + 1) * kPanel + column, E::template half<1>(pairs));
+      }
+    return reinterpret_cast<const uint32_t*>(panel_);
+  }
+
+  template <class Weight>
+  void times(int64_t panel, const uint32_t* weight, int64_t depth) const {
+    const int64_t tiles = ceil_div(count_, count_ <= kFewRows ? kWideRows : kTileRows);
+    for (int64_t tile = 0; tile < tiles; ++tile) {  // of nearly equal heights
+      const int64_t row = count_ * tile / tiles, next = count_ * (tile + 1) / tiles;
+      with_rows<kTileRows>(next - row, [&](auto rows) { tile_times<Weight, rows.value>(row, panel, weight, depth); });
+    }
+  }
+
+  template <class Weight, int ROWS>
+  void tile_times(int64_t row, int64_t panel, const uint32_t* weight, int64_t depth) const {
     constexpr int kVecs = ROWS <= kWideRows ? kPanel / kLanes : kTileVecs;
     for (int64_t column = 0; column < kPanel; column += kVecs * kLanes) {
       V acc[ROWS][kVecs] = {};
-      const uint32_t* weight = l_.panel(panel) + column;
-      multiply<E, true>(Tile{rows_ + row * stride_, stride_, weight, kPanel, l_.depth}, acc);
+      multiply<Weight, true>(Tile{rows_ + row * stride_, stride_, weight + column, kPanel, depth}, acc);
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; ++i) Epilogue::store(l_, begin_ + row + i, panel, column, acc[i]);
     }
@@ -60,6 +83,7 @@ class RowBlock {
   const Linear& l_;
   const int64_t begin_, count_, stride_;
   const uint32_t* rows_;
+  float* panel_ = nullptr;  // [2 depth, kPanel], where the panel is widened
 };
 
 }  // namespace pd

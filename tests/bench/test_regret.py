@@ -26,6 +26,7 @@ def summary(kind: Kind, rate: float, duration_s: float) -> Summary:
         num_arrived=num_requests,
         seen=(SeenRequest(0.0, int(kind.mean_prompt_tokens), 0, int(kind.mean_output_tokens), "", True),)
         * num_requests,
+        open=(),
         ratio=EVEN,
         is_settled=True,
         instances=(),
@@ -38,11 +39,11 @@ def summary(kind: Kind, rate: float, duration_s: float) -> Summary:
 
 def test_every_request_is_served_while_workers_flip() -> None:
     traffic = steady(1, Kind(300, 20), 8.0, 20.0)
-    script = Scripted([(5.0, Ratio(6, 2)), (10.0, Ratio(2, 6))])
+    script = Scripted([(4.0, Ratio(6, 2)), (10.0, Ratio(2, 6))])
     cluster = ChangingCluster(AZURE, EVEN, 10.0)
     outcome = cluster.serve(traffic, script)
     assert [one.is_complete for one in outcome.served] == [True] * len(traffic.rows)
-    assert outcome.changes == [(5.0 + FLIP_S, Ratio(6, 2)), (10.0 + FLIP_S, Ratio(2, 6))]
+    assert outcome.changes == [(4.0 + FLIP_S, Ratio(6, 2)), (10.0 + FLIP_S, Ratio(2, 6))]
 
 
 def test_parts_of_traffic_have_all_of_its_requests() -> None:

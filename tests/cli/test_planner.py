@@ -58,7 +58,7 @@ def test_a_decision_is_shown_with_candidates_checks_and_deeds() -> None:
         "12s ago, at 2P2D: 3P1D: 3P1D brings more",
         "trust: 90%",
         "3P1D      5.5      92%   100       1.5",
-        "2P2D      2.5      42%   0         0  (a first look)",
+        "2P2D      2.5      42%   0         0  (given up)",
         "1m    2P2D      5          4.5",
         "2P2D -> 3P1D    changed: better",
     ):

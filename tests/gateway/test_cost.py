@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 
 from pdserve.core.config import LimitsSection
 from pdserve.core.errors import InvalidRequest, QueueFull
-from pdserve.gateway.auth.cost import Charge, Price, prompt_price, request_price
+from pdserve.gateway.auth.cost import Charge, RequestPrice, prompt_price, request_price
 from pdserve.gateway.auth.rate_limit import TokenBucket
 from pdserve.proto import pdserve_pb2 as pb
 
@@ -82,7 +82,7 @@ def level_after(kind: str, fate: str, num_prompt: int = 30, num_output: int = 4)
     """Returns the level of a bucket of 1,000 after a request of that kind has ended."""
     bucket = TokenBucket(1000, 0.0)
     estimate = num_prompt if kind == "token_ids" else 20
-    price = Price(num_prompt_tokens=estimate, max_tokens=50, num_alternatives=10, **KINDS[kind])
+    price = RequestPrice(num_prompt_tokens=estimate, max_tokens=50, num_alternatives=10, **KINDS[kind])
     assert bucket.take(price.tokens(estimate, 50), 0.0) == 0.0
     charge = Charge(price, bucket)
     if fate != "unread":
@@ -132,7 +132,7 @@ def test_in_the_end_a_bucket_has_lost_exactly_what_was_used(
 ) -> None:
     per_minute = 10**6
     bucket = TokenBucket(per_minute, 0.0)
-    price = Price(
+    price = RequestPrice(
         num_prompt_tokens=estimate,
         num_choices=num_choices,
         max_tokens=max_tokens,

@@ -12,7 +12,7 @@ from pdserve.loadgen.errors import LoadError
 from pdserve.loadgen.records import CompletedRequest, GeneratorLoad, Legs, RequestRecord, TokenChunk
 from pdserve.loadgen.report import make_report
 from pdserve.loadgen.slo import Slo, parse_slo
-from pdserve.loadgen.statistics import Summary
+from pdserve.loadgen.statistics import Distribution
 from pdserve.loadgen.tables import ratio_lines, report_lines
 from tests.loadgen.support import one_round, record
 
@@ -30,7 +30,7 @@ def interpolated(values: list[float], percent: float) -> float:
 @settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50))
 def test_percentiles_interpolate_between_neighbours(values: list[float]) -> None:
-    summary = Summary.of(values)
+    summary = Distribution.of(values)
     assert summary is not None
     for percent in (50, 90, 95, 99):
         assert getattr(summary, f"p{percent}") == pytest.approx(
@@ -42,7 +42,7 @@ def test_percentiles_interpolate_between_neighbours(values: list[float]) -> None
 
 
 def test_nothing_has_no_summary() -> None:
-    assert Summary.of([]) is None
+    assert Distribution.of([]) is None
 
 
 def test_latencies_of_one_request() -> None:

@@ -101,6 +101,7 @@ class FollowedCluster:
             "duration_s": INTERVAL_S,
             "num_arrived": len(seen),
             "seen": tuple(seen),
+            "open": (),
             "ratio": self.ratio,
             "is_settled": True,
             "instances": tuple(InstanceFacts(role, 1000, 1.0, 1.0) for role in roles),

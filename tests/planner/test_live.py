@@ -6,10 +6,10 @@ from msgspec import structs
 
 from pdserve.core.messages import Role
 from pdserve.planner.calibration import Calibration
-from pdserve.planner.changes import FLIP_S, Change, price
+from pdserve.planner.changes import Change
 from pdserve.planner.forecast import BINS_PER_HORIZON, FORECASTS
-from pdserve.planner.seen_load import SeenLoad, arrivals
-from pdserve.router.planning import Bounds, InstanceFacts, Objective, Ratio, SeenRequest
+from pdserve.planner.seen_load import SeenLoad
+from pdserve.router.planning import Bounds, InstanceFacts, Objective, Ratio
 
 from .live_support import INTERVAL_S, OUTPUTS, PROMPTS, FollowedCluster, Load, terms
 
@@ -92,8 +92,8 @@ def test_the_objective_cost_gives_idle_instances_back() -> None:
     [
         (PROMPTS, {"is_settled": False}, "not all ready"),
         (PROMPTS, {"knows_latency": False}, "too few steps"),
-        (Load(0.5, 100, 5), {}, "requests ended in the last horizon, of at least 60"),
-        (None, {}, "0 requests ended"),
+        (Load(0.5, 100, 5), {}, "requests came lately, of at least 60"),
+        (None, {}, "0 requests came lately"),
     ],
 )
 def test_what_is_not_known_is_no_reason_to_change(
@@ -123,7 +123,7 @@ def test_distrust_prevents_a_change() -> None:
 
 def test_a_prediction_is_not_checked_where_the_ratio_did_not_last() -> None:
     cluster, calibration = FollowedCluster(EVEN), Calibration()
-    calibration.predict(0.0, 15.0, {EVEN: 10.0})
+    calibration.predict(0.0, 15.0, {EVEN: 0.9})
     calibration.observe(cluster.summary(PROMPTS))
     cluster.ratio = MANY_DECODE
     for _ in range(4):
@@ -132,32 +132,35 @@ def test_a_prediction_is_not_checked_where_the_ratio_did_not_last() -> None:
 
 
 @pytest.mark.parametrize(
-    ("present", "wanted", "flips", "starts", "stops"),
+    ("present", "wanted", "to_decode", "starts", "stops"),
     [
-        (Ratio(1, 3), Ratio(2, 2), 1, 0, 0),
-        (Ratio(1, 3), Ratio(3, 2), 1, 1, 0),
-        (Ratio(2, 2), Ratio(1, 2), 0, 0, 1),
-        (Ratio(2, 2), Ratio(2, 2), 0, 0, 0),
+        (Ratio(1, 3), Ratio(2, 2), -1, (0, 0), (0, 0)),
+        (Ratio(3, 1), Ratio(1, 3), 2, (0, 0), (0, 0)),
+        (Ratio(1, 3), Ratio(3, 2), -1, (1, 0), (0, 0)),
+        (Ratio(2, 2), Ratio(1, 2), 0, (0, 0), (1, 0)),
+        (Ratio(2, 2), Ratio(2, 2), 0, (0, 0), (0, 0)),
     ],
 )
-def test_flips_come_before_starts(present: Ratio, wanted: Ratio, flips: int, starts: int, stops: int) -> None:
+def test_flips_come_before_starts(
+    present: Ratio, wanted: Ratio, to_decode: int, starts: tuple[int, int], stops: tuple[int, int]
+) -> None:
     change = Change.between(present, wanted, can_flip=True)
-    assert (change.num_flips, change.num_starts, change.num_stops) == (flips, starts, stops)
+    assert change.num_to_decode == to_decode
+    assert (tuple(change.starts.values()), tuple(change.stops.values())) == (starts, stops)
     alone = Change.between(present, wanted, can_flip=False)
-    assert (alone.num_flips, alone.num_starts, alone.num_stops) == (0, flips + starts, flips + stops)
+    assert alone.num_to_decode == 0
+    assert sum(alone.starts.values()) == abs(to_decode) + sum(starts)
+    assert sum(alone.stops.values()) == abs(to_decode) + sum(stops)
 
 
-def test_a_change_costs_drain_load_and_lost_cache() -> None:
+def test_instances_that_start_serve_once_others_have_drained_and_they_have_loaded() -> None:
     cluster = FollowedCluster(MANY_PREFILL)
-    summary = cluster.summary(None)
-    cached = [SeenRequest(0.0, 100, 60, 5, "c", True)]
-    flipped = price(summary, EVEN, cached, 10.0, 7.0)
-    assert flipped.delay_s == FLIP_S
-    assert flipped.num_requests == pytest.approx(FLIP_S * 10.0 / 4 + (60 / 3) / 40)
-    unlike = structs.replace(summary, terms=structs.replace(summary.terms, can_flip=False))
-    started = price(unlike, EVEN, [], 10.0, 7.0)
-    assert started.delay_s == 5.0 + 7.0
-    assert started.num_requests == pytest.approx(12.0 * 10.0 / 4)
+    unlike = structs.replace(cluster.terms, can_flip=False)
+    summary = cluster.summary(None, terms=unlike)
+    change = Change.between(MANY_PREFILL, EVEN, can_flip=False)
+    assert change.delay_s(summary, 7.0) == 5.0 + 7.0
+    roomy = structs.replace(unlike, bounds=Bounds(Ratio(1, 1), Ratio(3, 3), 5))
+    assert change.delay_s(structs.replace(summary, terms=roomy), 7.0) == 5.0
 
 
 @pytest.mark.parametrize("name", FORECASTS)
@@ -179,15 +182,6 @@ def test_arrivals_are_counted_in_whole_bins() -> None:
         load.add(cluster.summary(None, num_arrived=num_arrived))
     assert terms().horizon_s / BINS_PER_HORIZON == INTERVAL_S
     assert load.rates() == pytest.approx([0.0, 2.0, 4.0, 6.0])
-
-
-def test_a_replay_has_the_rate_and_the_cached_prefixes_that_were_seen() -> None:
-    requests = [SeenRequest(float(i), 100, 40, 5, "ab"[i % 2], True) for i in range(11)]
-    found = arrivals(requests, 20.0, 4096)
-    assert found[-1].at_s == pytest.approx(0.5)
-    first, second, third, *_ = (one.prompt_token_ids for one in found)
-    assert first[:40] == third[:40] and first[40:] != third[40:]
-    assert first[0] != second[0] and len(first) == 100
 
 
 def test_a_slow_worker_counts_as_slow() -> None:

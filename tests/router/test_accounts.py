@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pdserve import router
-from pdserve.router.registry import RegisteredWorker
+from pdserve.router.registered_worker import RegisteredWorker
 
 FOLDER = Path(router.__file__).parent
 OWNERS = {"ledger.py", "registry.py"}  # the registry makes workers

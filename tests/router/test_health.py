@@ -15,7 +15,8 @@ from pdserve.core.request import FinishReason, TransferId
 from pdserve.router.config import RouterConfig
 from pdserve.router.health import EJECTION_S, FULL_TRIAL, MAX_EJECTION_S, NUM_FAILURES, Health
 from pdserve.router.live_request import PROGRESS_TOKENS
-from pdserve.router.registry import RegisteredWorker, Registry, RoutingState
+from pdserve.router.registered_worker import RegisteredWorker, RoutingState
+from pdserve.router.registry import Registry
 
 from .cluster import Cluster, make_request, worker_info
 

@@ -7,7 +7,8 @@ import msgspec
 
 from pdserve.core.messages import Probed, Role
 from pdserve.router.links import MAX_BACKOFF_S, MAX_PROBES, MAX_PROBES_OF_A_HOST, PROBE_AGAIN_S, Links
-from pdserve.router.registry import RegisteredWorker, Registry
+from pdserve.router.registered_worker import RegisteredWorker
+from pdserve.router.registry import Registry
 
 from .cluster import worker_info
 

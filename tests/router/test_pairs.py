@@ -1,7 +1,8 @@
 """A pair of workers between which transfers fail is paired last, though each works with others."""
 
 from pdserve.router.pairs import AVOIDED_S, MAX_AVOIDED_S, NUM_FAILURES, Pairs
-from pdserve.router.registry import RegisteredWorker, Registry
+from pdserve.router.registered_worker import RegisteredWorker
+from pdserve.router.registry import Registry
 
 from .cluster import worker_info
 

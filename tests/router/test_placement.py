@@ -109,6 +109,30 @@ def test_no_prefill_on_d_delays_its_streams_beyond_the_slo() -> None:
     assert cluster.spec("prefill-0").transfer.request_id == "b"
 
 
+def test_a_decode_worker_takes_prompts_beyond_the_slo_once_prefill_workers_are_full() -> None:
+    cluster = Cluster()
+    cluster.router = Router(RouterConfig(itl_slo_s=0.05), LatencyModel(LatencyPriors(prefill_token_s=1e-3)))
+    for name in ("prefill-0", "decode-0"):
+        cluster.add(worker_info(name, num_blocks=10_000))
+    for name in ("a", "b", "c", "d"):
+        cluster.submit(make_request(name, num_tokens=2000))
+    assert [type(command) for command in cluster.sent["decode-0"]] == [Reserve, Reserve, Reserve, Serve]
+    assert cluster.router.status(0.0).counters.beyond_itl == 1
+
+
+@pytest.mark.parametrize(("bends", "command"), [(True, Serve), (False, Prefill)])
+def test_a_prefill_worker_decodes_once_no_decode_worker_keeps_the_slo(bends: bool, command: type) -> None:
+    slow = LatencyModel(LatencyPriors(decode_context_token_s=1e-4))
+    factor = RouterConfig().prefill_on_decode_factor if bends else None
+    cluster = Cluster()
+    cluster.router = Router(RouterConfig(itl_slo_s=0.05, prefill_on_decode_factor=factor), slow)
+    for name in ("prefill-0", "decode-0"):
+        cluster.add(worker_info(name))
+    cluster.submit(make_request("a", num_tokens=450))
+    cluster.submit(make_request("b", num_tokens=100, first_token=5000))
+    assert isinstance(cluster.last("prefill-0"), command)
+
+
 def test_workers_that_keep_the_itl_inside_the_slo_come_first() -> None:
     slow = LatencyModel(LatencyPriors(decode_context_token_s=1e-4))
     cluster = Cluster()

@@ -15,7 +15,7 @@ from pdserve.router.config import RouterConfig
 from pdserve.router.deaths import MAX_CONVICTIONS, MAX_KEPT, REFUSED_S, Deaths
 from pdserve.router.events import Cancel, LossCause, WorkerDraining, WorkerLost, WorkersExpected
 from pdserve.router.live_requests import MAX_VERDICT_S
-from pdserve.router.registry import RoutingState
+from pdserve.router.registered_worker import RoutingState
 
 from .cluster import Cluster, make_request, worker_info
 

@@ -11,7 +11,7 @@ from pdserve.simulator.drawing import draw_scenario
 from pdserve.simulator.run import simulate
 from pdserve.simulator.simulation import Simulation
 
-NUM_SEEDS = 400
+NUM_SEEDS = 200
 FIGURE = re.compile(r"^(.+?)  +([0-9,]+)$", re.MULTILINE)
 FAULTS = ("worker killed", "worker frozen", "message lost", "chunk corrupted", "router restarted")
 
@@ -50,7 +50,7 @@ def test_a_seed_replays_exactly_even_in_another_process(seed: int) -> None:
 
 
 def test_without_faults_nothing_is_ever_retried() -> None:
-    for seed in range(50):
+    for seed in range(25):
         simulation = Simulation(draw_scenario(seed, with_faults=False))
         assert not simulation.run().violations
         assert simulation.head.router.counters.retried == 0

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from pdserve.loadgen.compare import Ratio
+from pdserve.loadgen.compare import FigureRatio
 from pdserve.loadgen.report import Report
 from pdserve.loadgen.slo import Slo
-from pdserve.loadgen.statistics import Summary
+from pdserve.loadgen.statistics import Distribution
 
 _HEAD = (
     f"{'case':<14} {'rate/s':>6}  {'way':<12} {'goodput/s':>9} {'good':>5} {'req/s':>6} {'out tok/s':>9} "
@@ -27,7 +27,7 @@ class Point:
     case: str
     rate: float
     reports: dict[str, Report]
-    ratios: tuple[Ratio, ...]
+    ratios: tuple[FigureRatio, ...]
 
 
 def table(points: Sequence[Point]) -> Iterator[str]:
@@ -67,11 +67,11 @@ def _row(point: Point, way: str, report: Report) -> str:
     )
 
 
-def _of(summary: Summary | None, statistic: str) -> str:
+def _of(summary: Distribution | None, statistic: str) -> str:
     return "-" if summary is None else f"{getattr(summary, statistic):.0f}"
 
 
-def _ratio(ratio: Ratio | None) -> str:
+def _ratio(ratio: FigureRatio | None) -> str:
     if ratio is None or ratio.ratio is None:
         return "-"
     interval = "" if ratio.low is None else f" ({ratio.low:.2f} to {ratio.high:.2f})"

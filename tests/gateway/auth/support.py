@@ -7,7 +7,7 @@ from pdserve.gateway.auth.access import (
     Caller,
     RequiredAccess,
 )
-from pdserve.gateway.auth.cost import Price
+from pdserve.gateway.auth.cost import RequestPrice
 from pdserve.gateway.auth.keys import ApiKey, new_key
 
 ALICE, BOB, PROM = new_key(), new_key(), new_key()
@@ -22,8 +22,8 @@ def write(path: Path, *keys: ApiKey) -> None:
     path.chmod(0o600)
 
 
-def price_of(num_prompt: int, max_tokens: int, n: int = 1) -> Price:
-    return Price(num_prompt_tokens=num_prompt, num_choices=n, max_tokens=max_tokens)
+def price_of(num_prompt: int, max_tokens: int, n: int = 1) -> RequestPrice:
+    return RequestPrice(num_prompt_tokens=num_prompt, num_choices=n, max_tokens=max_tokens)
 
 
 def admitted(access: Access, need: RequiredAccess, key: str, now_s: float = 0.0) -> Caller:

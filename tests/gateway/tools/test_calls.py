@@ -17,8 +17,8 @@ from pdserve.gateway.http import answers
 from pdserve.gateway.tools.formats import ToolFormat
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from pdserve.router.events import EmitChoiceEnd, EmitTokens
+from tests.gateway.both_apis import over_http
 from tests.gateway.support import ScriptedCluster
-from tests.gateway.test_both_apis import over_http
 from tests.gateway.test_http import check, chunks
 from tests.gateway.tools.asking import ARGUMENTS, CALLS, USER, ask, named, saying
 from tests.gateway.tools.models import MODELS, TOOLS, openai_tools, written

@@ -7,8 +7,8 @@ import httpx
 import pytest
 
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
+from tests.gateway.both_apis import check_same, over_grpc, over_http
 from tests.gateway.support import ScriptedCluster
-from tests.gateway.test_both_apis import check_same, over_grpc, over_http
 from tests.gateway.tools.asking import USER, ask, named, tool
 from tests.gateway.tools.models import openai_tools
 

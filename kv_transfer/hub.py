@@ -25,7 +25,7 @@ from .protocol import PROTOCOL_VERSION, Connect
 logger = logging.getLogger(__name__)
 
 
-class Peer(NamedTuple):
+class Key(NamedTuple):
     """One rank of another worker."""
 
     worker_id: str
@@ -40,15 +40,15 @@ class TransferHub:
     def __init__(self, local: Local, dial: Dial) -> None:
         self._local = local
         self._dial = dial
-        self._outbound: dict[Peer, OutboundPair] = {}
-        self._inbound: dict[Peer, InboundPair] = {}
+        self._outbound: dict[Key, OutboundPair] = {}
+        self._inbound: dict[Key, InboundPair] = {}
         listener = local.listener
-        self._sends: PartedTransfers[Peer, TransferStats] = PartedTransfers(
+        self._sends: PartedTransfers[Key, TransferStats] = PartedTransfers(
             lambda *part: self._abort(self._outbound, *part),
             lambda transfer, stats: local.notify(listener.on_sent, transfer, total(stats)),
             partial(local.notify, listener.on_send_failed),
         )
-        self._receives: PartedTransfers[Peer, bytes] = PartedTransfers(
+        self._receives: PartedTransfers[Key, bytes] = PartedTransfers(
             lambda *part: self._abort(self._inbound, *part),
             lambda transfer, payloads: local.notify(listener.on_received, transfer, payloads[0]),
             partial(local.notify, listener.on_receive_failed),
@@ -58,7 +58,7 @@ class TransferHub:
 
     def expect(self, source: tuple[str, int], event: Expect, num_source_ranks: int = 1) -> None:
         parts = self._local.share.received(num_source_ranks)
-        peers = {Peer(*source, part.sender, num_source_ranks): part.heads for part in parts}
+        peers = {Key(*source, part.sender, num_source_ranks): part.heads for part in parts}
         self._receives.open(
             event.transfer, peers, lambda peer: self._inbound_pair(peer, peers[peer]).feed(event)
         )
@@ -69,7 +69,7 @@ class TransferHub:
         error = refusal(connect, self._local)
         if error is not None:
             return error
-        peer = Peer(
+        peer = Key(
             connect.source_worker_id,
             connect.source_incarnation,
             connect.source_rank,
@@ -90,9 +90,9 @@ class TransferHub:
     def send(self, target: TransferAddress, event: OpenTransfer) -> None:
         parts = self._local.share.sent(target.num_ranks)
         worker = target.worker_id, target.incarnation
-        peers = {Peer(*worker, part.receiver, target.num_ranks): part.heads for part in parts}
+        peers = {Key(*worker, part.receiver, target.num_ranks): part.heads for part in parts}
 
-        def begin(peer: Peer) -> None:
+        def begin(peer: Key) -> None:
             if peer not in self._outbound:
                 self._outbound[peer] = OutboundPair(
                     self._local, target.of_rank(peer.rank), self._dial, peers[peer], self._listener(peer)
@@ -115,8 +115,8 @@ class TransferHub:
 
     def _abort(
         self,
-        pairs: Mapping[Peer, OutboundPair] | Mapping[Peer, InboundPair],
-        peer: Peer,
+        pairs: Mapping[Key, OutboundPair] | Mapping[Key, InboundPair],
+        peer: Key,
         transfer: TransferId,
         failure: Failure,
     ) -> None:
@@ -135,7 +135,7 @@ class TransferHub:
         self._outbound = {key: pair for key, pair in self._outbound.items() if not pair.is_idle}
         self._inbound = {key: pair for key, pair in self._inbound.items() if not pair.is_idle}
 
-    def _release_unused(self, pairs: Mapping[Peer, OutboundPair] | Mapping[Peer, InboundPair]) -> None:
+    def _release_unused(self, pairs: Mapping[Key, OutboundPair] | Mapping[Key, InboundPair]) -> None:
         config = self._local.config
         for key in unused_links(_open_links(pairs), config.max_links, config.max_idle_s, self._local.time()):
             guarded(partial(pairs[key].feed, ReleaseLink()))
@@ -158,17 +158,17 @@ class TransferHub:
         """The number of open links, of the direction that has more of them."""
         return max(len(_open_links(self._outbound)), len(_open_links(self._inbound)))
 
-    def _inbound_pair(self, peer: Peer, heads: range) -> InboundPair:
+    def _inbound_pair(self, peer: Key, heads: range) -> InboundPair:
         """Returns the pair with this source."""
         if peer not in self._inbound:
             self._inbound[peer] = InboundPair(self._local, peer.worker_id, heads, self._listener(peer))
         return self._inbound[peer]
 
-    def _listener(self, peer: Peer) -> TransferListener:
+    def _listener(self, peer: Key) -> TransferListener:
         return PartListener(peer, self._sends, self._receives)
 
 
-def _heads_from(peer: Peer, share: Share) -> range | str:
+def _heads_from(peer: Key, share: Share) -> range | str:
     """Returns the heads that the peer sends to us, or why it has none to send."""
     try:
         sent = {part.sender: part.heads for part in share.received(peer.num_ranks)}
@@ -178,7 +178,7 @@ def _heads_from(peer: Peer, share: Share) -> range | str:
     return sent.get(peer.rank, f"rank {peer.rank} of {peer.num_ranks} sends no KV heads to {mine}")
 
 
-def _open_links(pairs: Mapping[Peer, OutboundPair] | Mapping[Peer, InboundPair]) -> dict[Peer, LinkUse]:
+def _open_links(pairs: Mapping[Key, OutboundPair] | Mapping[Key, InboundPair]) -> dict[Key, LinkUse]:
     return {key: use for key, pair in pairs.items() if (use := pair.use) is not None}
 
 

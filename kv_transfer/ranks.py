@@ -211,6 +211,12 @@ class InstancePort(Generic[Port]):
 
     # the ranks' ends
 
+    @property
+    def num_open(self) -> int:
+        """The number of transfers that have not ended."""
+        with self._lock:
+            return len(self._sends) + len(self._receives)
+
     def on_end(self, rank: int, data: bytes) -> None:
         """Takes a message of another rank; called on any thread."""
         self._end(rank, _ends.decode(data))

@@ -28,7 +28,7 @@ def assert_serves(sender: Instance, receiver: Instance, transfer: TransferId = O
     sender.ends.sent(transfer)
     np.testing.assert_array_equal(receiver.read([3], 0, 8), sender.read([60], 0, 8))
     for port in (sender.port, receiver.port):
-        assert not len(port._sends) and not len(port._receives)
+        assert not port.num_open
 
 
 @pytest.mark.parametrize("ranks", PAIRS)

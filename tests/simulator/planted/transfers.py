@@ -110,8 +110,8 @@ def close_links_with_transfers_under_way() -> Iterator[None]:
     """Removes both checks: in the choice of links, and in the state machine."""
 
     def choose(
-        links: Mapping[hub.Peer, LinkUse], max_links: int, max_idle_s: float, now_s: float
-    ) -> list[hub.Peer]:
+        links: Mapping[hub.Key, LinkUse], max_links: int, max_idle_s: float, now_s: float
+    ) -> list[hub.Key]:
         idle = {key: LinkUse(use.used_s, is_busy=False) for key, use in links.items()}
         return unused_links(idle, max_links, max_idle_s, now_s)
 

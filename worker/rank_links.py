@@ -30,6 +30,7 @@ class RankLinks:
         self._on_message = on_message
         self._on_lost = on_lost
         self._watch = RankWatch(sockets)
+        self.cpu_s = dict.fromkeys(sockets, 0.0)  # processor time of the others
         self._thread = threading.Thread(target=self._run, name="rank-links", daemon=True)
 
     def start(self) -> None:
@@ -66,7 +67,7 @@ class RankLinks:
             while why is None and selector.get_map():
                 if time.monotonic() >= due_s:
                     due_s = time.monotonic() + HEARTBEAT_S
-                    self._send_all(Beat())
+                    self._send_all(Beat(time.process_time()))
                     why = self._watch.beat()
                 for key, _ in selector.select(max(0.0, due_s - time.monotonic())):
                     message = self._receive(key.data)
@@ -93,6 +94,8 @@ class RankLinks:
         self._watch.heard(rank)
         if isinstance(message, Leave):
             self._watch.is_leaving = True
-        if not isinstance(message, Beat | Failed):
+        if isinstance(message, Beat):
+            self.cpu_s[rank] = message.cpu_s
+        elif not isinstance(message, Failed):
             self._on_message(rank, message)
         return message

@@ -1,5 +1,5 @@
 """How the ranks of an instance find each other: rank 0 listens, the others connect, and both sides prove that
-they belong to the cluster and run as the same user. Rank 0 passes the memory that all share."""
+they belong to the cluster and run as the same user."""
 
 import hashlib
 import hmac
@@ -7,14 +7,13 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 
-from ..core.errors import ConfigError
 from ..core.handshake import MAX_WAIT_S, HandshakeAcceptor, HandshakeDialler, HandshakeError, Purpose
 from ..core.messages import HEARTBEAT_S
 from ..core.peer_log import peer_log
-from .rank_messages import MAX_MESSAGE_BYTES, Join, Refused, Welcome, decode, encode
+from .rank_messages import MAX_MESSAGE_BYTES, Join, Welcome, decode, encode
 from .router_link import shake_hands
 
 MEETING_S = 120.0  # for all ranks of an instance to start
@@ -44,12 +43,9 @@ class RankMeeting:
             raise
         self._joined: dict[int, socket.socket] = {}
 
-    def gather(
-        self, num_ranks: int, loads: Mapping[str, str], is_over: Callable[[], bool]
-    ) -> dict[int, socket.socket]:
-        """Returns the connections by rank, once ranks 1 to `num_ranks` - 1 have joined. Raises ConfigError
-        for a rank that would load something else, TimeoutError for one that does not come, or when
-        `is_over`."""
+    def gather(self, num_ranks: int, group: str, is_over: Callable[[], bool]) -> dict[int, socket.socket]:
+        """Returns the connections by rank, once ranks 1 to `num_ranks` - 1 have joined and know where `group`
+        is. Raises TimeoutError when one does not come in time, or `is_over`."""
         due_s = time.monotonic() + MEETING_S
         try:
             while len(self._joined) < num_ranks - 1:
@@ -58,66 +54,48 @@ class RankMeeting:
                     raise TimeoutError(f"ranks {', '.join(map(str, missing))} have not joined in time")
                 self._listener.settimeout(HEARTBEAT_S)
                 with suppress(TimeoutError):
-                    self._admit(self._listener.accept()[0], num_ranks, loads)
-        except BaseException as error:
-            self._dismiss(str(error))
+                    self._admit(self._listener.accept()[0], num_ranks, group)
+        except BaseException:
+            for sock in self._joined.values():
+                sock.close()
             raise
         finally:
             self._listener.close()
         return self._joined
 
-    def _admit(self, sock: socket.socket, num_ranks: int, loads: Mapping[str, str]) -> None:
+    def _admit(self, sock: socket.socket, num_ranks: int, group: str) -> None:
         try:
             _check_user(sock)
             _answer(sock, HandshakeAcceptor(self._token, Purpose.RANKS))
-            join = decode(sock.recv(MAX_MESSAGE_BYTES))
+            message = decode(sock.recv(MAX_MESSAGE_BYTES))
+            if not isinstance(message, Join) or message.rank not in range(1, num_ranks):
+                raise ConnectionError(f"expected a rank of {num_ranks} to join, got {message}")
+            if message.rank in self._joined:
+                raise ConnectionError(f"rank {message.rank} is there already")
+            sock.send(encode(Welcome(group)))
         except (OSError, HandshakeError) as error:
             peer_log.warning("refused a connection: %s", error)
             sock.close()
             return
-        if not isinstance(join, Join) or not 0 < join.rank < num_ranks or join.rank in self._joined:
-            peer_log.warning("refused a connection: %s", join)
-            sock.close()
-            return
-        self._joined[join.rank] = sock
-        for name in loads.keys() | join.loads.keys():
-            here, there = loads.get(name), join.loads.get(name)
-            if here != there:
-                raise ConfigError(f"{name}: {here!r} on rank 0, {there!r} on rank {join.rank}")
-
-    def _dismiss(self, why: str) -> None:
-        for sock in self._joined.values():
-            with suppress(OSError):
-                sock.send(encode(Refused(why)))
-            sock.close()
+        sock.settimeout(None)
+        self._joined[message.rank] = sock
 
 
-def welcome(sock: socket.socket, descriptors: Sequence[int]) -> None:
-    """Passes the descriptors to a rank that has joined. Raises OSError."""
-    socket.send_fds(sock, [encode(Welcome())], list(descriptors))
-
-
-def join(
-    token: str, point: str, rank: int, loads: Mapping[str, str], num_descriptors: int
-) -> tuple[socket.socket, list[int]]:
-    """Joins an instance as rank 1 or above; returns the connection to rank 0 and the descriptors. Raises
-    ConfigError when rank 0 refuses, OSError when it does not come, or ends."""
+def join(token: str, point: str, rank: int) -> tuple[socket.socket, str]:
+    """Joins an instance as rank 1 or above; returns the connection to rank 0, and where the group is. Raises
+    OSError when rank 0 does not come, or ends."""
     due_s = time.monotonic() + MEETING_S
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         _connect(sock, point, due_s)
         _check_user(sock)
         shake_hands(sock, HandshakeDialler(token, Purpose.RANKS), "rank 0")
-        sock.send(encode(Join(rank, dict(loads))))
-        sock.settimeout(max(RETRY_S, due_s - time.monotonic()))
-        data, descriptors, _, _ = socket.recv_fds(sock, MAX_MESSAGE_BYTES, num_descriptors)
-        answer = decode(data)
-        if isinstance(answer, Refused):
-            raise ConfigError(answer.why)
-        if not isinstance(answer, Welcome) or len(descriptors) != num_descriptors:
-            raise ConnectionError("rank 0 has ended before all ranks had joined")
+        sock.send(encode(Join(rank)))
+        answer = decode(sock.recv(MAX_MESSAGE_BYTES))
+        if not isinstance(answer, Welcome):
+            raise ConnectionError(f"expected to be welcome, got {answer}")
         sock.settimeout(None)
-        return sock, list(descriptors)
+        return sock, answer.group
     except BaseException:
         sock.close()
         raise

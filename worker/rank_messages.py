@@ -1,8 +1,8 @@
 """The messages between rank 0 of an instance and its other ranks, which are processes of the same host.
 
-    rank r --Join--------------------------> rank 0    what it will load
-    rank r <--Welcome, with descriptors----- rank 0    once all have joined; or Refused
-    rank r --Loading, Loaded, or Failed----> rank 0
+    rank r --Join--------------------------> rank 0
+    rank r <--Welcome----------------------- rank 0    where its group is
+    rank r --Loaded, or Failed-------------> rank 0
     rank r --Said--------------------------> rank 0    a message of its transfers
     rank r <--Beat-------------------Beat--> rank 0    every `HEARTBEAT_S`
     rank r <--Leave------------------------- rank 0    in order; without it the end of a connection is a loss
@@ -17,27 +17,15 @@ MAX_MESSAGE_BYTES = 1 << 16
 
 
 class Join(msgspec.Struct, frozen=True, tag=True):
-    """The first message of a rank. `loads` describes what it will load, by name; it has to be the same on all
-    ranks."""
+    """The first message of a rank."""
 
     rank: int
-    loads: dict[str, str]
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
-    """All ranks are there. Comes with the descriptors of the memory that they share."""
+    """Rank 0's answer: the address of the group's memory."""
 
-
-class Refused(msgspec.Struct, frozen=True, tag=True):
-    """The instance cannot be formed."""
-
-    why: str
-
-
-class Loading(msgspec.Struct, frozen=True, tag=True):
-    """The fraction of a rank's weights that is read."""
-
-    fraction: float
+    group: str
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):
@@ -61,14 +49,16 @@ class Said(msgspec.Struct, frozen=True, tag=True):
 
 
 class Beat(msgspec.Struct, frozen=True, tag=True):
-    """The sender runs."""
+    """The sender runs, and has had so much processor time."""
+
+    cpu_s: float
 
 
 class Leave(msgspec.Struct, frozen=True, tag=True):
     """The instance ends in order."""
 
 
-RankMessage = Join | Welcome | Refused | Loading | Loaded | Failed | Said | Beat | Leave
+RankMessage = Join | Welcome | Loaded | Failed | Said | Beat | Leave
 encode = msgspec.msgpack.Encoder().encode
 _decoder: msgspec.msgpack.Decoder[RankMessage] = msgspec.msgpack.Decoder(RankMessage)
 

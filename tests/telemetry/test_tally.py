@@ -235,6 +235,17 @@ def test_preemptions_are_counted_from_a_workers_first_report(cluster: Watched) -
     assert cluster.values()['num_preemptions_total{pool="decode"}'] == 3
 
 
+def test_each_ranks_processor_time_is_shown(cluster: Watched) -> None:
+    report = StepReport(
+        worker_id="decode-0", incarnation=1, load=WorkerLoad(), rank_cpu_s=(3.0, 2.5)
+    )
+    cluster.observe(report)
+    cluster.step("decode-0")  # whose report has none
+    values = cluster.values()
+    assert values['rank_cpu_seconds_total{pool="decode",rank="0",worker="decode-0"}'] == 3.0
+    assert values['rank_cpu_seconds_total{pool="decode",rank="1",worker="decode-0"}'] == 2.5
+
+
 def test_gauges_show_the_present_state_of_each_worker(cluster: Watched) -> None:
     cluster.step("decode-0", num_running=3, num_waiting=2, num_free_blocks=64)
     values = cluster.values()

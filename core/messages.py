@@ -96,6 +96,13 @@ class TransferAddress(msgspec.Struct, frozen=True):
     tcp_host: str
     tcp_port: int
     gpu: str = ""  # the UUID of the GPU that holds its KV; empty on a processor
+    rank: int = 0  # of the instance's `num_ranks`, each of which has an address of its own
+    num_ranks: int = 1
+    others: tuple["TransferAddress", ...] = ()  # with rank 0's: those of ranks 1, 2, ...
+
+    def of_rank(self, rank: int) -> "TransferAddress":
+        """Returns the address of another rank, given rank 0's."""
+        return self.others[rank - 1] if rank else self
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,7 +119,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     address: TransferAddress
     devices: tuple[str, ...]  # "cpu:3", or "cuda:" and the GPU's UUID
     node: str
-    pid: int
+    pid: int  # of rank 0
+    rank_pids: tuple[int, ...] = ()  # of ranks 1, 2, ..., where the instance has several
     kernels: str  # the implementation chosen at start
 
 
@@ -237,6 +245,7 @@ class StepReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     blocks_added: tuple[bytes, ...] = ()  # hashes that entered the prefix cache
     blocks_evicted: tuple[bytes, ...] = ()
     gpu: GpuSample | None = None  # sample of the worker's GPU, with a heartbeat every few seconds
+    rank_cpu_s: tuple[float, ...] = ()  # processor time of each rank since its start, with a heartbeat
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -346,6 +355,7 @@ class Reserve(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     spec: SequenceSpec
     source_worker_id: str
     source_incarnation: int
+    num_source_ranks: int = 1
 
 
 class Serve(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -33,17 +33,18 @@ class ReceivePort(Protocol):
         block_ids: Seq[int],
         num_tokens: int,
         num_cached_tokens: int,
+        num_source_ranks: int,
     ) -> None: ...
     def cancel(self, transfer: TransferId) -> None: ...
 
 
 @dataclass(slots=True)
 class _DecodeLeg:
-    """One dispatch that this worker carries out; `source` is the worker that sends its KV, None when it is
-    computed here."""
+    """One dispatch that this worker carries out; `reserve` names the worker that sends its KV, None when it
+    is computed here."""
 
     clock: LegClock
-    source: tuple[str, int] | None
+    reserve: Reserve | None
     num_cached_tokens: int = 0
     aborted: bool = False
     aborted_choices: set[int] = field(default_factory=set)
@@ -95,7 +96,7 @@ class DecodeWorker:
 
     def reserve(self, command: Reserve) -> None:
         """Accepts a dispatch whose KV another worker computes."""
-        seq = self._accept(command.spec, (command.source_worker_id, command.source_incarnation))
+        seq = self._accept(command.spec, command)
         if seq is not None:
             self.scheduler.reserve(seq)
 
@@ -222,11 +223,11 @@ class DecodeWorker:
         if not self.scheduler.has_sequences(transfer):
             self._end(transfer)
 
-    def _accept(self, spec: SequenceSpec, source: tuple[str, int] | None) -> Sequence | None:
+    def _accept(self, spec: SequenceSpec, reserve: Reserve | None) -> Sequence | None:
         """Returns a new leg's sequence; None when the command is a duplicate."""
         if spec.transfer in self._legs:
             return None
-        self._legs[spec.transfer] = _DecodeLeg(LegClock(self._clock()), source)
+        self._legs[spec.transfer] = _DecodeLeg(LegClock(self._clock()), reserve)
         self._unstarted.add(spec.transfer)
         return Sequence(spec, spec.choices[0], self._kv.max_model_len)
 
@@ -242,10 +243,16 @@ class DecodeWorker:
     def _grant(self, granted: Seq[Sequence]) -> None:
         for seq in granted:
             leg = self._legs[seq.transfer]
-            assert leg.source is not None
+            reserve = leg.reserve
+            assert reserve is not None
             leg.num_cached_tokens = seq.num_cached_tokens
             self._port.expect(
-                seq.transfer, leg.source, tuple(seq.block_ids), seq.num_tokens, seq.num_cached_tokens
+                seq.transfer,
+                (reserve.source_worker_id, reserve.source_incarnation),
+                tuple(seq.block_ids),
+                seq.num_tokens,
+                seq.num_cached_tokens,
+                reserve.num_source_ranks,
             )
 
     def _emit(self, emissions: list[Emission]) -> None:

@@ -10,6 +10,7 @@ import torch
 from ..core.errors import ConfigError
 from ..core.messages import KVLayout
 from ..kernels import Kernels
+from ..kernels.interface import heads_of
 from ..kernels.wire import KVPart, WireFormat, movers
 from .device import Device, HostDevice
 from .on_gpu.kv_queue import KVQueue, Queued
@@ -36,6 +37,8 @@ class KVCache:
         self._kernels = kernels
         self._format = WireFormat(layout.wire)
         self._gather_part, self._scatter_part = movers(kernels)
+        # Triton's kernels find heads in the whole cache
+        self._moves_parts = self._format is WireFormat.INT8 or kernels.name == "triton"
         device = device or HostDevice()
         self.torch_device = device.torch_device
         shape = (layout.num_layers, 2, num_blocks, layout.num_kv_heads, layout.block_size, layout.head_dim)
@@ -69,19 +72,21 @@ class KVCache:
         token_end: int,
         out: Slot,
         after: int = 0,
+        heads: range | None = None,
     ) -> int | Queued:
-        """Copies the KV of a token range out of its blocks and returns its checksum; `out` is [layers, 2,
-        Hkv, tokens, D] in C order, or the int8 format of `kernels.wire`. Runs behind the mark `after`."""
-        part = self._part(layer_start, layer_end, token_start, token_end)
+        """Copies the KV of a token range, of some of the cache's heads or of all, out of its blocks and
+        returns its checksum; `out` is [layers, 2, heads, tokens, D] in C order, or the int8 format of
+        `kernels.wire`. Runs behind the mark `after`."""
+        part = self._part(layer_start, layer_end, token_start, token_end, heads)
         if self._queue is not None:
             return self._queue.gather(block_ids, part, out, after)
         buffer = _as_tensor(out)
-        if self._format is WireFormat.INT8:
+        if self._moves_parts:
             return (
                 int(self._gather_part(self._data, block_ids, part, buffer, self._format).item()) & _ALL_BITS
             )
         return self._kernels.gather_tokens(
-            self._data, layer_start, layer_end, block_ids, token_start, token_end, buffer
+            self._heads(heads), layer_start, layer_end, block_ids, token_start, token_end, buffer
         )
 
     def checksum(self, data: Slot) -> int | None:
@@ -98,24 +103,30 @@ class KVCache:
         token_end: int,
         data: Slot,
         after: int = 0,
+        heads: range | None = None,
     ) -> Queued | None:
-        """Copies bytes that `gather` wrote elsewhere into blocks here; touches no other token of them."""
-        part = self._part(layer_start, layer_end, token_start, token_end)
+        """Copies bytes that `gather` wrote elsewhere into blocks here; touches no other token or head of
+        them."""
+        part = self._part(layer_start, layer_end, token_start, token_end, heads)
         if self._queue is not None:
             return self._queue.scatter(block_ids, part, data, after)
         buffer = _as_tensor(data)
-        if self._format is WireFormat.INT8:
+        if self._moves_parts:
             self._scatter_part(self._data, block_ids, part, buffer, self._format)
         else:
             self._kernels.scatter_tokens(
-                self._data, layer_start, layer_end, block_ids, token_start, token_end, buffer
+                self._heads(heads), layer_start, layer_end, block_ids, token_start, token_end, buffer
             )
         return None
 
-    def _part(self, layer_start: int, layer_end: int, token_start: int, token_end: int) -> KVPart:
-        return KVPart(
-            range(layer_start, layer_end), range(self.layout.num_kv_heads), range(token_start, token_end)
-        )
+    def _part(
+        self, layer_start: int, layer_end: int, token_start: int, token_end: int, heads: range | None
+    ) -> KVPart:
+        heads = range(self.layout.num_kv_heads) if heads is None else heads
+        return KVPart(range(layer_start, layer_end), heads, range(token_start, token_end))
+
+    def _heads(self, heads: range | None) -> torch.Tensor:
+        return self._data if heads is None else heads_of(self._data, heads)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

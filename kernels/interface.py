@@ -148,7 +148,7 @@ class Kernels(Protocol):
         """Copies tokens [token_start, token_end) of the sequence stored in `block_ids`, of layers
         [layer_start, layer_end), to `buffer`, uint8 [exactly the bytes needed], laid out [layers, 2, Hkv,
         tokens, D]: the wire knows no blocks. Block i of the sequence holds its tokens from i * block_size on.
-        Returns the buffer's `wire_checksum`."""
+        `cache` may be `heads_of` a cache: only those travel. Returns the buffer's `wire_checksum`."""
         ...
 
     def wire_checksum(self, buffer: torch.Tensor) -> int:
@@ -176,6 +176,14 @@ class Kernels(Protocol):
     def copy_blocks(self, cache: torch.Tensor, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies block src to block dst in every layer, for each (src, dst) in order: copy-on-write."""
         ...
+
+
+def heads_of(cache: torch.Tensor, heads: range) -> torch.Tensor:
+    """Returns the view of some neighbouring KV heads of a cache. Raises ValueError for heads that it does not
+    have."""
+    if not 0 <= heads.start < heads.stop <= cache.shape[3] or heads.step != 1:
+        raise ValueError(f"heads: {heads} is not within the cache's {cache.shape[3]} heads")
+    return cache[:, :, :, heads.start : heads.stop]
 
 
 def token_range_bytes(cache: torch.Tensor, num_layers: int, num_tokens: int) -> int:

@@ -29,9 +29,9 @@ _SIGNATURES = {
     "rope_and_cache": [_I, _P, _P, _P, _P, _P, _F, _P, _P, _P, _P, _N, _N, _N, _N, _N],
     "paged_attention": [_I, _P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _N, _N, _F],
     "argmax": [_P, _P, _N, _N],
-    "gather_tokens": [_P, _P, _N, _N, _N, _N, _N, _P, _N, _N],
+    "gather_tokens": [_P, _P, _N, _N, _N, _N, _N, _N, _P, _N, _N],
     "wire_checksum": [_P, _N],
-    "scatter_tokens": [_P, _P, _N, _N, _N, _N, _N, _P, _N, _N],
+    "scatter_tokens": [_P, _P, _N, _N, _N, _N, _N, _N, _P, _N, _N],
     "copy_blocks": [_P, _N, _N, _N, _P, _N],
 }
 _RESULTS = {"gather_tokens": ctypes.c_uint64, "wire_checksum": ctypes.c_uint64}

@@ -279,7 +279,9 @@ def _token_range(
     check_token_range(cache, layers.start, layers.stop, block_ids, tokens.start, tokens.stop, buffer)
     _, _, num_blocks, num_kv_heads, block_size, head_dim = cache.shape
     start = cache.data_ptr() + layers.start * cache.stride(0) * cache.element_size()
-    planes = (2 * len(layers), num_blocks, num_kv_heads, block_size, head_dim * cache.element_size())
+    num_held = cache.stride(2) // cache.stride(3)  # heads of a block, of which these are neighbours
+    row_bytes = head_dim * cache.element_size()
+    planes = (2 * len(layers), num_blocks, num_held, num_kv_heads, block_size, row_bytes)
     first = tokens.start // block_size
     touched = block_ids[first : -(-tokens.stop // block_size)]
     ids, skipped = (ctypes.c_int64 * len(touched))(*touched), first * block_size

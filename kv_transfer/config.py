@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .chunk_size import CHUNK_BYTES
+from .parts import Share
 
 MAX_PAYLOAD_BYTES = 4 << 20
 MAX_FRAME_BYTES = MAX_PAYLOAD_BYTES + (64 << 10)
@@ -18,6 +19,7 @@ class Membership:
     token: str  # the cluster's secret
     host: str  # the IP address to bind and to advertise
     socket_root: Path = Path("/tmp")  # the private folder for the Unix socket is created here
+    share: Share | None = None  # of the instance's KV; None: all of it
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import partial
 
 from ..core.devices import GPU_LINKS
+from ..core.failures import FailureKind
 from ..core.messages import TransferAddress
 from ..core.request import TransferId
 from .acceptor import TransferAcceptor
@@ -55,7 +56,7 @@ class TransferEndpoint:
         self._member = member
         place = Place(host_id(), "" if gpu is None else gpu.uuid)
         identity = Identity(member.worker_id, member.incarnation, place)
-        self._local = Local(identity, store, listener, config or TransferConfig())
+        self._local = Local(identity, store, listener, config or TransferConfig(), rank_share=member.share)
         self._links = LinkMaker(member.host, self._local.config, gpu, on_stuck or logger.critical)
         dialler = TransferDialler(self._local, self._links, member.token, transport)
         self._hub = TransferHub(self._local, dialler)
@@ -88,6 +89,8 @@ class TransferEndpoint:
             tcp_host=member.host,
             tcp_port=acceptor.tcp_port,
             gpu=place.gpu,
+            rank=self._local.share.rank,
+            num_ranks=self._local.share.num_ranks,
         )
 
     def close(self) -> None:
@@ -115,18 +118,20 @@ class TransferEndpoint:
         block_ids: Sequence[int],
         num_tokens: int,
         num_cached_tokens: int = 0,
+        num_source_ranks: int = 1,
     ) -> None:
-        """Announces that blocks are reserved for the KV that `source` (worker_id, incarnation) will push. The
-        first `num_cached_tokens` are in them already: they are neither sent nor written. Device work that
-        this thread has queued until now may still write to the blocks. Raises ValueError for arguments that
-        do not fit."""
+        """Announces that blocks are reserved for the KV that the ranks of `source` (worker_id, incarnation)
+        will push. The first `num_cached_tokens` are in them already: they are neither sent nor written.
+        Device work that this thread has queued until now may still write to the blocks. Raises ValueError for
+        arguments that do not fit."""
         self._check_table(block_ids, num_tokens)
         if not 0 <= num_cached_tokens <= num_tokens:
             raise ValueError(
                 f"num_cached_tokens: {num_cached_tokens} is not valid, expected 0 to {num_tokens}"
             )
         event = Expect(transfer, tuple(block_ids), num_tokens, num_cached_tokens, self._local.store.mark())
-        self._post_or_raise(partial(self._hub.expect, source, event))
+        self._local.share.received(num_source_ranks)  # raises for a number that does not fit
+        self._post_or_raise(partial(self._hub.expect, source, event, num_source_ranks))
 
     # prefill side
 
@@ -138,6 +143,10 @@ class TransferEndpoint:
         KV is ready."""
         if num_tokens < 1:
             raise ValueError(f"num_tokens: {num_tokens} is not valid, expected at least 1")
+        if len(target.others) != target.num_ranks - 1 or not self._local.share.sent(target.num_ranks):
+            raise ValueError(
+                f"target: {target} is not valid, expected addresses of all ranks, and one to send to"
+            )
         self._post_or_raise(
             partial(self._hub.send, target, OpenTransfer(transfer, tuple(block_ids), num_tokens))
         )
@@ -169,9 +178,14 @@ class TransferEndpoint:
 
     # either side
 
-    def cancel(self, transfer: TransferId) -> None:
+    def cancel(
+        self,
+        transfer: TransferId,
+        error: str = "cancelled",
+        kind: FailureKind = FailureKind.CANCELLED,
+    ) -> None:
         """Aborts the transfer, unless it has ended already; unknown ones are ignored."""
-        self._post(partial(self._hub.cancel, CancelTransfer(transfer, "cancelled")))
+        self._post(partial(self._hub.cancel, CancelTransfer(transfer, error, kind)))
 
     # on the endpoint's thread
 

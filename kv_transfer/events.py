@@ -21,7 +21,7 @@ from .protocol import (
 from .span import Span
 
 
-class TransferEvent(msgspec.Struct, frozen=True):
+class TransferEvent(msgspec.Struct, frozen=True, tag=True):
     """Base of the events that the shell passes to a machine."""
 
 
@@ -56,6 +56,7 @@ class PeerGone(TransferEvent, frozen=True):
 class CancelTransfer(TransferEvent, frozen=True):
     transfer: TransferId
     error: str
+    kind: FailureKind = FailureKind.CANCELLED  # else that of another part's failure
 
 
 class OpenTransfer(TransferEvent, frozen=True):
@@ -140,7 +141,7 @@ class StoreFailed(TransferEvent, frozen=True):
     error: str
 
 
-class Command(msgspec.Struct, frozen=True):
+class Command(msgspec.Struct, frozen=True, tag=True):
     """Base of the commands that a machine gives to the shell."""
 
 

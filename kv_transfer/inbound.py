@@ -20,7 +20,7 @@ from .events import (
     StoreFailed,
 )
 from .idle_links import LinkUse
-from .interfaces import ControlStream, Pending, Slot
+from .interfaces import ControlStream, Pending, Slot, TransferListener
 from .link import Link, LinkError, release
 from .pair import Local, Pair
 from .protocol import Connect, Connected, KVChunk, Meet, SenderMessage
@@ -33,11 +33,17 @@ logger = logging.getLogger(__name__)
 class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
     """All transfers from one worker."""
 
-    def __init__(self, local: Local, source_worker_id: str) -> None:
-        super().__init__(local)
+    def __init__(
+        self,
+        local: Local,
+        source_worker_id: str,
+        heads: range | None = None,
+        listener: TransferListener | None = None,
+    ) -> None:
+        super().__init__(local, heads, listener)
         self.last_epoch = 0  # the newest that was requested; earlier ones are fenced
         self.num_preparing = 0  # connections that the acceptor is about to `attach`
-        self._receiver = TransferReceiver(local.layout, local.config, local.counters, source_worker_id)
+        self._receiver = TransferReceiver(self._layout, local.config, local.counters, source_worker_id)
 
     @property
     def is_idle(self) -> bool:
@@ -78,10 +84,10 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
                 if self._channel is not None:
                     self._channel.send(command.message)
             case ReceivedMessage():
-                local.notify(local.listener.on_received, command.transfer, command.payload)
+                local.notify(self._listener.on_received, command.transfer, command.payload)
             case ReceiveFailed():
                 failed = command.transfer, command.error, command.kind
-                report = partial(local.notify, local.listener.on_receive_failed, *failed)
+                report = partial(local.notify, self._listener.on_receive_failed, *failed)
                 self._work.after(command.transfer, report)  # a device may still write to its blocks
             case CloseLink():
                 self._drop_link()
@@ -126,8 +132,9 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
         checksum = store.checksum(data)
         if checksum is not None and checksum != chunk.checksum:
             return checksum
-        blocks = block_range(span, command.block_ids, self.local.layout.block_size)
-        return store.scatter(span.layer_start, span.layer_end, *blocks, data, command.mark) or chunk.checksum
+        blocks = block_range(span, command.block_ids, self._layout.block_size)
+        where = span.layer_start, span.layer_end, *blocks
+        return store.scatter(*where, data, command.mark, self._heads) or chunk.checksum
 
     def _outcome(self, chunk: KVChunk, result: int | BaseException) -> Stored | Corrupt | StoreFailed:
         if isinstance(result, BaseException):

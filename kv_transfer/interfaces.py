@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from ..core.failures import FailureKind
-from ..core.messages import KVLayout, TransferStats
+from ..core.messages import KVLayout, TransferAddress, TransferStats
 from ..core.request import TransferId
 
 # memory of a link's slot, passed to the store as it is: a memoryview, or a uint8 tensor on the link's GPU
@@ -28,14 +28,17 @@ class Pending(Protocol):
 
 class KVStore(Protocol):
     """Paged KV memory. Token `t` of a transfer is in `block_ids[t // block_size]`; ranges are half-open and
-    count from the transfer's first token. Bytes on the wire are [layers, 2 (K, V), kv_heads, tokens,
-    head_dim], C-contiguous; the layout's `wire` states any other format.
+    count from the transfer's first token; heads are counted from the store's first, None are all of them.
+    Bytes on the wire are [layers, 2 (K, V), kv_heads, tokens, head_dim], C-contiguous; the layout's `wire`
+    states any other format.
 
     A store on a device returns before the work is done, works behind a mark, and checks the bytes it scatters
     as it reads them."""
 
     @property
-    def layout(self) -> KVLayout: ...
+    def layout(self) -> KVLayout:
+        """The layout of what this store holds: on a rank of several, of its heads alone."""
+        ...
 
     def mark(self) -> int:
         """Names all work queued until now, on the thread that queues steps on the device. 0 where nothing is
@@ -51,6 +54,7 @@ class KVStore(Protocol):
         token_end: int,
         out: Slot,
         after: int = 0,
+        heads: range | None = None,
     ) -> int | Pending:
         """Copies KV out of the blocks into `out`, whose size is that of the ranges; returns the `checksum` of
         the copy. The mark `after` was set when the last of the KV was computed, or its computation was
@@ -70,9 +74,10 @@ class KVStore(Protocol):
         token_end: int,
         data: Slot,
         after: int = 0,
+        heads: range | None = None,
     ) -> Pending | None:
-        """Copies `data` into the blocks; touches no other token of them. None: it is done. The mark `after`
-        was set when the blocks were reserved."""
+        """Copies `data` into the blocks; touches no other token and no other head of them. None: it is done.
+        The mark `after` was set when the blocks were reserved."""
         ...
 
 
@@ -102,6 +107,30 @@ class ControlStream(Protocol):
     def is_open(self) -> bool: ...
     def send(self, message: object, fd: int | None = None) -> None: ...
     def close(self) -> None: ...
+
+
+class TransferPort(Protocol):
+    """The calls of a worker, as `TransferEndpoint` describes them."""
+
+    def expect(
+        self,
+        transfer: TransferId,
+        source: tuple[str, int],
+        block_ids: Sequence[int],
+        num_tokens: int,
+        num_cached_tokens: int,
+        num_source_ranks: int,
+    ) -> None: ...
+    def send(
+        self, transfer: TransferId, target: TransferAddress, block_ids: Sequence[int], num_tokens: int
+    ) -> None: ...
+    def extend(self, transfer: TransferId, block_ids: Sequence[int]) -> None: ...
+    def computed(
+        self, transfer: TransferId, layer_start: int, layer_end: int, token_start: int, token_end: int
+    ) -> None: ...
+    def prefill_done(self, transfer: TransferId) -> None: ...
+    def commit(self, transfer: TransferId, payload: bytes) -> None: ...
+    def cancel(self, transfer: TransferId, error: str = ..., kind: FailureKind = ...) -> None: ...
 
 
 class TransferListener(Protocol):

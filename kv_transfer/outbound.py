@@ -20,7 +20,7 @@ from .events import (
     Sent,
 )
 from .idle_links import LinkUse
-from .interfaces import ControlStream
+from .interfaces import ControlStream, TransferListener
 from .link import Link, LinkError, release
 from .pair import Local, Pair
 from .protocol import (
@@ -54,16 +54,20 @@ class Dial(Protocol):
 
 
 class OutboundPair(Pair[SenderEvent, SenderCommand]):
-    """All transfers to one worker."""
+    """All transfers to one rank of one worker."""
 
     def __init__(
-        self, local: Local, target: TransferAddress, dial: "Dial", on_end: Callable[[TransferId], object]
+        self,
+        local: Local,
+        target: TransferAddress,
+        dial: "Dial",
+        heads: range | None = None,
+        listener: TransferListener | None = None,
     ) -> None:
-        super().__init__(local)
+        super().__init__(local, heads, listener)
         self.target = target
         self._dial = dial
-        self._on_end = on_end
-        self._sender = TransferSender(local.layout, local.config, local.counters, target.worker_id)
+        self._sender = TransferSender(self._layout, local.config, local.counters, target.worker_id)
         self._dialling: Dialling | None = None
         # a chunk of theirs cannot leave, and one side has yet to hear of it
         self._spoilt: set[TransferId] = set()
@@ -91,12 +95,10 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
                 if self._channel is not None:
                     self._channel.send(command.message)
             case Sent():
-                self._on_end(command.transfer)
-                local.notify(local.listener.on_sent, command.transfer, command.stats)
+                local.notify(self._listener.on_sent, command.transfer, command.stats)
             case SendFailed():
                 if self._work.is_under_way(command.transfer):
                     self._spoilt.add(command.transfer)
-                self._on_end(command.transfer)
                 # a device may still read its blocks
                 self._work.after(command.transfer, partial(self._report_failure, command))
             case OpenLink():
@@ -112,9 +114,13 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
         if link is None or epoch is None:
             return  # it broke while the previous commands were carried out; LinkDown is on its way
         data = link.slot(command.slot, command.num_bytes)
-        blocks = block_range(span, command.block_ids, self.local.layout.block_size)
+        where = (
+            span.layer_start,
+            span.layer_end,
+            *block_range(span, command.block_ids, self._layout.block_size),
+        )
         try:
-            gathered = self.local.store.gather(span.layer_start, span.layer_end, *blocks, data, command.mark)
+            gathered = self.local.store.gather(*where, data, command.mark, self._heads)
         except Exception as error:  # any failure of the store ends this transfer, not the pair
             release(data)
             self._spoilt.add(command.transfer)
@@ -180,7 +186,7 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
 
     def _report_failure(self, failed: SendFailed) -> None:
         self._spoilt.discard(failed.transfer)
-        self.local.notify(self.local.listener.on_send_failed, failed.transfer, failed.error, failed.kind)
+        self.local.notify(self._listener.on_send_failed, failed.transfer, failed.error, failed.kind)
 
     def _drop_link(self) -> None:
         link = self._link
@@ -203,6 +209,10 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
             link=kind,
             layout=self.local.layout,
             gpu=mine.place.gpu,
+            source_rank=self.local.share.rank,
+            num_source_ranks=self.local.share.num_ranks,
+            target_rank=target.rank,
+            num_target_ranks=target.num_ranks,
         )
 
     def connected(

@@ -12,6 +12,8 @@ from itertools import count
 from time import monotonic
 from typing import Any, Generic, TypeVar
 
+import msgspec
+
 from ..core.messages import KVLayout
 from ..core.pump import CommandPump
 from .choice import Place
@@ -21,6 +23,7 @@ from .events import LinkDown, LinkUp
 from .interfaces import ControlStream, KVStore, TransferListener
 from .link import Link, LinkError
 from .own_time import OwnTime
+from .parts import Share
 from .send_turn import SendTurn
 from .store_work import StoreWaits, StoreWork
 
@@ -56,6 +59,8 @@ class Local:
     config: TransferConfig
     clock: InitVar[Callable[[], float]] = monotonic
     wait: Wait = field(default_factory=lambda: wait_on_executor)
+    rank_share: InitVar[Share | None] = None
+    share: Share = field(init=False)  # of the instance's KV; by default, all of it
     time: OwnTime = field(init=False)  # of all its deadlines; the hub ticks it
     epochs: Iterator[int] = field(init=False, default_factory=lambda: count(1))  # of links that we open
     counters: TransferCounters = field(init=False, default_factory=TransferCounters)
@@ -63,12 +68,19 @@ class Local:
     turn: SendTurn = field(init=False, default_factory=SendTurn)
     store_waits: StoreWaits = field(init=False, default_factory=StoreWaits)
 
-    def __post_init__(self, clock: Callable[[], float]) -> None:
+    def __post_init__(self, clock: Callable[[], float], rank_share: Share | None) -> None:
         self.time = OwnTime(clock, self.config.heartbeat_s)
+        self.share = rank_share or Share(0, 1, self.store.layout.num_kv_heads)
+        if self.store.layout.num_kv_heads != len(self.share.heads):
+            raise ValueError(
+                f"num_kv_heads: the store holds {self.store.layout.num_kv_heads}, expected"
+                f" {len(self.share.heads)} of {self.share}"
+            )
 
     @property
     def layout(self) -> KVLayout:
-        return self.store.layout
+        """The layout of the KV in all ranks of the instance."""
+        return msgspec.structs.replace(self.store.layout, num_kv_heads=self.share.num_kv_heads)
 
     def notify(self, method: Callable[..., None], *args: object) -> None:
         """Logs the worker's mistakes; they must not affect other transfers."""
@@ -90,8 +102,16 @@ C = TypeVar("C")
 class Pair(ABC, Generic[E, C]):
     """Feeds a machine and carries out its commands, on the endpoint's thread."""
 
-    def __init__(self, local: Local) -> None:
+    def __init__(self, local: Local, heads: range | None, listener: TransferListener | None) -> None:
+        """`heads` of the model travel, by default all that this rank holds; `listener` is by default the
+        worker's."""
         self.local = local
+        self._listener = listener or local.listener
+        held = local.share.heads
+        heads = held if heads is None else heads
+        # counted from the store's first; None: all of them
+        self._heads = None if heads == held else range(heads.start - held.start, heads.stop - held.start)
+        self._layout = msgspec.structs.replace(local.store.layout, num_kv_heads=len(heads))
         self._pump: CommandPump[C] = CommandPump(self._execute)
         self._channel: ControlStream | None = None
         self._link: Link | None = None

@@ -7,6 +7,8 @@
     P --COMMIT(payload)---------------> D     D --COMMITTED--> P
     P <--------------ABORT, HEARTBEAT-------------> D     D --UNNEEDED--> P, which closes an idle link
 
+Where an instance has several ranks, each pair of ranks that hold the same heads has a stream and a link.
+
 Every message carries its epoch, those of a transfer its id (request, attempt); those that do not fit are
 dropped as stale."""
 
@@ -17,11 +19,12 @@ from ..core.messages import KVLayout
 from ..core.request import TransferId
 from .span import Span
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 
 
 class Connect(msgspec.Struct, frozen=True, tag=True, array_like=True, kw_only=True):
-    """P's first frame: names both workers and states the layout of P's KV."""
+    """P's first frame: names both workers and their ranks, and states the layout of P's KV in all its ranks.
+    The heads that travel follow from it: those that both ranks hold, see `parts`."""
 
     version: int
     source_worker_id: str
@@ -32,6 +35,10 @@ class Connect(msgspec.Struct, frozen=True, tag=True, array_like=True, kw_only=Tr
     link: str  # one of `choice.LINKS`
     layout: KVLayout
     gpu: str = ""  # as in TransferAddress
+    source_rank: int = 0
+    num_source_ranks: int = 1
+    target_rank: int = 0
+    num_target_ranks: int = 1
 
 
 class Prepare(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -76,7 +83,7 @@ class LinkUnneeded(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class OfferTransfer(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """P is about to have the KV of `num_tokens` tokens; layers, heads and dtype are the pair's layout."""
+    """P is about to have the KV of `num_tokens` tokens; layers, heads and dtype are the pair's."""
 
     epoch: int
     transfer: TransferId

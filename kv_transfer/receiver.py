@@ -78,7 +78,8 @@ class TransferReceiver:
         self._last_seq = -1
         self._under_way: dict[int, _UnderWay] = {}  # by seq
         self._transfers: dict[TransferId, InboundTransfer] = {}
-        self._refused_until_s: dict[TransferId, float] = {}  # cancelled before their offer arrived
+        # cancelled before their offer arrived, by when they are forgotten
+        self._refused: dict[TransferId, tuple[CancelTransfer, float]] = {}
         self._now_s = 0.0
         self._heard_s = 0.0
         self._beat_s = 0.0
@@ -88,7 +89,7 @@ class TransferReceiver:
     @property
     def is_idle(self) -> bool:
         """Whether this object holds no state that would be lost with it."""
-        return self._link.state is LinkState.DOWN and not self._transfers and not self._refused_until_s
+        return self._link.state is LinkState.DOWN and not self._transfers and not self._refused
 
     @property
     def use(self) -> LinkUse | None:
@@ -143,8 +144,8 @@ class TransferReceiver:
         if (transfer := self._transfers.get(event.transfer)) is None:
             return
         if transfer.state is InboundState.EXPECTED:
-            self._refused_until_s[transfer.id] = self._now_s + self._config.max_lease_s
-        self._fail(transfer, event.error, FailureKind.CANCELLED)
+            self._refused[transfer.id] = event, self._now_s + self._config.max_lease_s
+        self._fail(transfer, event.error, event.kind)
 
     # from the link and the peer
 
@@ -176,10 +177,11 @@ class TransferReceiver:
                 self._on_commit(transfer, message)
 
     def _on_offer(self, offer: OfferTransfer) -> None:
-        if self._refused_until_s.pop(offer.transfer, None) is not None:
-            self._send(
-                AbortTransfer(offer.epoch, offer.transfer, "cancelled by the receiver", FailureKind.CANCELLED)
-            )
+        if (refused := self._refused.pop(offer.transfer, None)) is not None:
+            cancel, _ = refused
+            is_own = cancel.kind is FailureKind.CANCELLED
+            error = "cancelled by the receiver" if is_own else cancel.error
+            self._send(AbortTransfer(offer.epoch, offer.transfer, error, cancel.kind))
             return
         transfer = self._transfers.get(offer.transfer)
         if transfer is None:
@@ -274,9 +276,7 @@ class TransferReceiver:
                 wanted = "an offer" if transfer.state is InboundState.EXPECTED else "a reservation"
                 error = f"the lease ended after {self._now_s - transfer.since_s:.1f} s without {wanted}"
                 self._fail(transfer, error, FailureKind.LOST)
-        self._refused_until_s = {
-            key: until_s for key, until_s in self._refused_until_s.items() if until_s > self._now_s
-        }
+        self._refused = {key: refused for key, refused in self._refused.items() if refused[1] > self._now_s}
         if self._link.state is not LinkState.UP:
             return
         if self._now_s - self._heard_s > config.dead_after_s:

@@ -157,7 +157,7 @@ class TransferSender:
                 transfer.prefill_done(self._now_s)
                 transfer.payload = event.payload
             case CancelTransfer():
-                self._fail(transfer, event.error, FailureKind.CANCELLED)
+                self._fail(transfer, event.error, event.kind)
 
     def _on_gather_failed(self, event: GatherFailed) -> None:
         if event.epoch != self._epoch:

@@ -183,6 +183,7 @@ class _Port:
         block_ids: Seq[int],
         num_tokens: int,
         num_cached_tokens: int,
+        num_source_ranks: int,
     ) -> None:
         self._world.granted(transfer, self._instance, num_cached_tokens)
 

@@ -138,7 +138,10 @@ class RequestLife:
         commands: Commands = []
         if decode is not None:
             reserve = Reserve(
-                spec=spec, source_worker_id=prefill.worker_id, source_incarnation=prefill.incarnation
+                spec=spec,
+                source_worker_id=prefill.worker_id,
+                source_incarnation=prefill.incarnation,
+                num_source_ranks=prefill.info.address.num_ranks,
             )
             commands += _send(decode, reserve)
         return commands + _send(prefill, Prefill(spec=spec, target=decode.info.address if decode else None))

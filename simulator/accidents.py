@@ -6,8 +6,10 @@ from typing import Protocol
 from ..core.messages import Role
 from ..router.fleet_events import Drain
 from ..router.fleet_member import MemberState
+from . import rank_accidents
 from .faults import Accident, Faults
 from .network import Network
+from .rank_accidents import PlannedRankAccident
 from .scenario import PlannedAccident, Scenario
 from .simulated_head import SimulatedHead
 from .simulated_hosts import SimulatedHost, SimulatedHosts
@@ -44,6 +46,12 @@ class Accidents:
 
     def __init__(self, world: AccidentWorld) -> None:
         self._world = world
+
+    def strike_rank(self, accident: PlannedRankAccident) -> None:
+        world = self._world
+        instances = [worker.transfers for worker in world.alive()]
+        name = rank_accidents.strike(accident, instances, world.faults, world.network)
+        world.note(f"ACCIDENT {accident.kind.value}: {name}, {accident.duration_s} s")
 
     def strike(self, accident: PlannedAccident) -> None:
         world = self._world

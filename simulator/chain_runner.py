@@ -1,7 +1,7 @@
 """The modelled step: computes tokens from the KV that is present, at once or, as a device that runs ahead
 does, when it is collected."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
 from weakref import WeakKeyDictionary
@@ -59,18 +59,18 @@ class _Later:
 
 class ChainRunner:
     """Implements `engine.batch.Runner`. Prompts are computed at once even when it runs ahead: their KV is
-    sent layer by layer."""
+    sent layer by layer. Each of the instance's ranks has a store."""
 
     def __init__(
         self,
-        store: ChainStore,
+        stores: Seq[ChainStore],
         pool: BlockPool,
         cost: StepCost,
         on_sample: OnSample,
         runs_ahead: bool = False,
     ) -> None:
         self.runs_ahead = runs_ahead
-        self._store = store
+        self._stores = stores
         self._on_sample = on_sample
         self._size = pool.block_size
         self._cost = cost
@@ -95,22 +95,23 @@ class ChainRunner:
         self, batch: Batch, rows: list[_Row], on_layer: Callable[[int], None] | None
     ) -> list[list[SampledToken]]:
         for source, copy in batch.copies:
-            self._store.copy_block(source, copy)
+            for store in self._stores:
+                store.copy_block(source, copy)
         duration_s = self._cost.of(batch.num_tokens)
         states = [self._states(row) for row in rows]
         for row in rows:
             chunk = row.chunk
             table = row.block_ids[chunk.start // self._size : -(-chunk.end // self._size)]
-            self._store.check_writable(table, chunk.sequence)
-            self._store.check_held(row.block_ids, chunk.sequence)
+            self._stores[0].check_writable(table, chunk.sequence)
+            self._stores[0].check_held(row.block_ids, chunk.sequence)
         for layer in range(NUM_LAYERS):
             self._cost.spend(duration_s / NUM_LAYERS)
             final_s = self._cost()
             for row, words in zip(rows, states, strict=True):
                 for position, word in enumerate(words, row.chunk.start):
-                    self._store.write(
-                        layer, row.block_ids[position // self._size], position % self._size, word, final_s
-                    )
+                    block_id, offset = row.block_ids[position // self._size], position % self._size
+                    for store in self._stores:
+                        store.write(layer, block_id, offset, word, final_s)
             if on_layer is not None:
                 on_layer(layer)
         return [self._tokens(row) if row.draws else [] for row in rows]
@@ -136,7 +137,7 @@ class ChainRunner:
     def _states(self, row: _Row) -> list[int]:
         seq, start = row.chunk.sequence, row.chunk.start
         token_ids = row.token_ids or (self._drawn[seq],)
-        state = self._store.word(0, row.block_ids, start - 1) if start else salted(seq.spec.cache_salt)
+        state = self._stores[0].word(row.block_ids, start - 1) if start else salted(seq.spec.cache_salt)
         states = []
         for token_id in token_ids:
             state = chain(state, token_id)
@@ -145,7 +146,7 @@ class ChainRunner:
 
     def _sample(self, row: _Row, choice: int) -> int:
         seq = row.chunk.sequence
-        totals = [self._store.total(layer, row.block_ids, row.chunk.end) for layer in range(NUM_LAYERS)]
+        totals = [total for store in self._stores for total in store.totals(row.block_ids, row.chunk.end)]
         self._on_sample(seq, choice, row.index)
         total = totals[0] if all(other == totals[0] for other in totals) else chain(totals[0], totals[-1])
         return sample(total, seed_of(seq), choice, row.index)

@@ -10,6 +10,7 @@ from ..core.messages import Role
 from ..core.request import Request, SamplingParams
 from ..router.planner_desk import Mode
 from ..router.planning import Bounds, Ratio
+from .drawn_ranks import with_ranks
 from .faults import OF_ENGINES, OF_HOSTS, OF_THE_ROUTER, ORDERLY, Accident, FaultRates
 from .kv_model import VOCABULARY, expected_tokens
 from .scenario import (
@@ -52,7 +53,10 @@ def draw_scenario(seed: int, *, with_faults: bool = True, pool_size: int | None 
     """Returns the scenario of `seed`, which is the same in every process. `pool_size`: that of each pool,
     which else is drawn."""
     scenario = _draw_common(seed, with_faults)
-    return _draw_special(seed, scenario, with_faults) if pool_size is None else _widened(scenario, pool_size)
+    scenario = (
+        _draw_special(seed, scenario, with_faults) if pool_size is None else _widened(scenario, pool_size)
+    )
+    return with_ranks(Random(f"ranks of {seed}"), scenario)
 
 
 def _draw_common(seed: int, with_faults: bool) -> Scenario:

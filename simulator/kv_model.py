@@ -1,9 +1,9 @@
 """The model and its KV in the simulator: a token is a pure function of the KV really present in the
 sequence's blocks.
 
-The KV of the token at position p is the chain value of tokens 0..p, once per layer. A step sums, per layer,
-all the KV that its block table names; the sums determine the token. So a wrong, stale, missing or foreign
-block shows as a wrong token."""
+The KV of the token at position p is the chain value of tokens 0..p, once per layer and KV head; a head adds
+its number, times a constant. A step sums, per layer and head, all the KV that its block table names; the sums
+determine the token. So a wrong, stale, missing or foreign block, or head, shows as a wrong token."""
 
 import zlib
 from collections.abc import Callable, Sequence as Seq
@@ -18,11 +18,12 @@ VOCABULARY = 997
 NUM_LAYERS = 2
 MASK = (1 << 64) - 1
 _MULTIPLIER = 0x9E3779B97F4A7C15
+_HEAD_STEP = 0xC2B2AE3D27D4EB4F
 
 
-def layout(block_size: int) -> KVLayout:
-    """One 64-bit word per layer and token."""
-    return KVLayout(NUM_LAYERS, 1, 1, "float32", block_size, "chain")
+def layout(block_size: int, num_kv_heads: int) -> KVLayout:
+    """One 64-bit word per layer, head and token."""
+    return KVLayout(NUM_LAYERS, num_kv_heads, 1, "float32", block_size, "chain")
 
 
 def chain(state: int, token_id: int) -> int:
@@ -91,16 +92,23 @@ class ChainStore:
     permission."""
 
     def __init__(
-        self, pool: BlockPool, clock: "Clocks", violation: Callable[[str], None], fails: Callable[[], bool]
+        self,
+        pool: BlockPool,
+        clock: "Clocks",
+        violation: Callable[[str], None],
+        fails: Callable[[], bool],
+        heads: range,
     ) -> None:
         size = pool.num_blocks * pool.block_size
-        self.layout = layout(pool.block_size)
+        self.layout = layout(pool.block_size, len(heads))
         self.leases: dict[TransferId, frozenset[int]] = {}  # blocks that a transfer may write
         self._pool = pool
         self._violation = violation
         self._fails = fails
-        self._words = [[0] * size for _ in range(NUM_LAYERS)]
-        self._sums = [[0] * pool.num_blocks for _ in range(NUM_LAYERS)]  # of each block's words
+        self._steps = [head * _HEAD_STEP for head in heads]
+        num_planes = NUM_LAYERS * len(heads)  # [layers, heads]
+        self._words = [[0] * size for _ in range(num_planes)]
+        self._sums = [[0] * pool.num_blocks for _ in range(num_planes)]  # of each block's words
         self._final_s = [
             [0.0] * size for _ in range(NUM_LAYERS)
         ]  # when a running step has computed each word
@@ -108,10 +116,14 @@ class ChainStore:
 
     def write(self, layer: int, block_id: int, offset: int, word: int, final_s: float = 0.0) -> None:
         """Writes a word, which no other reader may read before `final_s`."""
-        words, index = self._words[layer], block_id * self._pool.block_size + offset
-        self._sums[layer][block_id] += word - words[index]
+        for plane, step in enumerate(self._steps, layer * len(self._steps)):
+            self._put(plane, block_id, offset, (word + step) & MASK)
+        self._final_s[layer][block_id * self._pool.block_size + offset] = final_s
+
+    def _put(self, plane: int, block_id: int, offset: int, word: int) -> None:
+        words, index = self._words[plane], block_id * self._pool.block_size + offset
+        self._sums[plane][block_id] += word - words[index]
         words[index] = word
-        self._final_s[layer][index] = final_s
 
     def check_writable(self, block_ids: Seq[int], whose: object) -> None:
         for block_id in block_ids:
@@ -126,25 +138,31 @@ class ChainStore:
             if self._pool.ref_count(block_id) == 0:
                 self._violation(f"{whose} reads block {block_id}, which has no holder")
 
-    def total(self, layer: int, block_ids: Seq[int], num_tokens: int) -> int:
-        """Returns the sum over the first `num_tokens` tokens of a block table."""
-        size, sums = self._pool.block_size, self._sums[layer]
-        num_full = num_tokens // size
-        total = sum([sums[block_id] for block_id in block_ids[:num_full]])
-        if num_tokens % size:
-            start = block_ids[num_full] * size
-            total += sum(self._words[layer][start : start + num_tokens % size])
-        return total & MASK
-
-    def word(self, layer: int, block_ids: Seq[int], position: int) -> int:
+    def totals(self, block_ids: Seq[int], num_tokens: int) -> list[int]:
+        """Returns the sum over the first `num_tokens` tokens of a block table, for each layer and head; all
+        are the same."""
         size = self._pool.block_size
-        return self._words[layer][block_ids[position // size] * size + position % size]
+        num_full = num_tokens // size
+        found = []
+        for plane, sums in enumerate(self._sums):
+            total = sum([sums[block_id] for block_id in block_ids[:num_full]])
+            if num_tokens % size:
+                start = block_ids[num_full] * size
+                total += sum(self._words[plane][start : start + num_tokens % size])
+            found.append((total - num_tokens * self._steps[plane % len(self._steps)]) & MASK)
+        return found
+
+    def word(self, block_ids: Seq[int], position: int) -> int:
+        """Returns the chain value at a position."""
+        size = self._pool.block_size
+        word = self._words[0][block_ids[position // size] * size + position % size]
+        return (word - self._steps[0]) & MASK
 
     def copy_block(self, source: int, copy: int) -> None:
         size = self._pool.block_size
-        for layer, words in enumerate(self._words):
+        for plane, words in enumerate(self._words):
             words[copy * size : (copy + 1) * size] = words[source * size : (source + 1) * size]
-            self._sums[layer][copy] = self._sums[layer][source]
+            self._sums[plane][copy] = self._sums[plane][source]
 
     # KVStore
 
@@ -161,6 +179,7 @@ class ChainStore:
         token_end: int,
         out: memoryview,
         after: int = 0,
+        heads: range | None = None,
     ) -> int:
         if self._fails():
             raise StoreFault
@@ -168,10 +187,10 @@ class ChainStore:
         self.check_held(block_ids[token_start // size : -(-token_end // size)], "a transfer")
         words, now_s = out.cast("Q"), self._clock.time.now_s
         index = 0
-        for layer in range(layer_start, layer_end):
+        for layer, plane in self._planes(layer_start, layer_end, heads):
             for position in range(token_start, token_end):
                 cell = block_ids[position // size] * size + position % size
-                words[index] = self._words[layer][cell]
+                words[index] = self._words[plane][cell]
                 if self._final_s[layer][cell] > now_s:
                     self._violation(
                         f"a transfer reads layer {layer} of token {position} before it is computed"
@@ -192,6 +211,7 @@ class ChainStore:
         token_end: int,
         data: memoryview,
         after: int = 0,
+        heads: range | None = None,
     ) -> None:
         if self._fails():
             raise StoreFault
@@ -202,10 +222,20 @@ class ChainStore:
         self.check_writable(touched, "a transfer")
         words = data.cast("Q")
         index = 0
-        for layer in range(layer_start, layer_end):
+        for layer, plane in self._planes(layer_start, layer_end, heads):
             for position in range(token_start, token_end):
-                self.write(layer, block_ids[position // size], position % size, words[index])
+                block_id, offset = block_ids[position // size], position % size
+                self._put(plane, block_id, offset, words[index])
+                self._final_s[layer][block_id * size + offset] = 0.0
                 index += 1
+
+    def _planes(self, layer_start: int, layer_end: int, heads: range | None) -> list[tuple[int, int]]:
+        """Returns (layer, plane) of these layers and heads, in the order of the wire."""
+        num_heads = len(self._steps)
+        picked = range(num_heads) if heads is None else heads
+        return [
+            (layer, layer * num_heads + head) for layer in range(layer_start, layer_end) for head in picked
+        ]
 
 
 class Clocks(Protocol):

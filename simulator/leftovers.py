@@ -39,9 +39,12 @@ def _held(worker: SimulatedWorker) -> Iterator[str]:
         yield f"{worker.worker.num_legs} legs"
     if worker.pool.num_free_blocks != worker.pool.num_blocks:
         yield f"{worker.pool.num_blocks - worker.pool.num_free_blocks} blocks"
-    if worker.store.leases:
-        yield f"leases of {', '.join(map(str, worker.store.leases))}"
-    if worker.hub.num_links > worker.local.config.max_links:
-        yield f"{worker.hub.num_links} links"
-    if worker.hub.num_transfers:
-        yield f"{worker.hub.num_transfers} transfers"
+    if worker.transfers.num_open:
+        yield f"{worker.transfers.num_open} transfers in parts"
+    for rank in worker.ranks:
+        if rank.store.leases:
+            yield f"leases of {', '.join(map(str, rank.store.leases))}"
+        if rank.hub.num_links > rank.local.config.max_links:
+            yield f"{rank.hub.num_links} links"
+        if rank.hub.num_transfers:
+            yield f"{rank.hub.num_transfers} transfers"

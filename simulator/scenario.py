@@ -8,6 +8,7 @@ from ..core.messages import Role
 from ..core.request import Request
 from ..worker.router_session import ROUTER_LOST_TIMEOUT_S
 from .faults import OF_THE_ROUTER, Accident, FaultRates
+from .rank_accidents import PlannedRankAccident
 from .simulated_hosts import PlannedHost
 from .simulated_planner import PlannedPlanner
 from .simulated_worker import WorkerShape
@@ -106,6 +107,7 @@ class Scenario:
     rates: FaultRates
     requests: tuple[PlannedRequest, ...]
     accidents: tuple[PlannedAccident, ...]
+    rank_accidents: tuple[PlannedRankAccident, ...] = ()
     gray: Gray | None = None
     severed: Severed | None = None
     unequal: Mapping[str, Inequality] = field(
@@ -132,7 +134,9 @@ class Scenario:
     @property
     def end_of_faults_s(self) -> float:
         """When faults have ended, those of accidents included."""
-        return max([CALM_S, *(accident.at_s + accident.duration_s for accident in self.accidents)])
+        ends = [accident.at_s + accident.duration_s for accident in self.accidents]
+        ends += [accident.at_s + accident.duration_s for accident in self.rank_accidents]
+        return max([CALM_S, *ends])
 
     @property
     def longest_accident_s(self) -> float:

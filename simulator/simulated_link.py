@@ -10,7 +10,7 @@ from ..kv_transfer.outbound import OutboundPair
 from ..kv_transfer.protocol import Connect, LinkRefused, Prepare
 from .network import ConnectionEnd, Network
 from .scenario import Severed
-from .simulated_worker import SimulatedWorker
+from .simulated_ranks import SimulatedRank
 from .virtual_time import Timer, VirtualProcess
 
 PREPARE_S = 0.001  # to create a ring
@@ -143,8 +143,8 @@ class SimulatedDial:
     def __init__(
         self,
         network: Network,
-        source: SimulatedWorker,
-        target: SimulatedWorker | None,
+        source: SimulatedRank,
+        target: SimulatedRank | None,
         pair: OutboundPair,
         epoch: int,
         corrupts: Callable[[], bool],

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence as Seq
 from functools import partial
 from random import Random
 
+from ..core.failures import FailureKind
 from ..core.messages import TransferAddress
 from ..core.request import TransferId
 from ..kv_transfer.events import (
@@ -45,11 +46,12 @@ class Port:
         block_ids: Seq[int],
         num_tokens: int,
         num_cached_tokens: int,
+        num_source_ranks: int,
     ) -> None:
         first = num_cached_tokens // self._store.layout.block_size
         self._store.leases[transfer] = frozenset(block_ids[first:])
         event = Expect(transfer, tuple(block_ids), num_tokens, num_cached_tokens)
-        self._post(partial(self._hub.expect, source, event))
+        self._post(partial(self._hub.expect, source, event, num_source_ranks))
 
     def send(
         self, transfer: TransferId, target: TransferAddress, block_ids: Seq[int], num_tokens: int
@@ -71,8 +73,10 @@ class Port:
     def commit(self, transfer: TransferId, payload: bytes) -> None:
         self._post(partial(self._hub.feed_sender, transfer, CommitReady(transfer, payload)))
 
-    def cancel(self, transfer: TransferId) -> None:
-        self._post(partial(self._hub.cancel, CancelTransfer(transfer, "cancelled")))
+    def cancel(
+        self, transfer: TransferId, error: str = "cancelled", kind: FailureKind = FailureKind.CANCELLED
+    ) -> None:
+        self._post(partial(self._hub.cancel, CancelTransfer(transfer, error, kind)))
 
     def _post(self, call: Callable[[], None]) -> None:
         self._last_s = max(self._last_s + 1e-9, self._clock() + HOP_S * self._rng.random())

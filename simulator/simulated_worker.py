@@ -7,8 +7,7 @@ transfer hub --endings--> inbox; engine --calls--> hub, a moment later, in their
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from random import Random
 from typing import Protocol
 
@@ -32,11 +31,8 @@ from ..engine.batch import RoleEngine
 from ..engine.block_pool import BlockPool
 from ..engine.kv_manager import KVManager
 from ..engine.sequence import Sequence
-from ..kv_transfer.choice import Place
 from ..kv_transfer.config import TransferConfig
-from ..kv_transfer.hub import TransferHub
 from ..kv_transfer.outbound import Dialling, OutboundPair
-from ..kv_transfer.pair import Identity, Local
 from ..router.cores import Placement
 from ..worker.ending import Part, in_closing_order
 from ..worker.router_session import RECONNECT_S, RouterSession, RouterSilence
@@ -44,10 +40,11 @@ from ..worker.step_watch import StepWatch, WatchedRunner
 from ..worker.worker import Worker
 from .chain_runner import ChainRunner
 from .faults import Faults
-from .kv_model import ChainStore
+from .kv_model import NUM_LAYERS
 from .network import ConnectionEnd
 from .simulated_masks import NO_TOKEN_IS_RULED_OUT, SimulatedMasks
-from .simulated_port import HOP_S, Port
+from .simulated_port import HOP_S
+from .simulated_ranks import Instance, SimulatedRank, SimulatedRanks
 from .virtual_time import VirtualProcess, VirtualTime
 
 NEED = Need(1, 1.0, num_bytes=1)  # per instance
@@ -70,6 +67,8 @@ class WorkerShape:
     step_s: float
     token_s: float = 0.0001
     runs_ahead: bool = False  # as a GPU does: a step is launched before the one before it is collected
+    num_ranks: int = 1
+    num_kv_heads: int = 1  # of the model, the same for all
 
 
 @dataclass
@@ -93,17 +92,14 @@ class StepClock:
 
 @dataclass
 class EngineInbox:
-    """Carries a transfer's ending from the transfer thread to the engine; the lease ends at once."""
+    """Carries a transfer's ending from the transfer thread to the engine."""
 
     worker: "SimulatedWorker"
-    store: ChainStore = field(init=False)
 
     def on_received(self, transfer: TransferId, payload: bytes) -> None:
-        self.worker.end_lease(transfer)
         self.worker.post(lambda: self.worker.worker.received(transfer, payload))
 
     def on_receive_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
-        self.worker.end_lease(transfer)
         self.worker.post(lambda: self.worker.worker.receive_failed(transfer, error, kind))
 
     def on_sent(self, transfer: TransferId, stats: TransferStats) -> None:
@@ -124,8 +120,8 @@ class WorkerWorld(Protocol):
         """Whether a worker fails to read or write a block."""
         ...
 
-    def dial(self, source: "SimulatedWorker", pair: OutboundPair, epoch: int) -> Dialling:
-        """Connects a worker to another one."""
+    def dial(self, source: SimulatedRank, pair: OutboundPair, epoch: int) -> Dialling:
+        """Connects a rank of a worker to one of another worker."""
         ...
 
     def connect(self, worker: "SimulatedWorker") -> ConnectionEnd | None:
@@ -174,39 +170,41 @@ class SimulatedWorker:
         self.spec = spec
         self.placement = placement
         self.shape = shape
-        self.transport = transport
         self.clock = StepClock(time, shape)
         self.pool = BlockPool(shape.num_blocks, shape.block_size, REPORTED_AT_ONCE)
-        self.store = ChainStore(
+        instance = Instance(
+            *spec.key,
+            placement.node_id,
+            transport,
+            shape.num_ranks,
+            shape.num_kv_heads,
             self.pool,
-            self.clock,
-            lambda text: world.violation(f"{spec}: {text}"),
-            partial(world.fails_store, spec.worker_id),
-        )
-        self.local = Local(
-            Identity(*spec.key, Place(placement.node_id, "")),
-            self.store,
-            EngineInbox(self),
             config,
-            clock=lambda: time.now_s,
-            wait=lambda link, ticket, timeout_s, done: ticket.when_done(process, timeout_s, done),
         )
+        self.transfers = SimulatedRanks(world, instance, process, self.clock, EngineInbox(self), self._fail)
+        self.ranks = self.transfers.ranks
         self.watch = StepWatch(FIRST_STEP_S, LEAST_STEP_S)
         self.hangs = False  # its next step never ends
-        self.hub = TransferHub(self.local, partial(world.dial, self))
         engine = RoleEngine(
             KVManager(self.pool, shape.max_model_len),
             WatchedRunner(
-                ChainRunner(self.store, self.pool, self.clock, self._on_sample, shape.runs_ahead), self.watch
+                ChainRunner(
+                    [rank.store for rank in self.ranks],
+                    self.pool,
+                    self.clock,
+                    self._on_sample,
+                    shape.runs_ahead,
+                ),
+                self.watch,
             ),
-            self.store.layout.num_layers,
+            NUM_LAYERS,
             shape.max_batch_tokens,
             shape.max_batch_size,
         )
         self.worker = Worker(
             *spec.key,
             engine,
-            Port(process, self.clock, self.hub, self.store, world.rng),
+            self.transfers.port,
             SimulatedMasks(process, Random(f"{process.name} {time.now_s}"), self.clock, self._on_mask),
             lambda sequences: None,  # so every mask is late
             self.clock,
@@ -260,7 +258,8 @@ class SimulatedWorker:
 
     def _serve(self) -> None:
         """Begins to serve, once the worker is loaded."""
-        self.process.every(self.local.config.heartbeat_s / 2, self.hub.tick)
+        for rank in self.ranks:
+            rank.start()
         self._session.loaded()
         if self._connection is not None:
             self._greet_soon(self._connection)
@@ -293,9 +292,7 @@ class SimulatedWorker:
         if self._connection is None:
             return
         if (why := self.watch.beat()) is not None:
-            if (failing := self._session.failing(why)) is not None:
-                self._connection.send(failing)
-            self.process.kill()
+            self._fail(why)
         elif self._silence.is_lost(self._time.now_s):
             self._connection.close()
             self._on_lost()
@@ -303,6 +300,13 @@ class SimulatedWorker:
             self._router.send(self.worker.report())
         elif not self._session.is_loaded:
             self._connection.send(self._session.progress("loading weights", self._loaded_part()))
+
+    def _fail(self, why: str) -> None:
+        """Ends the process at once, whatever its threads hang in."""
+        failing = self._session.failing(why)
+        if failing is not None and self._connection is not None:
+            self._connection.send(failing)
+        self.process.kill()
 
     def _greet_soon(self, connection: ConnectionEnd) -> None:
         """Greets the router from the engine's thread."""
@@ -365,20 +369,17 @@ class SimulatedWorker:
             worker_id=self.spec.worker_id,
             incarnation=self.spec.incarnation,
             role=self.spec.role,
-            layout=self.store.layout,
+            layout=self.ranks[0].local.layout,
             num_blocks=shape.num_blocks,
             max_model_len=shape.max_model_len,
             max_batch_tokens=shape.max_batch_tokens,
             max_batch_size=shape.max_batch_size,
-            address=TransferAddress(*self.spec.key, self.placement.node_id, "", "", 0),
+            address=self.transfers.address(),
             devices=(),
             node="here",
             pid=0,
             kernels="chain",
         )
-
-    def end_lease(self, transfer: TransferId) -> None:
-        self.store.leases.pop(transfer, None)
 
     def post(self, event: Callable[[], None]) -> None:
         """Lets the engine thread handle `event` before its next step."""
@@ -398,7 +399,7 @@ class SimulatedWorker:
         worked = self.worker.step()
         ahead_s, self.clock.ahead_s = self.clock.ahead_s, 0.0
         if not self.hangs:
-            self.process.call_later(ahead_s, lambda: self._end_turn(worked))
+            self.transfers.siblings.compute(ahead_s, lambda: self._end_turn(worked))
 
     def _end_turn(self, worked: bool) -> None:
         if self._has_crashed:

@@ -33,6 +33,7 @@ from .simulated_head import SimulatedHead
 from .simulated_hosts import SimulatedHosts
 from .simulated_link import SimulatedDial
 from .simulated_planner import SimulatedPlanner
+from .simulated_ranks import SimulatedRank
 from .simulated_worker import InstanceSpec, SimulatedWorker
 from .virtual_time import VirtualProcess, VirtualTime
 
@@ -142,6 +143,8 @@ class Simulation:
             self.time.call_at(2.5, self._watch_shares)
         for accident in self.scenario.accidents:
             self.time.call_at(accident.at_s, partial(self._accidents.strike, accident))
+        for of_a_rank in self.scenario.rank_accidents:
+            self.time.call_at(of_a_rank.at_s, partial(self._accidents.strike_rank, of_a_rank))
         while self.time.step(CALM_S):
             pass
         self.faults.calm()
@@ -239,7 +242,10 @@ class Simulation:
         return [worker for worker in self.workers.values() if worker.process.is_alive]
 
     def _leftovers(self) -> list[str]:
-        return leftovers(self.head, self.alive(), self.time.now_s)
+        left = leftovers(self.head, self.alive(), self.time.now_s)
+        ended = [worker for worker in self.workers.values() if not worker.process.is_alive]
+        numbers = {worker.spec: worker.transfers.siblings.num_left for worker in ended}
+        return left + [f"{number} ranks of {spec}" for spec, number in numbers.items() if number]
 
     # workers
 
@@ -289,9 +295,10 @@ class Simulation:
         self.faults.count(f"gray worker: {kind.value}")
         return True
 
-    def dial(self, source: SimulatedWorker, pair: OutboundPair, epoch: int) -> SimulatedDial:
-        source_id, target_id = source.spec.worker_id, pair.target.worker_id
-        target = self.workers.get((target_id, pair.target.incarnation))
+    def dial(self, source: SimulatedRank, pair: OutboundPair, epoch: int) -> SimulatedDial:
+        source_id, target_id = source.worker_id, pair.target.worker_id
+        worker = self.workers.get((target_id, pair.target.incarnation))
+        target = None if worker is None else worker.ranks[pair.target.rank]
         corrupts = partial(self.corrupts_chunk, source_id, target_id)
         severed = self._severed(source_id, target_id)
         if severed is not None:

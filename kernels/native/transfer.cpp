@@ -51,19 +51,19 @@ class Checksum {
   W sum_{};
 };
 
-// Calls f(cache offset, wire offset, bytes) for every run of tokens that is contiguous on both sides. A
-// block's heads come one after the other, as in the cache: memory serves one long pass over a block better
-// than many short ones.
+// Calls f(cache offset, wire offset, bytes) for every run of tokens that is contiguous on both sides, of the
+// first `heads` of a block's `held` heads. A block's heads come one after the other, as in the cache: memory
+// serves one long pass over a block better than many short ones.
 template <class F>
-void for_runs(int64_t planes, int64_t num_blocks, int64_t heads, int64_t block_size, int64_t row, const int64_t* block_ids,
-              int64_t token_start, int64_t token_end, F&& f) {
+void for_runs(int64_t planes, int64_t num_blocks, int64_t held, int64_t heads, int64_t block_size, int64_t row,
+              const int64_t* block_ids, int64_t token_start, int64_t token_end, F&& f) {
   const int64_t tokens = token_end - token_start;
   for (int64_t plane = 0; plane < planes; ++plane)
     for (int64_t token = token_start; token < token_end;) {
       const int64_t run = std::min(token_end - token, block_size - token % block_size);
       const int64_t block = plane * num_blocks + block_ids[token / block_size];
       for (int64_t head = 0; head < heads; ++head)
-        f(((block * heads + head) * block_size + token % block_size) * row,
+        f(((block * held + head) * block_size + token % block_size) * row,
           ((plane * heads + head) * tokens + token - token_start) * row, run * row);
       token += run;
     }
@@ -101,9 +101,9 @@ void copy_streaming(char* to, const char* from, int64_t bytes) {
 }  // namespace
 
 // Returns the checksum of the bytes that it wrote.
-extern "C" uint64_t PD_EXPORT(gather_tokens)(const char* cache, char* wire, int64_t planes, int64_t num_blocks, int64_t heads,
-                                     int64_t block_size, int64_t row, const int64_t* block_ids, int64_t token_start,
-                                     int64_t token_end) {
+extern "C" uint64_t PD_EXPORT(gather_tokens)(const char* cache, char* wire, int64_t planes, int64_t num_blocks, int64_t held,
+                                     int64_t heads, int64_t block_size, int64_t row, const int64_t* block_ids,
+                                     int64_t token_start, int64_t token_end) {
   Checksum checksum;
   const char* from = cache;
   int64_t start = 0, bytes = 0;
@@ -111,7 +111,7 @@ extern "C" uint64_t PD_EXPORT(gather_tokens)(const char* cache, char* wire, int6
     checksum.seek(start);
     checksum = copy_summing(wire + start, from, bytes, next, checksum);
   };
-  for_runs(planes, num_blocks, heads, block_size, row, block_ids, token_start, token_end,
+  for_runs(planes, num_blocks, held, heads, block_size, row, block_ids, token_start, token_end,
            [&](int64_t in_cache, int64_t on_wire, int64_t num_bytes) {
              copy(cache + in_cache);
              from = cache + in_cache, start = on_wire, bytes = num_bytes;
@@ -130,10 +130,10 @@ extern "C" uint64_t PD_EXPORT(wire_checksum)(const char* wire, int64_t bytes) {
   return checksum.value();
 }
 
-extern "C" void PD_EXPORT(scatter_tokens)(char* cache, const char* wire, int64_t planes, int64_t num_blocks, int64_t heads,
-                                  int64_t block_size, int64_t row, const int64_t* block_ids, int64_t token_start,
-                                  int64_t token_end) {
-  for_runs(planes, num_blocks, heads, block_size, row, block_ids, token_start, token_end,
+extern "C" void PD_EXPORT(scatter_tokens)(char* cache, const char* wire, int64_t planes, int64_t num_blocks, int64_t held,
+                                  int64_t heads, int64_t block_size, int64_t row, const int64_t* block_ids,
+                                  int64_t token_start, int64_t token_end) {
+  for_runs(planes, num_blocks, held, heads, block_size, row, block_ids, token_start, token_end,
            [&](int64_t in_cache, int64_t on_wire, int64_t bytes) { copy_streaming(cache + in_cache, wire + on_wire, bytes); });
   pd::stream_fence();  // streamed stores become visible before the signal that they are done
 }

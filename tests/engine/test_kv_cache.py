@@ -1,11 +1,17 @@
 """KVCache: a transfer moves KV from one cache to another, even with another block size."""
 
+from typing import Literal
+
+import msgspec
 import pytest
 import torch
 
 from pdserve.core.messages import KVLayout
 from pdserve.engine.kv_cache import KVCache
+from pdserve.kernels import KernelRequirements, Kernels, load_kernels
 from pdserve.kernels.reference import TorchKernels
+
+KERNELS = [TorchKernels(), load_kernels("cpu", KernelRequirements(torch.bfloat16, 8, 8), "auto", 1)]
 
 
 def make_cache(block_size: int = 8, dtype: str = "float32", num_blocks: int = 12) -> KVCache:
@@ -40,6 +46,27 @@ def test_kv_moves_between_caches_of_different_block_sizes(dtype: str, target_blo
         moved = tokens(target, layer, target_blocks)
         assert torch.equal(moved[:, :, :27], tokens(source, layer, source_blocks)[:, :, :27])
         assert not moved[:, :, 27:].any()
+
+
+@pytest.mark.parametrize("kernels", KERNELS, ids=["torch", "cpu"])
+@pytest.mark.parametrize("wire", ["raw", "int8"])
+def test_some_heads_move_and_the_others_stay(kernels: Kernels, wire: Literal["raw", "int8"]) -> None:
+    layouts = [KVLayout(3, num_heads, 8, "bfloat16", 8, "model", wire) for num_heads in (4, 2)]
+    source, target = (KVCache(layout, 12, kernels) for layout in layouts)
+    fill(source, 1)
+    fill(target, 2)
+    before = [tokens(target, layer, [3, 9]) for layer in range(3)]
+    part = msgspec.structs.replace(layouts[0], num_kv_heads=1)
+    data = bytearray(3 * 13 * part.wire_bytes_per_cell)
+    source.gather(0, 3, [5, 0], 1, 14, memoryview(data), heads=range(2, 3))
+    target.scatter(0, 3, [3, 9], 1, 14, memoryview(data), heads=range(1, 2))
+    for layer in range(3):
+        moved, sent = tokens(target, layer, [3, 9]), tokens(source, layer, [5, 0])
+        torch.testing.assert_close(moved[:, 1, 1:14], sent[:, 2, 1:14], atol=0.05, rtol=0)
+        assert torch.equal(moved[:, 0], before[layer][:, 0])
+        assert torch.equal(moved[:, 1, 14:], before[layer][:, 1, 14:])
+    with pytest.raises(ValueError, match="heads"):
+        source.gather(0, 3, [5, 0], 1, 14, memoryview(data), heads=range(4, 5))
 
 
 def test_data_may_be_read_only_memory() -> None:

@@ -76,6 +76,10 @@ class ArrayStore:
         picked: npt.NDArray[np.uint8] = self.cache[:, :, :, self._slots(block_ids, token_start, token_end)]
         return picked
 
+    def _part(self, layer_start: int, layer_end: int, heads: range | None) -> npt.NDArray[np.uint8]:
+        heads = range(self.layout.num_kv_heads) if heads is None else heads
+        return self.cache[layer_start:layer_end, :, heads.start : heads.stop]
+
     def mark(self) -> int:
         return 0
 
@@ -88,11 +92,12 @@ class ArrayStore:
         token_end: int,
         out: memoryview,
         after: int = 0,
+        heads: range | None = None,
     ) -> int:
         if self.gather_error is not None:
             raise self.gather_error
         slots = self._slots(block_ids, token_start, token_end)
-        out[:] = self.cache[layer_start:layer_end][:, :, :, slots].tobytes()
+        out[:] = self._part(layer_start, layer_end, heads)[:, :, :, slots].tobytes()
         return self.checksum(out)
 
     def checksum(self, data: memoryview) -> int:
@@ -107,6 +112,7 @@ class ArrayStore:
         token_end: int,
         data: memoryview,
         after: int = 0,
+        heads: range | None = None,
     ) -> None:
         size = self.layout.block_size
         written = set(block_ids[token_start // size : (token_end - 1) // size + 1])
@@ -114,7 +120,7 @@ class ArrayStore:
             f"blocks {written - self.writable} were written after their transfer ended"
         )
         slots = self._slots(block_ids, token_start, token_end)
-        part = self.cache[layer_start:layer_end]
+        part = self._part(layer_start, layer_end, heads)
         shape = (part.shape[0], 2, part.shape[2], len(slots), part.shape[4])
         part[:, :, :, slots] = np.frombuffer(data, np.uint8).reshape(shape)
         self.num_scattered += 1

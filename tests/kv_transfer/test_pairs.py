@@ -133,7 +133,7 @@ def test_a_link_that_breaks_during_a_send_fails_its_transfer_at_once() -> None:
     dialling = SimpleNamespace(cancel=lambda: None)
     target = TransferAddress("d", 1, "here", "", "127.0.0.1", 1)
     pair, wire, link = (
-        OutboundPair(here, target, lambda pair, epoch: dialling, lambda transfer: None),
+        OutboundPair(here, target, lambda pair, epoch: dialling),
         WireStub(),
         BrokenLink(),
     )

@@ -170,6 +170,7 @@ class Wire:
         block_ids: Seq[int],
         num_tokens: int,
         num_cached_tokens: int,
+        num_source_ranks: int,
     ) -> None:
         self._expects[transfer] = (tuple(block_ids), num_tokens, num_cached_tokens)
 

@@ -4,7 +4,7 @@ import re
 import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def test_eight_ranks_that_share_two_kv_heads_equal_transformers(directory: Path,
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_token_depends_neither_on_the_batch_nor_on_the_run(
-    dtype: str, directory: Path, pool: RankPool
+    dtype: Literal["float32", "bfloat16"], directory: Path, pool: RankPool
 ) -> None:
     """Down to the bits of log probabilities; sampled, forked with copy-on-write, penalised, and with the
     prompt's log probabilities."""

@@ -80,7 +80,7 @@ def test_several_threads_may_send_at_once() -> None:
     with groups(2) as (first, second):
         assert second.led is not None
         threads = [
-            threading.Thread(target=lambda i=i: [first.send(KIND, bytes([i]) * 700) for _ in range(20)])  # type: ignore[misc]
+            threading.Thread(target=lambda i=i: [first.send(KIND, bytes([i]) * 700) for _ in range(20)])
             for i in range(4)
         ]
         for thread in threads:

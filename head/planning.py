@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 INTERVAL_S = 2.0  # of a summary
 MAX_SEEN = 2000  # requests of one: the latest
-MAX_OPEN = 2000  # requests of one: the first
+MAX_OPEN = 2000  # requests of one: the first and the last
 START_S = 30.0  # assumed, until an instance has started
 
 

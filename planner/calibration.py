@@ -31,11 +31,11 @@ class Calibration:
     def __init__(self) -> None:
         self._prediction: _Prediction | None = None
         self._checks: deque[Check] = deque(maxlen=MAX_CHECKS)
-        self._error = 0.0  # mean, relative, of the latest predictions
+        self._error = 0.0  # mean, in shares of the requests, of the latest predictions
 
     @property
     def trust(self) -> float:
-        """Returns 1 less the mean relative error."""
+        """Returns 1 less the mean error."""
         return 1.0 - self._error
 
     @property
@@ -75,6 +75,5 @@ class Calibration:
         self._checks.append(
             Check(from_s=one.from_s, until_s=now_s, ratio=one.ratio, predicted=predicted, came=came)
         )
-        larger = max(predicted, came)
-        error = abs(predicted - came) / larger if larger > 0 else 0.0
+        error = abs(predicted - came) / rate
         self._error += ERROR_WEIGHT * (error - self._error)

@@ -12,6 +12,8 @@ from ..core.messages import Role
 from ..router.planning import Ratio, SeenRequest, Summary
 from .durations import Durations
 
+LEAST = 1e-12
+
 
 @dataclass(frozen=True)
 class Demand:
@@ -24,7 +26,7 @@ class Demand:
     @property
     def mix(self) -> float:
         """Returns the share of prompts in all work."""
-        return self.prefill / (self.prefill + self.decode)
+        return self.prefill / max(self.prefill + self.decode, LEAST)
 
     def utilisation(self, ratio: Ratio) -> float:
         """Returns that of the busier pool; a pool of none has no limit, as the other stands in for it."""
@@ -71,7 +73,7 @@ def _prompt_s(durations: Durations, one: SeenRequest, chunk: int) -> float:
 def _output_token_s(summary: Summary, durations: Durations, requests: Sequence[SeenRequest]) -> float:
     """Returns the seconds of a decode instance that a token of output takes, with the largest batch."""
     terms = summary.terms
-    num_tokens = sum(one.num_output_tokens for one in requests)
+    num_tokens = max(1, sum(one.num_output_tokens for one in requests))
     context = (
         sum(one.num_output_tokens * (one.num_prompt_tokens + one.num_output_tokens / 2) for one in requests)
         / num_tokens

@@ -10,6 +10,7 @@ differs in the long run of a replay, as queues grow or shrink; noise is what dif
 next: the confidence interval rests on mean square successive differences (von Neumann et al., Annals of
 Mathematical Statistics 12, 1941). No clock and no I/O."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -51,7 +52,7 @@ class _View:
     rate: float
     long_rate: float  # the mean of some horizons
     window: Window
-    demand: Demand | None  # None: nothing came
+    demand: Demand | None  # None: nothing came, or workers are not ready
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class LivePlanner:
         if summary.terms.objective is Objective.COST and rates:
             rate = max(rate, recent_peaks(rates))
         found = None
-        if recent.requests:
+        if recent.requests and _is_ready(summary):
             found = demand(summary, recent.requests, rate, recent.waiting)
         self._view = _View(summary, recent, rate, long_rate, window_of(recent, summary, rate), found)
 
@@ -141,7 +142,7 @@ class LivePlanner:
     def _why_not(self, view: _View) -> str | None:
         """Returns why nothing can be said yet."""
         summary = view.summary
-        if not summary.is_settled:
+        if not _is_ready(summary):
             return f"the workers of {summary.ratio} are not all ready, or others drain"
         if not summary.knows_latency:
             return "too few steps were measured to predict others"
@@ -250,6 +251,12 @@ class LivePlanner:
             return False
         left, at_s = self._left
         return ratio == left and summary.at_s - at_s < 2 * summary.terms.horizon_s
+
+
+def _is_ready(summary: Summary) -> bool:
+    """Whether the instances of the ratio are all ready, none of them set apart, and no others are left."""
+    there = Counter(one.role for one in summary.instances)
+    return summary.is_settled and all(there[role] == size for role, size in summary.ratio.sizes.items())
 
 
 def lower_end(differences: Sequence[float]) -> float:

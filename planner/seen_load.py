@@ -21,7 +21,8 @@ from .forecast import BINS_PER_HORIZON, MAX_BINS
 
 RECENT_S = 10.0  # the latest arrivals: those of so many seconds,
 MIN_RECENT = 60  # and at least so many,
-MIN_BEGUN = 20  # outputs: older ones count where fewer of the latest arrivals have begun
+MIN_BEGUN = 20  # outputs, to know any
+NUM_BEGUN = 100  # outputs: older ones count where fewer of the latest arrivals have begun
 MAX_RECENT = 1000  # and at most so many
 MAX_REMEMBERED = 4000
 
@@ -120,9 +121,10 @@ class SeenLoad:
             (*self._requests, *latest.open), key=lambda one: -one.at_s
         )
         num_kept = num_sampled = num_begun = 0
-        for one in found[:MAX_RECENT]:
+        for one in found:
             is_recent = num_kept < MIN_RECENT or one.at_s > latest.at_s - RECENT_S
-            if not is_recent and num_begun >= MIN_BEGUN:
+            is_recent &= num_kept < MAX_RECENT
+            if not is_recent and num_begun >= NUM_BEGUN:
                 break
             num_kept += is_recent
             num_sampled += 1

@@ -217,7 +217,8 @@ class Router:
         )
 
     def open_requests(self, max_requests: int) -> tuple[OpenRequest, ...]:
-        """Returns the requests that are being served as a planner sees them, by arrival: the first ones."""
+        """Returns the requests that are being served as a planner sees them, by arrival: of more than so
+        many the first and the last."""
         return self._requests.open_requests(max_requests)
 
     def num_running(self, client: str) -> int:

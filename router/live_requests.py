@@ -88,10 +88,13 @@ class LiveRequests:
         return [timeline_of(live, now_s) for live in islice(found, max_requests)]
 
     def open_requests(self, max_requests: int) -> tuple[OpenRequest, ...]:
-        """Returns the first live requests, without their contents. Those that an earlier router had, and
-        those that are set aside, are left out."""
-        found = (live.facts() for live in self._requests.values() if live.state.is_served and not live.held)
-        return tuple(islice(found, max_requests))
+        """Returns live requests, without their contents: where there are more, the first and the last ones.
+        Those that an earlier router had, and those that are set aside, are left out."""
+        found = [live for live in self._requests.values() if live.state.is_served and not live.held]
+        num_last = max_requests // 2
+        if len(found) > max_requests:
+            found = found[: max_requests - num_last] + found[-num_last:]
+        return tuple(live.facts() for live in found)
 
     def handle(self, live: LiveRequest, event: RequestEvent, now_s: float) -> list[RouterCommand]:
         """Applies the event to the request, which is forgotten once it is closed."""

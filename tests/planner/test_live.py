@@ -91,6 +91,7 @@ def test_the_objective_cost_gives_idle_instances_back() -> None:
     ("load", "changes", "reason"),
     [
         (PROMPTS, {"is_settled": False}, "not all ready"),
+        (PROMPTS, {"instances": ()}, "not all ready"),
         (PROMPTS, {"knows_latency": False}, "too few steps"),
         (Load(0.5, 100, 5), {}, "requests came lately, of at least 60"),
         (None, {}, "0 requests came lately"),

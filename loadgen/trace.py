@@ -46,15 +46,15 @@ class _MooncakeRow(msgspec.Struct):
 
 
 def parse_trace(lines: Sequence[str]) -> list[TraceRow]:
-    """Returns the rows by time, in either format; one without prompt or output counts as having one token.
-    Raises LoadError, with the line's number."""
+    """Returns the rows of either format; one without prompt or output counts as having one token. Raises
+    LoadError, with the line's number, also where times go back."""
     is_json = bool(lines) and lines[0].lstrip("\ufeff").startswith("{")
     return _parse_mooncake(lines) if is_json else _parse_azure(lines)
 
 
 def _parse_mooncake(lines: Iterable[str]) -> list[TraceRow]:
     decoder = msgspec.json.Decoder(_MooncakeRow)
-    rows = []
+    rows: list[TraceRow] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -62,6 +62,8 @@ def _parse_mooncake(lines: Iterable[str]) -> list[TraceRow]:
             row = decoder.decode(line)
         except msgspec.MsgspecError as error:
             raise LoadError(f"line {number} of the trace: {error}") from error
+        if rows and row.timestamp / 1e3 < rows[-1].offset_s:
+            raise _goes_back(number)
         num_blocks = -(-row.input_length // BLOCK_TOKENS)
         if row.hash_ids and len(row.hash_ids) != num_blocks:
             raise LoadError(
@@ -71,7 +73,6 @@ def _parse_mooncake(lines: Iterable[str]) -> list[TraceRow]:
         rows.append(
             TraceRow(row.timestamp / 1e3, max(1, row.input_length), max(1, row.output_length), row.hash_ids)
         )
-    rows.sort(key=lambda row: row.offset_s)
     first_s = rows[0].offset_s
     return [replace(row, offset_s=row.offset_s - first_s) for row in rows]
 
@@ -83,17 +84,21 @@ def _parse_azure(lines: Iterable[str]) -> list[TraceRow]:
         raise LoadError(f"the trace has no column {missing[0]}, expected {','.join(COLUMNS)}")
     parsed: list[tuple[datetime, int, int]] = []
     for row in _rows(reader):
+        for name in COLUMNS:
+            if not row[name]:
+                raise LoadError(f"line {reader.line_num} of the trace: {name} is missing")
         try:
             parsed.append(
                 (datetime.fromisoformat(row[COLUMNS[0]]), _count(row[COLUMNS[1]]), _count(row[COLUMNS[2]]))
             )
         except (ValueError, TypeError) as error:
             raise LoadError(f"line {reader.line_num} of the trace: {error}") from error
+        if len({at.tzinfo is None for at, _, _ in parsed[-2:]}) > 1:
+            raise LoadError("some timestamps of the trace have a time zone and others have none")
+        if len(parsed) > 1 and parsed[-1][0] < parsed[-2][0]:
+            raise _goes_back(reader.line_num)
     if not parsed:
         raise LoadError("the trace holds no request")
-    if len({at.tzinfo is None for at, _, _ in parsed}) > 1:
-        raise LoadError("some timestamps of the trace have a time zone and others have none")
-    parsed.sort(key=lambda row: row[0])
     first = parsed[0][0]
     return [TraceRow((at - first).total_seconds(), prompt, output) for at, prompt, output in parsed]
 
@@ -103,6 +108,10 @@ def _rows(reader: "csv.DictReader[str]") -> Iterator[dict[str, str]]:
         yield from reader
     except csv.Error as error:
         raise LoadError(f"line {reader.line_num} of the trace: {error}") from error
+
+
+def _goes_back(line_number: int) -> LoadError:
+    return LoadError(f"line {line_number} of the trace: its time is before that of the row above it")
 
 
 def _count(text: str) -> int:

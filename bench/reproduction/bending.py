@@ -19,7 +19,7 @@ from pdserve.planner.virtual_cluster import Arrival, ServedRequest
 from .profiles import OPT_13B_A100
 
 BURST_SLO = Slo(ttft=2000.0, tpot=100.0)
-BURST_RATES = (8.0, 12.0, 16.0)
+BURST_RATES = (12.0, 16.0)
 SHAPES = {"even": (512, 64), "long prompts": (1500, 64), "long outputs": (200, 300)}
 OVERLOAD_ITL_S = 0.04
 DURATION_S = 60.0
@@ -91,11 +91,11 @@ def beyond_capacity(
         yield serve(split, bends, OVERLOAD_ITL_S, arrivals)
 
 
-def show_bursts(num_seeds: int) -> None:
+def show_bursts(num_seeds: int, duration_s: float) -> None:
     print("rate   P95 TTFT never     auto  change   good never    auto      P99 gap")
     for rate in BURST_RATES:
         never, auto = (
-            [serve((2, 2), bends, 0.1, bursts(rate, seed)) for seed in range(num_seeds)]
+            [serve((2, 2), bends, 0.1, bursts(rate, seed, duration_s)) for seed in range(1, num_seeds + 1)]
             for bends in (False, True)
         )
         ttft = [float(np.mean([one.ttft_s(95) for one in some])) for some in (never, auto)]
@@ -126,9 +126,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("part", choices=("bursts", "overload"))
     parser.add_argument("--seeds", type=int, default=5, help="of bursts")
+    parser.add_argument("--duration", type=float, default=DURATION_S, help="of bursts, in seconds")
     options = parser.parse_args()
     if options.part == "bursts":
-        show_bursts(options.seeds)
+        show_bursts(options.seeds, options.duration)
     else:
         show_overload()
 

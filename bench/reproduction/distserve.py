@@ -52,18 +52,17 @@ SHARED_STEPS = with_host(OPT_13B_VLLM, HOST_S, HOST_S)
 # a prompt beside decoding sequences takes one more step
 OWN_STEPS = with_host(OPT_13B_VLLM, 2 * HOST_S + OPT_13B_VLLM.durations.decode.step_s, HOST_S)
 
-REQUEST = [(PROMPT, OUTPUT)]
-PREFILL_ALONE = Trial(SHARED_STEPS, 1, 0, [(PROMPT, 1)], TTFT)
-DECODE_ALONE = Trial(SHARED_STEPS, MANY, 1, REQUEST, TPOT)
+PREFILL_ALONE = Trial(SHARED_STEPS, 1, 0, [(PROMPT, 1)], TTFT, num_requests=1000)
+DECODE_ALONE = Trial(SHARED_STEPS, MANY, 1, [(PROMPT, OUTPUT)], TPOT, num_requests=1000)
 
 
 def rates() -> Iterator[tuple[str, float, float]]:
     """Yields what is served, and the paper's and the replay's requests per second and GPU."""
     for name, profile in (("shared", SHARED_STEPS), ("own", OWN_STEPS)):
-        yield f"colocated, {name} steps", 1.6, Trial(profile, 0, 1, REQUEST, BOTH).rate(1.5)
+        yield f"colocated, {name} steps", 1.6, replace(DECODE_ALONE, profile=profile).on(0, 1, BOTH).rate(1.4)
     yield "prefill alone", 5.6, PREFILL_ALONE.rate(5.6)
     yield "decode alone", 10.0, DECODE_ALONE.rate(10.0)
-    yield "2P1D", 3.3, Trial(SHARED_STEPS, 2, 1, REQUEST, BOTH).rate(10.0) / 3
+    yield "2P1D", 3.3, DECODE_ALONE.on(2, 1, BOTH).rate(10.0) / 3
 
 
 class Row(msgspec.Struct):

@@ -21,6 +21,6 @@ def test_beyond_capacity_disaggregated_throughput_is_near_colocated(lengths: tup
 
 
 def test_bursts_of_prompts_wait_less_where_decode_instances_take_some() -> None:
-    arrivals = bursts(10.0, 1, 15.0)
+    arrivals = bursts(16.0, 1, 20.0)
     strict, bending = (serve((2, 2), bends, 0.1, arrivals) for bends in (False, True))
     assert bending.ttft_s(95) < 0.7 * strict.ttft_s(95)

@@ -20,8 +20,8 @@ def test_the_2024_trace_has_a_zone_and_may_lack_fractions() -> None:
     assert [row.offset_s for row in rows] == [0.0, pytest.approx(0.99007)]
 
 
-def test_rows_are_put_in_order_and_further_columns_ignored() -> None:
-    lines = ["\ufeffModel," + HEAD, "x,2023-11-16 18:15:50,3,4", "y,2023-11-16 18:15:46,1,0"]
+def test_further_columns_are_ignored() -> None:
+    lines = ["\ufeffModel," + HEAD, "x,2023-11-16 18:15:46,1,0", "y,2023-11-16 18:15:50,3,4"]
     assert parse_trace(lines) == [TraceRow(0.0, 1, 1), TraceRow(4.0, 3, 4)]
 
 
@@ -31,7 +31,13 @@ def test_rows_are_put_in_order_and_further_columns_ignored() -> None:
         (["TIMESTAMP,ContextTokens"], "no column GeneratedTokens"),
         ([HEAD], "no request"),
         ([HEAD, "2023-11-16 18:15:46,1,2", "soon,1,2"], "line 3"),
-        ([HEAD, "2023-11-16 18:15:46,1"], "line 2"),
+        ([HEAD, "2023-11-16 18:15:46,1"], "line 2 of the trace: GeneratedTokens is missing"),
+        ([HEAD, "2023-11-16 18:15:46,,2"], "line 2 of the trace: ContextTokens is missing"),
+        (
+            [HEAD, "2023-11-16 18:15:50,3,4", "2023-11-16 18:15:46,1,2"],
+            "line 3 of the trace: its time is before",
+        ),
+        ([MOONCAKE.replace("0", "9", 1), MOONCAKE], "line 2 of the trace: its time is before"),
         ([HEAD, "2023-11-16 18:15:46,1," + "2" * 200_000], "line 1 of the trace: field larger"),
         ([HEAD, "2023-11-16 18:15:46,-1,2"], "line 2"),
         ([HEAD, "2023-11-16 18:15:46,1,2", "2023-11-16 18:15:46+00:00,1,2"], "time zone"),
@@ -47,7 +53,7 @@ def test_a_broken_trace_is_refused_with_its_place(lines: list[str], message: str
 
 def test_mooncakes_rows_carry_the_identities_of_their_blocks() -> None:
     later = MOONCAKE.replace("2000", "2500").replace("[0, 14]", "[0, 3]")
-    assert parse_trace([later, MOONCAKE]) == [
+    assert parse_trace([MOONCAKE, later]) == [
         TraceRow(0.0, 700, 52, (0, 14)),
         TraceRow(0.5, 700, 52, (0, 3)),
     ]

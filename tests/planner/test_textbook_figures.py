@@ -7,11 +7,17 @@ import pytest
 from pdserve.core.config import ClusterConfig
 from pdserve.core.messages import Role
 from pdserve.engine.gpu import Node
+from pdserve.engine.gpu_peaks import gpu_model
+from pdserve.loadgen.report import make_report
+from pdserve.loadgen.slo import Slo
 from pdserve.planner.durations import DecodeSeconds
 from pdserve.planner.plan import make_plan
-from pdserve.planner.virtual_cluster import VirtualCluster
+from pdserve.planner.priors import priors
+from pdserve.planner.splits import Split
+from pdserve.planner.virtual_cluster import Arrival, VirtualCluster
 
-from .replay_support import DURATIONS, LAYOUT, NO_PREFILL_ON_DECODE, arrivals, shape
+from ..loadgen.support import one_round, record
+from .replay_support import DURATIONS, LAYOUT, NO_PREFILL_ON_DECODE, arrivals, cluster, shape, site
 from .support import checkpoint
 
 OUTPUTS = (500, 20, 200)
@@ -80,3 +86,39 @@ def test_a_hundred_tokens_a_second_read_a_7b_models_weights_at_1400_gb_a_second(
     planned = make_plan(ClusterConfig(), checkpoint(**LLAMA_7B), [Node("here", (0, 1), 1 << 40, 1 << 40)])
     assert 100 * planned.weights_bytes / 1e9 == pytest.approx(1400, rel=0.05)
     assert 100 * planned.weights_bytes / 2e12 == pytest.approx(0.70, abs=0.04)
+
+
+def test_a_hundred_requests_a_minute_of_which_thirty_are_good_are_a_goodput_of_thirty() -> None:
+    good, slow = (0.2, 0.3, 0.4), (0.3, 0.4, 0.5)  # TTFT 200 and 300 ms, TPOT 100 ms
+    records = [
+        record(i, i * 0.6, [i * 0.6 + at_s for at_s in (good if i % 10 < 3 else slow)]) for i in range(100)
+    ]
+    last = replace(records[-1], ended_s=60.0)  # the round lasts a minute
+    report = make_report([one_round(*records[:-1], last)], Slo(ttft=200.1, tpot=100.1))
+    assert report.requests_per_min == pytest.approx(100)
+    assert 60 * report.goodput_per_s == pytest.approx(30)
+
+
+def test_bandwidth_is_used_less_and_arithmetic_more_as_users_grow() -> None:
+    """Each step of decoding reads the weights once, for all of its sequences."""
+    there = site(1)
+    planned = there.plan(Split(0, 1))
+    one = priors(there.checkpoint.config, planned, there.rates)
+    peaks = gpu_model("h200").peaks
+    mbu, mfu = [], []
+    for num_users in (1, 8, 64, 256):
+        step_s = one.decode_step_s + num_users * (one.decode_sequence_s + 100 * one.decode_context_token_s)
+        mbu.append(planned.weights_bytes / step_s / peaks.bytes_per_s)
+        mfu.append(2 * planned.num_parameters * num_users / step_s / peaks.flops_per_s)
+    assert mbu == sorted(mbu, reverse=True) and mbu[0] > 2 * mbu[-1]
+    assert mfu == sorted(mfu) and mfu[-1] > 50 * mfu[0]
+
+
+@pytest.mark.parametrize("num_tokens", [512, 1024, 2048, 3072])
+def test_a_cached_prefix_shortens_the_first_tokens_wait_the_more_the_longer_it_is(num_tokens: int) -> None:
+    """A prompt all of which but its last 64 tokens is cached, beside the same one computed anew."""
+    prefix = (1,) * (num_tokens - 64)
+    asked = [Arrival(10.0 * i, prefix + (2 + i,) * 64, 1) for i in range(2)]
+    anew, cached = (one.ttft_s for one in cluster(1, 0).serve(asked))
+    assert anew is not None and cached is not None
+    assert 1 - cached / anew > {512: 0.6, 1024: 0.75, 2048: 0.85, 3072: 0.9}[num_tokens]

@@ -18,7 +18,7 @@ import torch
 from .levels import LIBRARY_PATH, UnavailableError
 
 MAX_RANKS = 8
-SLOT_BYTES = 512 << 10  # a rank has two: a larger tensor travels in chunks
+SLOT_BYTES = 1 << 20  # a rank has two: a larger tensor travels in chunks
 SPIN_S = 50e-6  # before a rank that waits sleeps
 _WORD_BYTES = 64
 _HEADER = struct.Struct("<16sIII")  # nonce, num_ranks, slot_bytes, ring_bytes

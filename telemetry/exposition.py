@@ -91,10 +91,8 @@ class Exposition(Collector):
     def collect(self) -> Iterator[Family]:
         now = self._snapshot()
         gpus = self._steps.gpus.rows((worker.role.value, worker.worker_id) for worker in now.status.workers)
-        gauges, counters = (
-            {**_gauges(now, self._tally), **gpus, "rank_cpu_seconds": self._steps.cpu_s(now.status.workers)},
-            _counters(now),
-        )
+        cpu = {"rank_cpu_seconds": self._steps.cpu_s(now.status.workers)}
+        gauges, counters = {**_gauges(now, self._tally), **gpus, **cpu}, _counters(now)
         for metric in (*GAUGES, *GPU_GAUGES):
             yield _family(
                 GaugeMetricFamily(metric.full_name, metric.meaning, labels=metric.labels), gauges[metric.name]

@@ -131,12 +131,15 @@ def serve(
         int | None,
         typer.Option(min=0, max=65535, metavar="P", help="HTTP port on loopback, by default 8000."),
     ] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(metavar="N", help="Processes that share an instance's computation: 1, 2, 4 or 8.")
+    ] = 1,
     sets: Sets = None,
 ) -> None:
     """Serve MODEL without a file, until Ctrl-C or `pdserve down`."""
     from .serve import serve
 
-    serve(model, prefill, decode, port, sets or [])
+    serve(model, {"prefill": prefill, "decode": decode}, tensor_parallel, port, sets or [])
 
 
 @app.command(cls=PlainCommand, rich_help_panel=SERVING)

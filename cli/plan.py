@@ -164,15 +164,26 @@ def _pool_lines(pool: PoolPlan, max_model_len: int) -> list[str]:
     gpu = "" if pool.gpu_share is None else f"{pool.gpu_share:g} GPU and "
     kind = "memory    " if pool.gpu_share is None else "GPU memory"
     measured = " (about: workers take what they find)" if pool.is_measured else ""
+    ranks = [] if pool.num_ranks == 1 else [_ranks_line(pool)]
     return [
         "",
         (
             f"{pool.role.value}: {instances} of {gpu}{pool.num_cpus:g} core{'s' * (pool.num_cpus != 1)},"
             f" {pool.num_threads} thread{'s' * (pool.num_threads != 1)}"
         ),
+        *ranks,
         (
             f"  {kind} {format_size(pool.instance_bytes)} an instance, {format_size(pool.kv_cache_bytes)} of"
             f" it KV cache{measured}"
         ),
         f"  sequences  {sequences} fit into {pool.num_blocks} blocks",
     ]
+
+
+def _ranks_line(pool: PoolPlan) -> str:
+    copies = "" if pool.num_kv_copies == 1 else f", each KV head on {pool.num_kv_copies}"
+    rank_bytes = pool.instance_bytes // pool.num_ranks
+    return (
+        f"  ranks      {pool.num_ranks} an instance, {format_size(pool.rank_weights_bytes)} of weights and"
+        f" about {format_size(rank_bytes)} in all each{copies}"
+    )

@@ -124,8 +124,8 @@ def _row(worker: pb.WorkerStatus, wide: bool) -> Sequence[str]:
     )
     if not wide:
         return row
-    pid, devices = str(worker.pid or "-"), ",".join(worker.devices)
-    return (*row, worker.node or "-", pid, devices or "-", worker.kernels or "-")
+    pids, devices = ",".join(map(str, (worker.pid or "-", *worker.rank_pids))), ",".join(worker.devices)
+    return (*row, worker.node or "-", pids, devices or "-", worker.kernels or "-")
 
 
 def unequal_kernels(workers: Iterable[pb.WorkerStatus]) -> str | None:

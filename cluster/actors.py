@@ -6,7 +6,7 @@ import gc
 import logging
 import os
 from collections import deque
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -47,10 +47,11 @@ def reason_of(error: RayError) -> str:
 
 
 def options_of(spec: WorkerSpec, placement: Placement) -> dict[str, Any]:
-    """Returns the Ray options of a worker's actor. Ray chooses which of the node's GPUs it gets, and hides
-    the others from the process. Without a `runtime_env`, the actor may take a process that runs already."""
+    """Returns the Ray options of an actor of a worker, one for each rank; all are on the node where the
+    instance has its place. Ray chooses which of the node's GPUs it gets, and hides the others from the
+    process. Without a `runtime_env`, the actor may take a process that runs already."""
     return {
-        "num_cpus": spec.pool.num_cpus,
+        "num_cpus": spec.pool.num_cpus / spec.num_ranks,
         "num_gpus": spec.need.gpu_share,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(placement.node_id, soft=False),
     }
@@ -58,7 +59,7 @@ def options_of(spec: WorkerSpec, placement: Placement) -> dict[str, Any]:
 
 def variables_of(spec: WorkerSpec) -> dict[str, str]:
     """Returns a worker's environment; torch reads it when it is imported."""
-    variables = {"OMP_NUM_THREADS": str(spec.pool.num_threads)}
+    variables = {"OMP_NUM_THREADS": str(spec.pool.num_threads_per_rank)}
     if spec.device == "cuda":
         variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # indices mean the same to CUDA, NVML and Ray
     return variables
@@ -66,20 +67,23 @@ def variables_of(spec: WorkerSpec) -> dict[str, str]:
 
 @ray.remote(max_restarts=0, max_concurrency=2)
 class WorkerActor:
-    """Hosts one worker. `run` occupies one of the actor's threads while the worker is running, `stop` needs
-    the other."""
+    """Hosts one rank of a worker. `run` occupies one of the actor's threads while the worker is running,
+    `stop` needs the other."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         os.environ.update(variables_of(spec))
-        from ..worker.process import WorkerProcess  # imports torch, which other actors do not need
+        # they import torch, which other actors do not need
+        from ..worker.process import WorkerProcess
+        from ..worker.rank_process import RankProcess
 
         if spec.log is not None:
-            configure(spec.log, f"{spec.worker_id}/{spec.incarnation}")
+            configure(spec.log, spec.name)
         if spec.host is None:
             spec = replace(spec, host=ray.util.get_node_ip_address())
         self._session = ray_folder.session_folder()
         self._accept_open_ray = spec.accept_open_ray
-        self._worker = WorkerProcess(replace(spec, socket_root=self._session))
+        process = RankProcess if spec.rank else WorkerProcess
+        self._worker = process(replace(spec, socket_root=self._session))
 
     def run(self) -> None:
         """Runs the worker. Raises SharedRayFolder, so that `status` shows it, when other users of this node
@@ -100,7 +104,26 @@ async def outcome_of(run: Awaitable[None]) -> Outcome:
         log.debug("a worker ended: %s", error)
         has_died = not isinstance(error, ActorUnavailableError)
         return Outcome(reason_of(error), isinstance(error, RayTaskError), has_died)
-    return Outcome("the process ended")
+    return IN_ORDER
+
+
+async def outcome_of_ranks(runs: Sequence[Awaitable[Outcome]]) -> Outcome:
+    """Returns the outcome of a worker once its rank 0 is over, or another rank has ended other than in
+    order."""
+    tasks = {asyncio.ensure_future(run): rank for rank, run in enumerate(runs)}
+    ended: set[asyncio.Future[Outcome]] = set()
+    while True:
+        done, _ = await asyncio.wait(tasks.keys() - ended, return_when=asyncio.FIRST_COMPLETED)
+        ended |= done
+        for task in sorted(done, key=tasks.__getitem__):
+            outcome, rank = task.result(), tasks[task]
+            if rank == 0:
+                return outcome
+            if outcome != IN_ORDER:
+                return replace(outcome, reason=f"rank {rank}: {outcome.reason}")
+
+
+IN_ORDER = Outcome("the process ended")
 
 
 def is_up(node_id: str) -> bool:
@@ -117,7 +140,7 @@ def is_up(node_id: str) -> bool:
 class _Kept:
     spec: WorkerSpec
     placement: Placement
-    actor: Any
+    actors: Sequence[Any]  # by rank
     end: "asyncio.Task[None]"
 
 
@@ -146,18 +169,21 @@ class KeeperActor:
         await asyncio.Event().wait()
 
     async def start(self, spec: WorkerSpec, placement: Placement) -> None:
-        """Starts a worker's process; `endings` reports its end."""
-        actor = WorkerActor.options(  # type: ignore[attr-defined]  # made by ray.remote
-            **options_of(spec, placement)
-        ).remote(replace(spec, cores=placement.cores))
-        end = asyncio.get_running_loop().create_task(self._await_end(spec.key, placement.node_id, actor))
-        self._kept[spec.key] = _Kept(spec, placement, actor, end)
+        """Starts a worker's processes; `endings` reports their end."""
+        options = WorkerActor.options(**options_of(spec, placement))  # type: ignore[attr-defined]  # ray.remote's
+        ranks = [spec.of_rank(rank, placement.cores) for rank in range(spec.num_ranks)]
+        actors = [options.remote(rank) for rank in ranks]
+        end = asyncio.get_running_loop().create_task(self._await_end(spec.key, placement.node_id, actors))
+        self._kept[spec.key] = _Kept(spec, placement, actors, end)
 
-    async def _await_end(self, key: Key, node_id: str, actor: Any) -> None:
-        outcome = await outcome_of(actor.run.remote())
+    async def _await_end(self, key: Key, node_id: str, actors: Sequence[Any]) -> None:
+        runs = [asyncio.ensure_future(outcome_of(actor.run.remote())) for actor in actors]
+        outcome = await outcome_of_ranks(runs)
         if outcome.has_died and not await asyncio.to_thread(is_up, node_id):
             outcome = replace(outcome, has_died=False)
-        ray.kill(actor)  # an actor whose `run` has returned is still running
+        for actor in actors:  # one whose `run` has returned is still running
+            ray.kill(actor)
+        await asyncio.wait(runs)
         self._kept.pop(key, None)
         self._endings.append((key, outcome))
         self._num_endings += 1
@@ -177,11 +203,11 @@ class KeeperActor:
     async def stop(self, key: Key) -> None:
         """Asks the process to end."""
         if key in self._kept:
-            self._kept[key].actor.stop.remote()
+            self._kept[key].actors[0].stop.remote()  # it ends the other ranks
 
     async def kill(self, key: Key) -> None:
-        if key in self._kept:
-            ray.kill(self._kept[key].actor)
+        for actor in self._kept[key].actors if key in self._kept else ():
+            ray.kill(actor)
 
     async def living(self) -> list[tuple[WorkerSpec, Placement]]:
         """Returns the running processes, oldest first."""

@@ -33,6 +33,8 @@ MAX_PROMPT_LOGPROBS = 1 << 18
 
 LEAST_HORIZON_S = 10.0  # of the planner
 
+_NUMBERS_OF_RANKS = (1, 2, 4, 8)
+
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -68,8 +70,12 @@ class PoolSection(ConfigSection):
     instances: Instances = 1
     """How many instances, at most 4,096; may be changed while the cluster runs. Or a range for `planner` to
     choose from, such as {min: 1, max: 4}; `start`, by default `min`, is how many the cluster starts with."""
+    tensor_parallel: Literal[1, 2, 4, 8] = 1
+    """Ranks of one instance: processes on one host that compute each layer together, each with its part of
+    the weights and of the KV heads. On GPUs 1."""
     devices_per_instance: Positive = 1
-    """CPU cores of one instance; on GPUs 1, as an instance computes on one."""
+    """CPU cores of one instance, divided among its ranks; by default one for each rank. On GPUs 1, as an
+    instance computes on one."""
     gpus_per_instance: Share | None = None
     """On GPUs: how much of its GPU one instance takes; a fraction such as 0.5 lets instances share one. By
     default 1."""
@@ -77,7 +83,7 @@ class PoolSection(ConfigSection):
     """Cores to reserve for one instance; a fraction such as 0.5 lets instances share a core. By default
     `devices_per_instance`. On GPUs these are the cores of the instance's host process."""
     threads: AutoPositiveInt = "auto"
-    """Compute threads of one instance; auto: `devices_per_instance`."""
+    """Compute threads of one instance, divided among its ranks; auto: `devices_per_instance`."""
     max_batch_size: Positive = 256
     """Sequences in one step, at most."""
     max_batch_tokens: Positive = Field(default=2048, validate_default=True)
@@ -85,6 +91,23 @@ class PoolSection(ConfigSection):
     kv_cache_bytes: AutoSize = "auto"
     """Memory for the KV cache of one instance, as bytes or a size such as 512MiB or 4GB; auto: by free
     memory, on GPUs what the instance's share of the GPU leaves."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_core_for_each_rank(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "devices_per_instance" not in values:
+            num_ranks = values.get("tensor_parallel")
+            if num_ranks in _NUMBERS_OF_RANKS and not isinstance(num_ranks, bool):
+                return {**values, "devices_per_instance": num_ranks}
+        return values
+
+    @field_validator("devices_per_instance", "threads")
+    @classmethod
+    def _divides_among_ranks(cls, value: int | Literal["auto"], info: Any) -> int | Literal["auto"]:
+        num_ranks = info.data.get("tensor_parallel", 1)
+        if value != "auto" and value % num_ranks:
+            raise expected(f"a multiple of tensor_parallel ({num_ranks})")
+        return value
 
     @field_validator("max_batch_tokens")
     @classmethod
@@ -133,6 +156,10 @@ class PoolSection(ConfigSection):
     @property
     def num_threads(self) -> int:
         return self.devices_per_instance if self.threads == "auto" else self.threads
+
+    @property
+    def num_threads_per_rank(self) -> int:
+        return self.num_threads // self.tensor_parallel
 
 
 class PoolsSection(ConfigSection):

@@ -29,6 +29,7 @@ class Purpose(Enum):
 
     CONTROL = b"control "  # control of a worker by the router
     TRANSFER = b"transfer"  # transfer of KV between workers
+    RANKS = b"ranks   "  # between the ranks of one instance
 
 
 OPENING_BYTES = len(_PROTOCOL) + len(Purpose.CONTROL.value) + NONCE_BYTES

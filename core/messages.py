@@ -119,7 +119,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     address: TransferAddress
     devices: tuple[str, ...]  # "cpu:3", or "cuda:" and the GPU's UUID
     node: str
-    pid: int
+    pid: int  # of rank 0
+    rank_pids: tuple[int, ...] = ()  # of ranks 1, 2, ..., where the instance has several
     kernels: str  # the implementation chosen at start
 
 
@@ -244,6 +245,7 @@ class StepReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     blocks_added: tuple[bytes, ...] = ()  # hashes that entered the prefix cache
     blocks_evicted: tuple[bytes, ...] = ()
     gpu: GpuSample | None = None  # sample of the worker's GPU, with a heartbeat every few seconds
+    rank_cpu_s: tuple[float, ...] = ()  # processor time of each rank since its start, with a heartbeat
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):

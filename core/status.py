@@ -30,6 +30,7 @@ class WorkerStatus:
     message: str = ""  # the last failure
     node: str = ""
     pid: int = 0
+    rank_pids: tuple[int, ...] = ()  # of ranks 1, 2, ...
     devices: tuple[str, ...] = ()
     kernels: str = ""  # the kind that it computes with, once it is ready
     num_running: int = 0

@@ -2,6 +2,7 @@
 at start."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,10 @@ from .kv_cache import KVCache
 from .kv_manager import KVManager
 from .model import Model
 from .model_config import ModelConfig
+from .parallel.agreement import agree
+from .parallel.collectives import ONE_RANK
+from .parallel.group import RankGroup
+from .parallel.shard import WHOLE, Shard
 from .runner import ModelRunner
 from .tensor_reader import TensorReader
 from .weights import ReadTensor, load_weights
@@ -61,16 +66,27 @@ class Engine:
         return self.cache.layout
 
     @classmethod
-    def open(cls, path: Path, options: EngineOptions, on_progress: Progress = lambda _: None) -> "Engine":
-        """Loads the checkpoint in `path`; `on_progress` is called with the fraction read, up to 1.0.
+    def open(
+        cls,
+        path: Path,
+        options: EngineOptions,
+        on_progress: Progress = lambda _: None,
+        group: RankGroup | None = None,
+    ) -> "Engine":
+        """Loads the checkpoint in `path`, or rank 0's share of it while the group's other ranks load theirs
+        (`Follower.open`); `on_progress` is called with the fraction read, up to 1.0.
 
         Raises CheckpointError, ConfigError for options that do not fit the model, CapacityError for too
-        little memory."""
-        checkpoint = open_checkpoint(path)
-        layout = layout_of(checkpoint, options)
-        device = _open_device(options)
-        read = TensorReader(checkpoint, getattr(torch, layout.dtype), device.torch_device, on_progress)
-        engine = cls.build(checkpoint.config, layout, read, options, device)
+        little memory, RankLost where another rank does not start."""
+        with nullcontext() if group is None else group.start():
+            checkpoint = open_checkpoint(path)
+            if group is None:
+                layout = layout_of(checkpoint, options)
+            else:
+                layout = agreed_layout(checkpoint, options, group)
+            device, dtype = _open_device(options), getattr(torch, layout.dtype)
+            read = TensorReader(checkpoint, dtype, device.torch_device, on_progress, _shard_of(group))
+            engine = cls.build(checkpoint.config, layout, read, options, device, group)
         on_progress(1.0)
         return engine
 
@@ -82,21 +98,43 @@ class Engine:
         read: ReadTensor,
         options: EngineOptions,
         device: Device,
+        group: RankGroup | None = None,
     ) -> "Engine":
         """Like `open`, for weights from any source; `read` returns them on the device."""
         max_model_len = _max_model_len(config, options)
-        kernels = _load_kernels(layout, options)
-        with torch.inference_mode():
-            if options.device == "cpu":
-                # before the weights: it may not fit
-                cache = _allocate(layout, _required(options.num_blocks), kernels, device)
-                model = Model(config, load_weights(config, read, kernels), kernels, max_model_len)
-                runner: StepRunner = ModelRunner(model, cache, kernels, max_model_len)
-            else:
+        if options.device == "cpu":
+            kernels, cache, model = load_on_host(config, layout, read, options, group)
+            begin_step = None if group is None else group.begin_step
+            runner: StepRunner = ModelRunner(model, cache, kernels, max_model_len, begin_step)
+        else:
+            kernels = _load_kernels(layout, options)
+            with torch.inference_mode():
                 model = Model(config, load_weights(config, read, kernels), kernels, max_model_len)
                 cache, runner = _on_gpu(device, model, layout, kernels, options, max_model_len)
         pool = BlockPool(cache.num_blocks, layout.block_size)
         return cls(config, kernels, pool, KVManager(pool, max_model_len), cache, runner)
+
+
+@torch.inference_mode()
+def load_on_host(
+    config: ModelConfig,
+    layout: KVLayout,
+    read: ReadTensor,
+    options: EngineOptions,
+    group: RankGroup | None = None,
+) -> tuple[Kernels, KVCache, Model]:
+    """Returns a model on the CPU, or this rank's share of it, with its KV cache. Raises as `Engine.open`
+    does."""
+    max_model_len = _max_model_len(config, options)
+    kernels = _load_kernels(layout, options)
+    # before the weights: it may not fit
+    cache = _allocate(layout, _required(options.num_blocks), kernels, HostDevice())
+    weights = load_weights(_shard_of(group).of(config), read, kernels)
+    return kernels, cache, Model(config, weights, kernels, max_model_len, group or ONE_RANK)
+
+
+def _shard_of(group: RankGroup | None) -> Shard:
+    return WHOLE if group is None else group.shard
 
 
 def _open_device(options: EngineOptions) -> Device:
@@ -139,9 +177,10 @@ def _on_gpu(
     return cache, DeviceRunner(device, model, cache, kernels, **limits)
 
 
-def layout_of(checkpoint: Checkpoint, options: EngineOptions) -> KVLayout:
-    """Returns the layout of a model's KV."""
-    config = checkpoint.config
+def layout_of(checkpoint: Checkpoint, options: EngineOptions, shard: Shard = WHOLE) -> KVLayout:
+    """Returns the layout of a model's KV, or of a rank's share of it. Raises ConfigError for a model that the
+    ranks cannot share."""
+    config = shard.of(checkpoint.config)
     return KVLayout(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
@@ -151,6 +190,20 @@ def layout_of(checkpoint: Checkpoint, options: EngineOptions) -> KVLayout:
         model_fingerprint=fingerprint(checkpoint.path),
         wire=options.wire,
     )
+
+
+def agreed_layout(checkpoint: Checkpoint, options: EngineOptions, group: RankGroup) -> KVLayout:
+    """Returns the layout of this rank's share, when all ranks have come to load the same.
+
+    Raises ConfigError for what they cannot share or do not agree on, RankLost where one does not come."""
+    if options.device != "cpu":
+        raise ConfigError(
+            f"tensor_parallel: got {group.shard.num_ranks} on {options.device}, expected 1: ranks share the"
+            " work on the CPU alone"
+        )
+    layout = layout_of(checkpoint, options, group.shard)
+    agree(group, checkpoint, layout, options.num_blocks, options.max_model_len, options.kernels)
+    return layout
 
 
 def _max_model_len(config: ModelConfig, options: EngineOptions) -> int:

@@ -53,22 +53,32 @@ class GgufInfo(TensorInfo):
     row_bytes: int
     num_interleaved_heads: int  # whose rows alternate between both halves of a head; 0: none
 
-    def slices(self, stream: BinaryIO) -> Iterator[tuple[int, "Rows"]]:
-        """Yields the number of a row, and the float32 values of some rows from there on, in the file's
-        order. Raises OSError."""
+    def slices(
+        self, stream: BinaryIO, rows: range | None = None, columns: range | None = None
+    ) -> Iterator[tuple[int, "Rows"]]:
+        """Yields, of the given rows and columns (by default all), the number of a row among them, and the
+        float32 values of some rows from there on, in the file's order. Raises OSError.
+
+        Only the given rows are read, and of their blocks those are dequantised that hold such columns."""
         import numpy as np
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
         row_elements = self.shape[-1]
-        num_rows = self.num_elements // row_elements
+        rows = range(self.num_elements // row_elements) if rows is None else rows
+        columns = range(row_elements) if columns is None else columns
+        _, block_elements, block_bytes = _block(self.kind)
+        first_block, last_block = columns.start // block_elements, -(-columns.stop // block_elements)
+        skipped = first_block * block_elements
         step = max(1, SLICE_ELEMENTS // row_elements)
-        for first in range(0, num_rows, step):
-            count = min(step, num_rows - first)
-            stream.seek(self.offset + first * self.row_bytes)
+        for first in range(0, len(rows), step):
+            count = min(step, len(rows) - first)
+            stream.seek(self.offset + (rows.start + first) * self.row_bytes)
             packed = bytearray(stream.read(count * self.row_bytes))  # writable, as torch wants arrays
-            data = np.frombuffer(packed, np.uint8)
-            yield first, dequantize(data.reshape(count, self.row_bytes), GGMLQuantizationType(self.kind))
+            data = np.frombuffer(packed, np.uint8).reshape(count, self.row_bytes)
+            blocks = np.ascontiguousarray(data[:, first_block * block_bytes : last_block * block_bytes])
+            values = dequantize(blocks, GGMLQuantizationType(self.kind))
+            yield first, values[:, columns.start - skipped : columns.stop - skipped]
 
 
 def gguf_model(header: GgufHeader) -> ModelConfig:

@@ -92,21 +92,22 @@ class InputBuilder:
         self._tables.update([chunk.sequence.block_ids for chunk in batch.chunks])
         tables = self._tables.rows(len(batch.chunks))
         attention = AttentionBatch(_int32(starts), _int32(context_lens), tables, _int64(slots))
-        sampled = None if all_sampled else self._sampled(batch, attention, rows)
+        sampled = None if all_sampled else sampled_rows(attention, _int64(rows))
         return ModelInput(_int64(token_ids), _int64(positions), attention, sampled, needs_all)
 
-    def _sampled(self, batch: Batch, attention: AttentionBatch, rows: "array[int]") -> SampledRows:
-        if not rows:
-            return SampledRows(torch.empty(0, dtype=torch.int64), None)
-        indices = _int64(rows)
-        sequences = torch.tensor([index for index, chunk in enumerate(batch.chunks) if chunk.choices])
-        alone = AttentionBatch(
-            query_start_loc=torch.arange(len(rows) + 1, dtype=torch.int32),
-            context_lens=attention.context_lens[sequences],
-            block_tables=attention.block_tables[sequences],
-            slot_mapping=attention.slot_mapping[indices],
-        )
-        return SampledRows(indices, alone)
+
+def sampled_rows(attention: AttentionBatch, rows: torch.Tensor) -> SampledRows:
+    """Returns the attention batch of the given rows, int64 [R], each the last one of its sequence."""
+    if not len(rows):
+        return SampledRows(rows, None)
+    sequences = torch.searchsorted(attention.query_start_loc, rows, right=True) - 1
+    alone = AttentionBatch(
+        query_start_loc=torch.arange(len(rows) + 1, dtype=torch.int32),
+        context_lens=attention.context_lens[sequences],
+        block_tables=attention.block_tables[sequences],
+        slot_mapping=attention.slot_mapping[rows],
+    )
+    return SampledRows(rows, alone)
 
 
 def _slots(block_ids: list[int], start: int, end: int, block_size: int) -> "array[int]":
@@ -122,4 +123,4 @@ def _int32(values: "array[int]") -> torch.Tensor:
 
 
 def _int64(values: "array[int]") -> torch.Tensor:
-    return torch.frombuffer(values, dtype=torch.int64)
+    return torch.frombuffer(values, dtype=torch.int64) if values else torch.empty(0, dtype=torch.int64)

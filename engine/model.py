@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from ..kernels import AttentionBatch, Kernels, PackedLinear
 from .kv_cache import KVCache
 from .model_config import ModelConfig
+from .parallel.collectives import ONE_RANK, Collectives
 from .rope import rope_table
 from .weights import LayerWeights, ModelWeights
 
@@ -38,18 +39,28 @@ class ModelInput:
 
 
 class Model:
-    """Packed weights, and the forward pass over them."""
+    """Packed weights, and the forward pass over them. With several ranks, all make the same calls."""
 
     def __init__(
-        self, config: ModelConfig, weights: ModelWeights, kernels: Kernels, max_model_len: int
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        kernels: Kernels,
+        max_model_len: int,
+        ranks: Collectives = ONE_RANK,
     ) -> None:
+        """`config` is the whole model's, `weights` are this rank's share of it."""
         self.config = config
+        self._ranks = ranks
         self._weights = weights
         self._kernels = kernels
         self._cos_sin = rope_table(config.rope, config.head_dim, max_model_len).to(weights.norm.device)
         layers = weights.layers
         # After layer i comes the input norm of layer i + 1, after the last one the final norm.
         self._next_norms = [*(layer.input_norm for layer in layers[1:]), weights.norm]
+        shard = ranks.shard
+        self._own_tokens = shard.vocabulary(config.vocab_size)
+        self._vocabulary = [len(other.vocabulary(config.vocab_size)) for other in shard.all()]  # of each rank
 
     def forward(
         self, inputs: ModelInput, cache: KVCache, on_layer: Callable[[int], None] | None = None
@@ -60,7 +71,7 @@ class Model:
         `on_layer(i)` is called as soon as layer i's KV is final. Beyond its KV, the last layer computes only
         the requested rows."""
         kernels, weights, eps = self._kernels, self._weights, self.config.rms_norm_eps
-        residual = weights.embedding[inputs.token_ids]  # [T, H]
+        residual = self._embed(inputs.token_ids)  # [T, H]
         hidden = kernels.rms_norm(residual, weights.layers[0].input_norm, eps)
         attention = inputs.attention
         wanted = None if inputs.needs_all_rows else inputs.sampled
@@ -85,10 +96,20 @@ class Model:
         return self._weights.head
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Returns float32 [R, V] for final states [R, H]."""
+        """Returns float32 [R, V] for final states [R, H]; on ranks > 0 the logits of their own tokens."""
         if not len(hidden):
             return hidden.new_empty((0, self.config.vocab_size), dtype=torch.float32)
-        return self._kernels.linear(hidden, self._weights.head, torch.float32)
+        logits = self._kernels.linear(hidden, self._weights.head, torch.float32)
+        return self._ranks.gather(logits, self._vocabulary)
+
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        embedding = self._weights.embedding
+        if self._own_tokens == range(self.config.vocab_size):
+            return embedding[token_ids]
+        rows = token_ids - self._own_tokens.start
+        elsewhere = (rows < 0) | (rows >= len(self._own_tokens))
+        own = embedding[rows.masked_fill_(elsewhere, 0)].masked_fill_(elsewhere[:, None], 0)
+        return self._ranks.all_reduce(own)  # exact: all but one are zero
 
     def _write_kv(
         self, index: int, layer: LayerWeights, hidden: torch.Tensor, inputs: ModelInput, cache: KVCache
@@ -116,10 +137,12 @@ class Model:
         out = self._kernels.paged_attention(
             queries, *cache.layer(index), attention, config.head_dim**-0.5, config.sliding_windows[index]
         )
-        return self._kernels.linear(out, layer.output)
+        return self._ranks.all_reduce(self._kernels.linear(out, layer.output))
 
     def _mlp(self, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
         if self.config.mlp_bias:
             gate, up = self._kernels.linear(hidden, layer.gate_up).chunk(2, dim=-1)
-            return self._kernels.linear(F.silu(gate) * up, layer.down)
-        return self._kernels.linear(self._kernels.gated_linear(hidden, layer.gate_up), layer.down)
+            inner = F.silu(gate) * up
+        else:
+            inner = self._kernels.gated_linear(hidden, layer.gate_up)
+        return self._ranks.all_reduce(self._kernels.linear(inner, layer.down))

@@ -1,5 +1,6 @@
 """Log probabilities of prompt tokens, gathered chunk by chunk while the prompt is computed."""
 
+from collections.abc import Iterator
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,6 +15,23 @@ from .sequence import Sequence
 _NUM_ROWS = 64  # logits at a time: a whole chunk of them can be larger than the model
 
 
+def prompt_rows(chunks: tuple[ScheduledChunk, ...]) -> Iterator[tuple[ScheduledChunk, range]]:
+    """Yields the chunks of sequences that ask for log probabilities of their prompt, each with the rows of
+    the batch that yield one."""
+    row = 0
+    for chunk in chunks:
+        if chunk.sequence.wants_prompt_logprobs:
+            num_rows = min(chunk.end, chunk.sequence.num_prompt_tokens - 1) - chunk.start
+            yield chunk, range(row, row + num_rows)
+        row += chunk.num_tokens
+
+
+def pieces(rows: range) -> Iterator[range]:
+    """Yields the rows whose logits are computed at once, one range after another."""
+    for first in range(rows.start, rows.stop, _NUM_ROWS):
+        yield range(first, min(first + _NUM_ROWS, rows.stop))
+
+
 class PromptLogprobs:
     """The log probabilities gathered so far for each sequence that asks for them, as long as it exists."""
 
@@ -24,12 +42,8 @@ class PromptLogprobs:
     def add(self, chunks: tuple[ScheduledChunk, ...], hidden: torch.Tensor) -> None:
         """`hidden` [T, H] are the final states of all tokens of the chunks; each yields the log probability
         of the token that follows."""
-        row = 0
-        for chunk in chunks:
-            if chunk.sequence.wants_prompt_logprobs:
-                num_rows = min(chunk.end, chunk.sequence.num_prompt_tokens - 1) - chunk.start
-                self._add(chunk, hidden[row : row + num_rows])
-            row += chunk.num_tokens
+        for chunk, rows in prompt_rows(chunks):
+            self._add(chunk, hidden, rows)
 
     @property
     def is_empty(self) -> bool:
@@ -44,15 +58,15 @@ class PromptLogprobs:
         first = chunk.choices.index(0)
         return [*tokens[:first], replace(tokens[first], prompt_logprobs=logprobs), *tokens[first + 1 :]]
 
-    def _add(self, chunk: ScheduledChunk, hidden: torch.Tensor) -> None:
+    def _add(self, chunk: ScheduledChunk, hidden: torch.Tensor, rows: range) -> None:
         seq, num_top = chunk.sequence, chunk.sequence.spec.sampling.prompt_logprobs
         assert num_top is not None
         if chunk.start == 0:
             self._gathered[seq] = []
         gathered = self._gathered[seq]
         assert len(gathered) == chunk.start, f"{seq}: a part of the prompt came from elsewhere"
-        for first in range(0, len(hidden), _NUM_ROWS):
-            for row in self._model.logits(hidden[first : first + _NUM_ROWS]).cpu().numpy():
+        for piece in pieces(rows):
+            for row in self._model.logits(hidden[piece.start : piece.stop]).cpu().numpy():
                 gathered.append(_logprobs(row, seq.token_ids[len(gathered) + 1], num_top))
 
 

@@ -9,9 +9,11 @@ from ..kernels import Kernels
 from .batch import Batch, CompletedStep
 from .inputs import InputBuilder
 from .kv_cache import KVCache
-from .model import Model
+from .model import Model, ModelInput
 from .prompt_logprobs import PromptLogprobs
 from .sampler import Sampler
+
+BeginStep = Callable[[Batch, ModelInput], None]
 
 
 class ModelRunner:
@@ -19,7 +21,17 @@ class ModelRunner:
 
     runs_ahead = False
 
-    def __init__(self, model: Model, cache: KVCache, kernels: Kernels, max_model_len: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache,
+        kernels: Kernels,
+        max_model_len: int,
+        begin_step: BeginStep | None = None,
+    ) -> None:
+        """`begin_step` has the other ranks of an instance compute their part of a step. A runner with one
+        raises RankLost from `launch`."""
+        self._begin_step = begin_step
         self._model = model
         self._cache = cache
         self._sampler = Sampler(kernels)
@@ -37,6 +49,8 @@ class ModelRunner:
         if batch.copies:
             self._cache.copy_blocks(batch.copies)
         inputs = self._inputs.build(batch)
+        if self._begin_step is not None:
+            self._begin_step(batch, inputs)
         hidden = self._model.forward(inputs, self._cache, on_layer)
         if inputs.needs_all_rows:
             self._prompts.add(batch.chunks, hidden)

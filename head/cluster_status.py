@@ -65,6 +65,7 @@ def _row(
         message=(member.last_error or "") if member.state is MemberState.BACKOFF else "",
         node=node,
         pid=info.pid if info else 0,
+        rank_pids=info.rank_pids if info else (),
         devices=info.devices if info else (),
         kernels=info.kernels if info else "",
         num_running=routed.load.num_running if routed else 0,

@@ -21,6 +21,7 @@ from ..gateway.app import GatewayServer, open_gateway
 from ..planner.device_choice import resolve_device, why_device
 from ..planner.plan import plan, planned_layout
 from ..planner.priors import priors, rates_of
+from ..router.config import RouterConfig
 from ..router.core import Router
 from ..router.events import Closing, EmitChoiceEnd, EmitEnd, EmitTokens, Tick, Timeline
 from ..router.fleet import Fleet, FleetConfig
@@ -38,7 +39,7 @@ from .controller import Controller
 from .host_watch import HostWatch
 from .planning import Planning
 from .ports import FindNodes, Keeper
-from .settings import planner_terms, pool_sizes, pools_are_alike, router_config, step_costs, vacated
+from .settings import planner_terms, pool_sizes, pools_are_alike, step_costs, vacated
 from .spec import Endpoints, HeadSpec
 from .status_feed import StatusFeed
 from .telemetry import HeadTelemetry
@@ -112,7 +113,7 @@ class Head:
         shape = open_checkpoint(resolve_model_path(config.model.path)).config
         model = LatencyModel(priors(shape, self._plan, rates_of(self._plan)))
         router = Router(
-            router_config(config),
+            RouterConfig.of(config),
             model,
             first_attempt=spec.generation * GENERATION_STRIDE,
             adopts=spec.generation > 0,
@@ -214,7 +215,7 @@ class Head:
         self._config = config
         self._num_applied += 1  # calls of the keeper may overtake each other
         self._keeper.remember(config, (self._spec.generation, self._num_applied))
-        self._service.router.configure(router_config(config))
+        self._service.router.configure(RouterConfig.of(config))
         self._telemetry.configure(config)
         self._watch.expect(config)
         routed = self._service.router.status(asyncio.get_running_loop().time())

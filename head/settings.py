@@ -46,23 +46,6 @@ def vacated(node: Node, living: Iterable[tuple[WorkerSpec, Placement]]) -> Node:
     )
 
 
-def router_config(config: ClusterConfig) -> RouterConfig:
-    defaults = RouterConfig()
-    return replace(
-        defaults,
-        max_queued_requests=config.limits.max_queued_requests,
-        max_running_per_client=config.limits.max_running_per_client,
-        max_unread_tokens=config.limits.max_unread_tokens,
-        max_unread_bytes=config.limits.max_held_bytes // 2,
-        itl_slo_s=config.slo.itl_ms / 1e3,
-        enforces_itl=config.slo.enforce,
-        max_wait_for_worker_s=config.limits.max_wait_for_worker_s,
-        prefill_on_decode_factor=None
-        if config.routing.prefill_on_decode == "never"
-        else defaults.prefill_on_decode_factor,
-    )
-
-
 def planner_terms(config: ClusterConfig, plan: Plan, layout: KVLayout, max_instances: int) -> Terms:
     """Returns what the planner has to know of a configuration; `max_instances` have a place."""
     ranges = {role: pool.allowed_instances for role, pool in config.pools.items()}
@@ -74,7 +57,7 @@ def planner_terms(config: ClusterConfig, plan: Plan, layout: KVLayout, max_insta
         bounds=Bounds(Ratio(prefill.min, decode.min), Ratio(prefill.max, decode.max), max_instances),
         ttft_slo_s=config.slo.ttft_ms / 1e3,
         itl_slo_s=config.slo.itl_ms / 1e3,
-        router=router_config(config),
+        router=RouterConfig.of(config),
         layout=layout,
         max_model_len=plan.max_model_len,
         prefill=PoolLimits(pools.prefill.max_batch_tokens, pools.prefill.max_batch_size),

@@ -16,7 +16,7 @@ from pathlib import Path
 LIBRARY_NAME = "libpdserve_kernels.so"
 
 SOURCES = Path(__file__).resolve().parent / "native"
-_BASELINE = ("cpu.cpp", "pool.cpp")  # run on every CPU
+_BASELINE = ("cpu.cpp", "pool.cpp", "ranks.cpp")  # run on every CPU
 _LEVEL = ("linear.cpp", "attention.cpp", "rowwise.cpp", "transfer.cpp")  # compiled for each level
 # Products and sums are fused where the source says so and nowhere else: the same sums in every kernel.
 _FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off"]

@@ -51,12 +51,20 @@ def device_findings(config: ClusterConfig, device: DeviceKind, nodes: Sequence[N
             " device cpu",
         )
     for role, pool in config.pools.items():
-        if device == "cuda" and pool.devices_per_instance != 1:
+        if device != "cuda":
+            continue
+        if pool.tensor_parallel != 1:
+            yield Finding(
+                wrong,
+                f"pools.{role.value}.tensor_parallel: got {pool.tensor_parallel}, expected 1 on device cuda:"
+                " the ranks of an instance compute on processors alone",
+            )
+        elif pool.devices_per_instance != 1:
             yield Finding(
                 wrong,
                 f"pools.{role.value}.devices_per_instance: got {pool.devices_per_instance}, expected 1 on"
-                " device cuda: an instance computes on one GPU (tensor parallelism is not there); cores of"
-                " its host process are cpus_per_instance",
+                " device cuda: an instance computes on one GPU; cores of its host process are"
+                " cpus_per_instance",
             )
 
 

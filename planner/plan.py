@@ -22,6 +22,7 @@ from ..kv_transfer.chunk_size import CHUNK_BYTES
 from ..kv_transfer.config import TransferConfig
 from .device_choice import device_findings, resolve_device, why_device
 from .packing import Demand, Finding, Packing
+from .ranks import SHARED_BYTES, num_kv_copies, num_parameters_of, num_sharing, rank_findings, rank_model
 
 AUTO_KV_MAX_BYTES = 4 << 30
 # share of the available memory that `kv_cache_bytes: auto` lets a machine's instances fill
@@ -44,6 +45,9 @@ class PoolPlan:
     instances: int
     num_cpus: float
     num_threads: int
+    num_ranks: int  # processes of one instance
+    num_kv_copies: int  # ranks that hold each KV head
+    rank_weights_bytes: int
     gpu_share: float | None  # None on CPU
     instance_bytes: int  # weights, activations, runtime and KV; of the GPU where there is one
     kv_cache_bytes: int
@@ -197,11 +201,23 @@ class _Sizes:
         self.weights_bytes = checkpoint.num_parameters * self._item_bytes
         asked = config.model.max_model_len
         self.max_model_len = model.max_position_embeddings if asked == "auto" else asked
-        self._block_bytes = block_size * self.layout.bytes_per_token
-        self._max_len_bytes = self._blocks(self.max_model_len) * self._block_bytes
 
     def _blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.layout.block_size)
+
+    def _block_bytes(self, pool: PoolSection) -> int:
+        """Memory of one block in all ranks of an instance together."""
+        num_copies = num_kv_copies(self._model, num_sharing(self._model, pool))
+        return num_copies * self.layout.block_size * self.layout.bytes_per_token
+
+    def _max_len_bytes(self, pool: PoolSection) -> int:
+        return self._blocks(self.max_model_len) * self._block_bytes(pool)
+
+    def _rank_weights_bytes(self, pool: PoolSection) -> int:
+        num_ranks = num_sharing(self._model, pool)
+        if num_ranks == 1:
+            return self.weights_bytes
+        return num_parameters_of(rank_model(self._model, num_ranks)) * self._item_bytes
 
     def demand(self, role: Role, pool: PoolSection) -> Demand:
         if self._on_gpu:
@@ -218,24 +234,32 @@ class _Sizes:
         return Demand(role, pool.num_cpus, num_cores, self.fixed_bytes(pool), self.explicit_kv_bytes(pool))
 
     def fixed_bytes(self, pool: PoolSection) -> int:
-        """Memory of one instance beside its KV cache: activations, logits with room to sort them, the rope's
-        table."""
-        model = self._model
+        """Memory of one instance beside its KV cache, of all its ranks: activations, logits with room to sort
+        them on rank 0, the rope's table."""
+        num_ranks = num_sharing(self._model, pool)
+        model = rank_model(self._model, num_ranks)
         # CPU kernels lay out the output's matrix in their own way
         is_copied = model.tie_word_embeddings and not self._on_gpu
-        panels, depth = -(-model.vocab_size // 32), -(-model.hidden_size // 32)  # both are filled up
+        # both are filled up
+        panels, depth = -(-model.vocab_size // 32), -(-model.hidden_size // 32)
         packed_head = panels * 32 * depth * 32 if is_copied else 0
         per_token = 3 * model.hidden_size + model.q_size + 2 * model.kv_size + 2 * model.intermediate_size
         activations = (packed_head + pool.max_batch_tokens * per_token) * self._item_bytes
         runtime_bytes = GPU_RUNTIME_BYTES if self._on_gpu else RUNTIME_BYTES
-        logits = pool.max_batch_size * model.vocab_size * 12
+        logits = pool.max_batch_size * self._model.vocab_size * 12
         rope = ROPE_COPIES * self.max_model_len * model.head_dim * 4
-        return self.weights_bytes + activations + logits + rope + runtime_bytes + self._link_bytes(pool)
+        rank_bytes = self._rank_weights_bytes(pool) + activations + rope + runtime_bytes
+        shared_bytes = SHARED_BYTES if num_ranks > 1 else 0
+        return num_ranks * (rank_bytes + self._link_bytes(pool)) + logits + shared_bytes
 
     def _link_bytes(self, pool: PoolSection) -> int:
-        """Memory of the links to the instances of the other pools that the runtime's does not include, as
+        """Memory of a rank's links to the ranks of the other pools that the runtime's does not include, as
         large as between hosts."""
-        num_peers = sum(other.num_instances for _, other in self._config.pools.items() if other is not pool)
+        num_peers = sum(
+            other.num_instances * max(1, other.tensor_parallel // pool.tensor_parallel)
+            for _, other in self._config.pools.items()
+            if other is not pool
+        )
         num_links = min(num_peers, TransferConfig.max_links)
         ring_bytes = TransferConfig.ring_slots * CHUNK_BYTES["nccl" if self._on_gpu else "gloo"].largest
         return max(0, num_links - FIRST_LINKS) * ring_bytes
@@ -249,19 +273,22 @@ class _Sizes:
         if pool.kv_cache_bytes != "auto":
             return pool.kv_cache_bytes
         if self._on_gpu:  # all that is left keeps prefixes
-            return max(self._max_len_bytes, auto_kv_bytes or 0)
-        enough = pool.max_batch_size * self._max_len_bytes
+            return max(self._max_len_bytes(pool), auto_kv_bytes or 0)
+        enough = pool.max_batch_size * self._max_len_bytes(pool)
         share = AUTO_KV_MAX_BYTES if auto_kv_bytes is None else min(auto_kv_bytes, AUTO_KV_MAX_BYTES)
-        return max(self._max_len_bytes, min(share, enough))
+        return max(self._max_len_bytes(pool), min(share, enough))
 
     def pool_plan(self, role: Role, pool: PoolSection, auto_kv_bytes: int | None) -> PoolPlan:
-        num_blocks = self._kv_bytes(pool, auto_kv_bytes) // self._block_bytes
-        kv_cache_bytes = num_blocks * self._block_bytes
+        num_blocks = self._kv_bytes(pool, auto_kv_bytes) // self._block_bytes(pool)
+        kv_cache_bytes = num_blocks * self._block_bytes(pool)
         return PoolPlan(
             role=role,
             instances=pool.num_instances,
             num_cpus=pool.num_cpus,
             num_threads=pool.num_threads,
+            num_ranks=pool.tensor_parallel,
+            num_kv_copies=num_kv_copies(self._model, num_sharing(self._model, pool)),
+            rank_weights_bytes=self._rank_weights_bytes(pool),
             gpu_share=pool.gpu_share if self._on_gpu else None,
             instance_bytes=self.fixed_bytes(pool) + kv_cache_bytes,
             kv_cache_bytes=kv_cache_bytes,
@@ -280,13 +307,14 @@ class _Sizes:
             )
             yield Finding(ConfigError, message)
         for role, pool in self._config.pools.items():
-            num_bytes = self.explicit_kv_bytes(pool)
-            if num_bytes is not None and num_bytes < self._max_len_bytes:
-                num_tokens = num_bytes // self._block_bytes * self.layout.block_size
+            yield from rank_findings(role, pool, self._model)
+            num_bytes, least = self.explicit_kv_bytes(pool), self._max_len_bytes(pool)
+            if num_bytes is not None and num_bytes < least:
+                num_tokens = num_bytes // self._block_bytes(pool) * self.layout.block_size
                 yield Finding(
                     ConfigError,
                     f"pools.{role.value}.kv_cache_bytes: {format_size(num_bytes)} holds {num_tokens} tokens,"
-                    f" expected at least {self._max_len_bytes} bytes ({format_size(self._max_len_bytes)}) for"
+                    f" expected at least {least} bytes ({format_size(least)}) for"
                     f" one sequence of model.max_model_len ({self.max_model_len}); raise it, or lower"
                     " model.max_model_len",
                 )

@@ -22,8 +22,10 @@ from .virtual_cluster import Arrival, Decoding, ServedRequest, VirtualCluster
 from .virtual_instance import InstanceShape
 
 BLOCK_TOKENS = 64  # replays hash prompts in blocks of at least this size
-# a replay takes some 16 us a token of output, and a tenth of that a token of a prompt: about 1 s
-MAX_REPLAYED = 50_000  # tokens of output, and tenths of those of prompts
+# a replay takes some 16 us a token of output, a tenth of that a token of a prompt, and as long as
+# REQUEST_TOKENS of output for each request: about 1 s
+MAX_REPLAYED = 50_000  # in tokens of output
+REQUEST_TOKENS = 40
 MIN_SPAN_S = 6.0  # of arrivals
 SOON_S = 1e-6
 
@@ -35,7 +37,7 @@ class Outlook:
     decoding: Sequence[Decoding]
     arrivals: Sequence[Arrival]  # those that wait now are the first ones, before instant 0
     drain_s: float  # how long the streams of an instance take to end
-    num_tokens: int  # of output, and tenths of those of prompts: a replay's cost is proportional to it
+    num_tokens: int  # of output: a replay takes as long as so many do
 
     @property
     def num_requests(self) -> int:
@@ -52,13 +54,14 @@ def outlook(summary: Summary, recent: Recent, rate: float, rng: Random) -> Outlo
         num_output, num_so_far = known.num_output_tokens, one.num_prompt_tokens + one.num_output_tokens
         num_left = max(1, min(num_output - one.num_output_tokens, max_len - num_so_far))
         prompt = prompts.of(one.client, min(num_so_far, max_len - 1), known.num_cached_tokens)
-        num_tokens += num_left + num_so_far // 10
+        num_tokens += num_left + num_so_far // 10 + REQUEST_TOKENS
         if one.first_token_s is None:
             waiting.append(Arrival(one.at_s - now_s, prompt, num_left))
         else:
             first_s = one.first_token_s - now_s
             decoding.append(Decoding(one.at_s - now_s, prompt, first_s, one.num_output_tokens, num_left))
-    per_s = rate * fmean(one.num_output_tokens + one.num_prompt_tokens / 10 for one in recent.requests)
+    per_request = fmean(one.num_output_tokens + one.num_prompt_tokens / 10 for one in recent.requests)
+    per_s = rate * (per_request + REQUEST_TOKENS)
     span_s = min(summary.terms.horizon_s, max(MIN_SPAN_S, (MAX_REPLAYED - num_tokens) / per_s))
     num_tokens += round(per_s * span_s)
     arrivals = waiting + list(_repeated(recent, rate, span_s, max_len, prompts))

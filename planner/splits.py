@@ -13,11 +13,12 @@ from ..engine.checkpoint import Checkpoint
 from ..engine.gpu import Node
 from ..loadgen.slo import Slo
 from ..loadgen.statistics import Distribution
+from ..router.config import RouterConfig
 from .durations import Durations
 from .offered_load import OfferedLoad
 from .plan import Plan, make_plan, planned_layout
 from .priors import Rates, priors
-from .virtual_cluster import ServedRequest, VirtualCluster, router_config
+from .virtual_cluster import ServedRequest, VirtualCluster, replaying
 from .virtual_instance import InstanceShape
 
 
@@ -153,7 +154,7 @@ class Site:
         return num_misses <= max_misses
 
     def _cluster(self, split: Split) -> VirtualCluster:
-        config = router_config(self.config.slo.itl_ms / 1e3, split.prefills_on_decode)
+        config = replaying(RouterConfig.of(self.config), split.prefills_on_decode)
         return VirtualCluster(self.shapes(split), self.layout, config)
 
 

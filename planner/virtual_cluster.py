@@ -16,7 +16,7 @@ from ..core.latency import LatencyModel
 from ..core.messages import KVLayout, LegEnded, Probe, Probed, Role, StepReport, TransferStats
 from ..core.request import Request, SamplingParams, TransferId
 from ..loadgen.slo import Slo
-from ..router.config import RouterConfig
+from ..router.config import PREFILL_ON_DECODE_FACTOR, RouterConfig
 from ..router.core import Router
 from ..router.events import (
     EmitEnd,
@@ -31,19 +31,21 @@ from ..router.events import (
     WorkerReady,
     WorkerRole,
 )
-from ..router.registry import RoutingState
+from ..router.registered_worker import RoutingState
 from .shared_links import Flow, SharedLinks
 from .virtual_instance import INCARNATION, InstanceShape, VirtualInstance
 
 MAX_QUEUED = 1 << 20  # so many that what comes too late is served too late, and not refused
 
 
-def router_config(itl_slo_s: float, prefills_on_decode: bool) -> RouterConfig:
-    """Returns the settings of a replay's router: it refuses nothing."""
-    return RouterConfig(
+def replaying(router: RouterConfig, prefills_on_decode: bool) -> RouterConfig:
+    """Returns the settings of a replay's router: it refuses nothing, and all requests are of one client."""
+    return replace(
+        router,
         max_queued_requests=MAX_QUEUED,
-        itl_slo_s=itl_slo_s,
-        prefill_on_decode_factor=RouterConfig().prefill_on_decode_factor if prefills_on_decode else None,
+        max_running_per_client=None,
+        enforces_itl=False,
+        prefill_on_decode_factor=PREFILL_ON_DECODE_FACTOR if prefills_on_decode else None,
     )
 
 

@@ -1786,6 +1786,7 @@ class WorkerStatus(_message.Message):
     AGE_S_FIELD_NUMBER: _builtins.int
     NUM_RESTARTS_FIELD_NUMBER: _builtins.int
     KERNELS_FIELD_NUMBER: _builtins.int
+    RANK_PIDS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     role: _builtins.str
     """"prefill", "decode" or "both"."""
@@ -1820,6 +1821,10 @@ class WorkerStatus(_message.Message):
     def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Such as "cpu:3"."""
 
+    @_builtins.property
+    def rank_pids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Processes of ranks 1, 2, ... of an instance with `tensor_parallel` above 1; `pid` is rank 0's."""
+
     def __init__(
         self,
         *,
@@ -1840,10 +1845,11 @@ class WorkerStatus(_message.Message):
         age_s: _builtins.float = ...,
         num_restarts: _builtins.int = ...,
         kernels: _builtins.str = ...,
+        rank_pids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "devices", b"devices", "fraction", b"fraction", "kernels", b"kernels", "message", b"message", "node", b"node", "num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_restarts", b"num_restarts", "num_running", b"num_running", "num_waiting", b"num_waiting", "phase", b"phase", "pid", b"pid", "role", b"role", "state", b"state", "tokens_per_s", b"tokens_per_s", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "devices", b"devices", "fraction", b"fraction", "kernels", b"kernels", "message", b"message", "node", b"node", "num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_restarts", b"num_restarts", "num_running", b"num_running", "num_waiting", b"num_waiting", "phase", b"phase", "pid", b"pid", "rank_pids", b"rank_pids", "role", b"role", "state", b"state", "tokens_per_s", b"tokens_per_s", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

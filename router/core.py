@@ -283,8 +283,10 @@ class Router:
         )
 
     def _may_run(self, job: Job) -> bool:
-        """Whether the job keeps to the bound on what its client may have running. One request may exceed it
-        alone."""
+        """Whether the job need not wait for others of its client: a large one that many have passed, or those
+        that run, by the bound on them. One request may exceed that alone."""
+        if not self._dispatcher.lets_pass(job):
+            return False
         limit, num_running = self.config.max_running_per_client, self._ledger.num_running[job.client]
         return limit is None or not num_running or num_running + len(job.choices) <= limit
 

@@ -68,9 +68,14 @@ class Dispatcher:
         self._queue.reconsider()
         commands = self._dispatch_alone(now_s)
         commands += self._dispatch_passed(now_s)
+        self._queue.reconsider()  # a client may wait no longer for its own large job
         commands += self._dispatch_in_order(now_s)
         self._waiting.begin(now_s)
         return commands
+
+    def lets_pass(self, job: Job) -> bool:
+        """Whether the job need not wait for a large one of its own client."""
+        return self._reservation.lets_pass(job)
 
     def reconsider(self) -> None:
         """Has the next event place jobs, whatever it is: limits have changed."""

@@ -209,7 +209,9 @@ class Job:
         "failed_workers",
         "live",
         "num_failures",
+        "num_passing",
         "output_token_ids",
+        "passed_since_s",
         "queued_s",
         "ready_s",
         "was_unread",
@@ -225,6 +227,8 @@ class Job:
         self.ready_s = now_s
         self.awaits_worker_since_s: float | None = None  # None: a ready worker can serve it
         self.num_failures = 0
+        self.passed_since_s: float | None = None  # when others first passed it, as it is large
+        self.num_passing = 0  # jobs of its own client that have
         self.was_unread = False  # its client did not read: what is computed again is charged
         # these incarnations
         self.failed_pairs: frozenset[tuple[RegisteredWorker, RegisteredWorker | None]] = frozenset()

@@ -302,10 +302,10 @@ def _keeps_slo(candidate: Candidate) -> bool:
     return not failed and not num_failed and excess_s == 0.0
 
 
-def _by_cost(candidate: Candidate) -> tuple[bool, int, tuple[float | str, ...]]:
+def _by_cost(candidate: Candidate) -> tuple[float | str, ...]:
     """Orders candidates as their scores do, but for the excess over the SLO."""
-    failed, num_failed, _, *rest = candidate[0]
-    return failed, num_failed, tuple(rest)
+    failed, num_failed, _, cost_s, load, prefill, decode = candidate[0]
+    return failed, num_failed, cost_s, load, prefill, decode
 
 
 def _by_ttft(option: PrefillOption) -> tuple[float, str]:

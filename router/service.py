@@ -7,7 +7,7 @@ before it returns."""
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable
 from typing import Protocol
 
 from ..core.codec import FrameDecoder, FrameEncoder, FrameError
@@ -37,7 +37,6 @@ from .events import (
     WorkerIdle,
     WorkerReady,
 )
-from .message_turns import MessageTurns
 from .recorder import RequestRecorder
 from .supervisor import ConnectionLost, WorkerProgress
 from .worker_sessions import HangUp, Refused, Say, SessionCommand, ToRouter, ToSupervisor, WorkerSessions
@@ -68,7 +67,6 @@ class RouterService:
         self._recorder = recorder
         self.token = token
         self.sessions: WorkerSessions[_WorkerConnection] = WorkerSessions(observer.expects)
-        self.message_turns = MessageTurns()
         self._streams: dict[str, ClientStream] = {}
         self._unread = HeldBytes(router.config.max_unread_bytes, "streams that are not read")
         self._pump: CommandPump[RouterCommand] = CommandPump(self._carry_out)
@@ -213,7 +211,6 @@ class _WorkerConnection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport  # from connection_made on, which is called first
         self._beating: asyncio.TimerHandle | None = None
-        self._messages: Iterator[WorkerMessage] | None = None  # received, and not all handled yet
         self._reason: str | None = None  # why we closed
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -226,38 +223,17 @@ class _WorkerConnection(asyncio.Protocol):
         self._sessions.heard(self)
         try:
             answer, frames = self._handshake.feed(data)
-        except HandshakeError as error:
-            self._service.carry_out(self._sessions.hang_up(self, str(error)))
-            return
-        self._transport.write(answer)
-        self._messages = self._handle(frames)
-        self._service.message_turns.run(self._messages)
-        if self._messages is not None:
-            self._transport.pause_reading()
-
-    def _handle(self, frames: bytes) -> Iterator[WorkerMessage]:
-        """Yields each message when it has been handled."""
-        try:
+            self._transport.write(answer)
             for message in self._decoder.feed(frames):
                 self._service.carry_out(self._sessions.received(self, message))
-                yield message
-        except FrameError as error:
+        except (FrameError, HandshakeError) as error:
             self._service.carry_out(self._sessions.hang_up(self, str(error)))
-        except Exception:  # a bug, which the loop logs: it costs this connection
-            self._transport.abort()
-            raise
-        self._messages = None
-        self._transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._beating is not None:
             self._beating.cancel()
-        try:
-            for _ in self._messages or ():  # it has sent them before
-                pass
-        finally:
-            error = str(exc) if exc else self._reason
-            self._service.carry_out(self._sessions.closed(self, error, self._loop.time()))
+        error = str(exc) if exc else self._reason
+        self._service.carry_out(self._sessions.closed(self, error, self._loop.time()))
 
     def send(self, message: object) -> None:
         self._transport.write(self._encoder.encode(message))
@@ -271,7 +247,5 @@ class _WorkerConnection(asyncio.Protocol):
         self._transport.close()
 
     def _beat(self) -> None:
-        if self._messages is not None:  # it is not silent: we do not read
-            self._sessions.heard(self)
         self._service.carry_out(self._sessions.beat(self, self._loop.time()))
         self._beating = self._loop.call_later(self._sessions.heartbeat_s, self._beat)

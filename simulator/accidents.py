@@ -49,8 +49,8 @@ class Accidents:
 
     def strike_rank(self, accident: PlannedRankAccident) -> None:
         world = self._world
-        others = [rank for worker in world.alive() for rank in worker.ranks[1:]]
-        name = rank_accidents.strike(accident, others, world.faults, world.network)
+        instances = [worker.transfers for worker in world.alive()]
+        name = rank_accidents.strike(accident, instances, world.faults, world.network)
         world.note(f"ACCIDENT {accident.kind.value}: {name}, {accident.duration_s} s")
 
     def strike(self, accident: PlannedAccident) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .faults import Faults
 from .network import Network
-from .simulated_ranks import SimulatedRank
+from .simulated_ranks import SimulatedRanks
 
 
 class RankAccident(enum.Enum):
@@ -16,6 +16,8 @@ class RankAccident(enum.Enum):
     FREEZE = "rank frozen"
     CUT = "transfer connections of a rank reset"
     PART = "two ranks cut off from each other"
+    ALONE = "rank cut off from its siblings"
+    LATE = "rank delivers late to its siblings"
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,13 @@ class PlannedRankAccident:
 
 
 def strike(
-    accident: PlannedRankAccident, ranks: Sequence[SimulatedRank], faults: Faults, network: Network
+    accident: PlannedRankAccident, instances: Sequence[SimulatedRanks], faults: Faults, network: Network
 ) -> str | None:
-    """Hits one of `ranks`, and returns which one; None where there is none."""
+    """Hits a rank other than rank 0, and returns which one; None where there is none."""
+    ranks = [(rank, instance.siblings) for instance in instances for rank in instance.ranks[1:]]
     if not ranks:
         return None
-    hit, other = (ranks[int(draw * len(ranks))] for draw in accident.draws)
+    (hit, siblings), (other, _) = (ranks[int(draw * len(ranks))] for draw in accident.draws)
     faults.count(accident.kind.value)
     match accident.kind:
         case RankAccident.KILL:
@@ -43,4 +46,8 @@ def strike(
             network.cut(hit.process)
         case RankAccident.PART:
             network.partition(hit.process.name, other.process.name, accident.duration_s)
+        case RankAccident.ALONE:
+            siblings.cut(hit.process, accident.duration_s)
+        case RankAccident.LATE:
+            siblings.delay(hit.process, accident.duration_s / 10, accident.duration_s)
     return hit.process.name

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from ..router.reservation import MAX_OWN_TURNS
 from .faults import ORDERLY
 from .scenario import CONTEST_TOKENS, MAX_GRAY_FAILURES, Scenario
 from .simulated_client import SimulatedClient
@@ -102,6 +103,8 @@ class RunChecks:
         for request_id in (plan.request.request_id for plan in scenario.requests if plan.is_counted):
             if (num_turns := head.checks.turns.of(request_id)) > MAX_TURNS:
                 self._violation(f"{request_id} had to wait for {num_turns} turns of others")
+            if (num_passed := head.checks.turns.num_passed(request_id)) > MAX_OWN_TURNS:
+                self._violation(f"{request_id} was passed by {num_passed} requests of its own client")
         if scenario.keeps_streams and counters.failed:
             self._violation(f"{counters.failed} streams were given up, which went on after each failure")
         # each takes a death of its own, after another one

@@ -23,6 +23,7 @@ from ..kv_transfer.pair import Identity, Local
 from ..kv_transfer.parts import Share
 from ..kv_transfer.ranks import InstancePort, RankPort
 from .kv_model import ChainStore
+from .rank_siblings import Siblings
 from .simulated_port import HOP_S, Port
 from .virtual_time import VirtualProcess, VirtualTime
 
@@ -31,6 +32,8 @@ LATE_S = 0.2  # now and then, between a rank and rank 0
 
 class RankWorld(Protocol):
     """The surroundings of a rank."""
+
+    rng: Random
 
     def fails_store(self, worker_id: str) -> bool: ...
     def dial(self, source: "SimulatedRank", pair: OutboundPair, epoch: int) -> Dialling: ...
@@ -129,9 +132,10 @@ class SimulatedRanks:
         process: VirtualProcess,
         clock: EngineClock,
         listener: TransferListener,
-        rng: Random,
+        on_lost: Callable[[str], None],
     ) -> None:
-        self._world, self._instance, self._clock, self._rng = world, instance, clock, rng
+        """`on_lost` is called in rank 0's process with the reason why the instance is over."""
+        self._world, self._instance, self._clock = world, instance, clock
         self._own_rng = Random(f"ranks of {process.name} {clock.time.now_s}")
         self.ranks: list[SimulatedRank] = []
         self._ports: dict[int, RankPort[Port]] = {}
@@ -140,16 +144,17 @@ class SimulatedRanks:
         self.port: TransferPort
         if instance.num_ranks == 1:
             self.port = self._make(0, process, clock, listener)
+            self.siblings = Siblings(clock.time, process, [], on_lost, world.violation)
             return
         make = partial(self._make, 0, process, clock)
         share = Share(0, instance.num_ranks, instance.num_kv_heads)
         self.port = self._joined = InstancePort(make, listener, share, self._command)
         for rank in range(1, instance.num_ranks):
             other = VirtualProcess(clock.time, f"{process.name}.{rank}")
-            process.when_it_dies(other.kill)  # any rank's death ends the incarnation
-            other.when_it_dies(process.kill)
             make = partial(self._make, rank, other, lambda: clock.time.now_s)
             self._ports[rank] = RankPort(make, partial(self._report, rank))
+        others = [rank.process for rank in self.ranks[1:]]
+        self.siblings = Siblings(clock.time, process, others, on_lost, world.violation)
 
     @property
     def num_open(self) -> int:
@@ -175,7 +180,7 @@ class SimulatedRanks:
     ) -> Port:
         made = SimulatedRank(self._world, self._instance, rank, process, self._clock, listener)
         self.ranks.append(made)
-        return Port(process, clock, made.hub, made.store, self._rng)
+        return Port(process, clock, made.hub, made.store, self._world.rng)
 
     def _command(self, rank: int, data: bytes) -> None:
         """Carries a command to a rank, behind the step that is computed."""

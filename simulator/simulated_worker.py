@@ -181,7 +181,7 @@ class SimulatedWorker:
             self.pool,
             config,
         )
-        self.transfers = SimulatedRanks(world, instance, process, self.clock, EngineInbox(self), world.rng)
+        self.transfers = SimulatedRanks(world, instance, process, self.clock, EngineInbox(self), self._fail)
         self.ranks = self.transfers.ranks
         self.watch = StepWatch(FIRST_STEP_S, LEAST_STEP_S)
         self.hangs = False  # its next step never ends
@@ -292,9 +292,7 @@ class SimulatedWorker:
         if self._connection is None:
             return
         if (why := self.watch.beat()) is not None:
-            if (failing := self._session.failing(why)) is not None:
-                self._connection.send(failing)
-            self.process.kill()
+            self._fail(why)
         elif self._silence.is_lost(self._time.now_s):
             self._connection.close()
             self._on_lost()
@@ -302,6 +300,13 @@ class SimulatedWorker:
             self._router.send(self.worker.report())
         elif not self._session.is_loaded:
             self._connection.send(self._session.progress("loading weights", self._loaded_part()))
+
+    def _fail(self, why: str) -> None:
+        """Ends the process at once, whatever its threads hang in."""
+        failing = self._session.failing(why)
+        if failing is not None and self._connection is not None:
+            self._connection.send(failing)
+        self.process.kill()
 
     def _greet_soon(self, connection: ConnectionEnd) -> None:
         """Greets the router from the engine's thread."""
@@ -394,7 +399,7 @@ class SimulatedWorker:
         worked = self.worker.step()
         ahead_s, self.clock.ahead_s = self.clock.ahead_s, 0.0
         if not self.hangs:
-            self.process.call_later(ahead_s, lambda: self._end_turn(worked))
+            self.transfers.siblings.compute(ahead_s, lambda: self._end_turn(worked))
 
     def _end_turn(self, worked: bool) -> None:
         if self._has_crashed:

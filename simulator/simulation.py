@@ -242,7 +242,10 @@ class Simulation:
         return [worker for worker in self.workers.values() if worker.process.is_alive]
 
     def _leftovers(self) -> list[str]:
-        return leftovers(self.head, self.alive(), self.time.now_s)
+        left = leftovers(self.head, self.alive(), self.time.now_s)
+        ended = [worker for worker in self.workers.values() if not worker.process.is_alive]
+        numbers = {worker.spec: worker.transfers.siblings.num_left for worker in ended}
+        return left + [f"{number} ranks of {spec}" for spec, number in numbers.items() if number]
 
     # workers
 

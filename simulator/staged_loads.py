@@ -81,13 +81,15 @@ def _weighted(plan: PlannedRequest, weight: float) -> PlannedRequest:
 
 def with_crowd(rng: Random, scenario: Scenario) -> Scenario:
     """Returns a scenario without faults in which three clients always have something queued, and one more
-    request comes: a small one of a fourth client, one of lower priority, or a large one of the first."""
+    request comes: a small one of a fourth client, one of lower priority, or a large one of the first, which
+    may have many small ones as well."""
     start_s = 2.0
     client, num_tokens, priority = rng.choice((("c3", 9, 0), ("c3", 9, 7), ("c0", 100, 0)))
+    is_flood = client == "c0" and rng.random() < 0.5
     crowd = [
         plain_request(rng, f"{name}.{number}", name, start_s + 2.0 * (number >= 5), rng.randint(3, 9), 1)
         for name in ("c0", "c1", "c2")
-        for number in range(5 if name == client else 40)  # it would wait for its own
+        for number in range(5 if name == client and not is_flood else 40)
     ]
     one = plain_request(rng, "one", client, start_s + rng.uniform(0.1, 1.0), 5, 1, num_tokens=num_tokens)
     return replace(

@@ -145,6 +145,11 @@ COUNTERS = (
     ),
     _counter("prefix_cache_hits_total", "Those of them that were cached.", "pool"),
     _counter(
+        "rank_cpu_seconds_total",
+        "Processor time of a worker's process since its start; of each of its ranks where it has several.",
+        *("pool", "worker", "rank"),
+    ),
+    _counter(
         "num_preemptions_total", "Sequences put back because blocks ran out, to be computed again.", "pool"
     ),
     _counter("dispatches_total", "Pieces of work given to workers: one a request when nothing fails."),

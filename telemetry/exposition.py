@@ -111,6 +111,8 @@ class Exposition(Collector):
         rows |= {labels: value for (name, labels), value in self._tally.counts.items() if name == metric.name}
         if metric.name == "num_preemptions_total":
             rows |= {(pool,): count for pool, count in self._steps.num_preemptions.items()}
+        if metric.name == "rank_cpu_seconds_total":
+            rows |= self._steps.cpu_s()
         if (cost := self._estimates.get(metric.name)) is not None:
             rows |= {labels: cost(steps) for labels, steps in self._steps.sums.items()}
         return rows.items()

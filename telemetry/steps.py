@@ -69,11 +69,12 @@ class StepCosts:
 class _Worker:
     """An incarnation, and where its steps are added up."""
 
-    __slots__ = ("decode", "incarnation", "mixed", "node", "num_preemptions", "pool", "prefill")
+    __slots__ = ("cpu_s", "decode", "incarnation", "mixed", "node", "num_preemptions", "pool", "prefill")
 
     def __init__(self, info: WorkerInfo, sums: defaultdict[tuple[str, str], StepSums]) -> None:
         self.incarnation = info.incarnation
         self.node = info.node
+        self.cpu_s: tuple[float, ...] = ()  # processor time of each rank
         self.num_preemptions: int | None = None  # as last reported; None: never reported
         self.join(info.role.value, sums)
 
@@ -104,6 +105,14 @@ class StepTally:
         """The pool of a worker that has been ready."""
         return self._workers[worker_id].pool
 
+    def cpu_s(self) -> dict[tuple[str, str, str], float]:
+        """Returns the processor time in seconds by pool, worker and rank."""
+        return {
+            (worker.pool, worker_id, str(rank)): seconds
+            for worker_id, worker in self._workers.items()
+            for rank, seconds in enumerate(worker.cpu_s)
+        }
+
     def _on_report(self, report: StepReport) -> None:
         worker = self._workers.get(report.worker_id)
         if worker is None or worker.incarnation != report.incarnation:
@@ -113,6 +122,7 @@ class StepTally:
             if worker.num_preemptions is not None:
                 self.num_preemptions[worker.pool] += num_preemptions - worker.num_preemptions
             worker.num_preemptions = num_preemptions
+        worker.cpu_s = report.rank_cpu_s or worker.cpu_s
         if report.gpu is not None:
             self.gpus.add(report.worker_id, worker.node, report.gpu)
         timing = report.timing

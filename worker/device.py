@@ -8,6 +8,9 @@ from ..engine.engine import EngineOptions
 from ..engine.gpu import GPU_MEMORY_FRACTION, DeviceInfo, probe_devices
 from .spec import WorkerSpec
 
+# upper bound on how long a busy engine thread holds back those of the transfer and the connection
+SWITCH_INTERVAL_S = 0.0005
+
 
 def bind_to_cores(positions: tuple[int, ...]) -> tuple[int, ...]:
     """Binds this process, and every thread it will start, to cores given by position; returns their
@@ -49,6 +52,6 @@ def engine_options(spec: WorkerSpec) -> EngineOptions:
         max_batch_size=pool.max_batch_size,
         max_batch_tokens=pool.max_batch_tokens,
         kernels=config.kernels,
-        num_threads=pool.num_threads,
+        num_threads=pool.num_threads_per_rank,
         wire=config.kv.wire,
     )

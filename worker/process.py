@@ -40,31 +40,19 @@ from ..engine.sequence import Sequence as SequenceState
 from ..grammar.messages import GrammarSetup
 from ..grammar.thread import GrammarThread
 from ..grammar.vocabulary import tokenizer_json
-from ..kv_transfer.config import Membership
-from ..kv_transfer.cuda_memory import CudaGpu
-from ..kv_transfer.endpoint import TransferEndpoint
-from .device import bind_to_cores, engine_options, names_of, own_gpu
-from .ending import Part, in_closing_order
+from .device import SWITCH_INTERVAL_S, bind_to_cores, engine_options, names_of, own_gpu
+from .ending import Part, give_up, in_closing_order
 from .gpu_monitor import GpuMonitor
 from .host_monitor import HostMonitor
+from .ranks import Ranks
 from .router_link import RouterLink, shake_hands
 from .router_session import RECONNECT_S, RouterSession
 from .spec import WorkerSpec
 from .step_watch import FIRST_ON_GPU_S, FIRST_S, StepWatch, WatchedRunner
+from .transfers import Transfers
 from .worker import Worker
 
 log = logging.getLogger(__name__)
-
-# upper bound on how long a busy engine thread holds back those of the transfer and the connection
-SWITCH_INTERVAL_S = 0.0005
-
-
-def give_up(why: str) -> None:
-    """Ends this process immediately, whatever its threads hang in; the cluster starts another."""
-    log.critical("%s: this worker ends", why)
-    logging.shutdown()
-    os._exit(1)
-
 
 MASK_WAIT_S = 0.002  # upper bound on how long a computed step waits for masks
 
@@ -83,6 +71,7 @@ class WorkerProcess:
         self._stopping = threading.Event()
         self._info: WorkerInfo | None = None  # None until it serves
         self._monitor: GpuMonitor | None = None  # None on CPU
+        self._ranks: Ranks | None = None  # None: it computes alone
         self._watch = StepWatch(FIRST_ON_GPU_S if spec.device == "cuda" else FIRST_S)
         self._session = RouterSession(spec.worker_id, spec.incarnation, time.monotonic())
 
@@ -105,27 +94,22 @@ class WorkerProcess:
             Part.HOST_MONITOR: host_monitor.stop,
         }
         try:
+            if spec.num_ranks > 1:
+                self._progress("waiting for its ranks", 0.0)
+                self._ranks = Ranks(spec, self._stopping.is_set, self._fail)
+                parts[Part.RANKS] = self._ranks.leave
             # on a CPU the KV cache comes first: it may not fit
             self._progress("allocating memory" if spec.device == "cpu" else "loading weights", 0.0)
             engine = self._load_engine()
-            endpoint = TransferEndpoint(
-                engine.cache,
-                self,
-                Membership(
-                    spec.worker_id, spec.incarnation, spec.token, spec.host or "127.0.0.1", spec.socket_root
-                ),
-                transport=spec.config.kv.transport,
-                gpu=CudaGpu(engine.cache.torch_device) if engine.cache.torch_device.type == "cuda" else None,
-                on_stuck=give_up,
-            )
-            parts[Part.TRANSFERS] = endpoint.close
+            transfers = Transfers(spec, engine, self, self._ranks)
+            parts[Part.TRANSFERS] = transfers.close
             grammars = GrammarThread(lambda: self._grammar_setup(engine), self)
             parts[Part.GRAMMARS] = grammars.stop
             if gpu is not None:
                 self._monitor = GpuMonitor(gpu)
                 self._monitor.start()
                 parts[Part.GPU_MONITOR] = self._monitor.stop
-            self._serve(engine, endpoint, grammars, names_of(cores, gpu))
+            self._serve(engine, transfers, grammars, names_of(cores, gpu))
         except Exception as error:
             self._report_failure(f"{type(error).__name__}: {error}")
             raise
@@ -174,11 +158,14 @@ class WorkerProcess:
     def _load_engine(self) -> Engine:
         path = resolve_model_path(self._spec.config.model.path)
         return Engine.open(
-            path, engine_options(self._spec), lambda fraction: self._progress("loading weights", fraction)
+            path,
+            engine_options(self._spec),
+            lambda fraction: self._progress("loading weights", fraction),
+            None if self._ranks is None else self._ranks.group,
         )
 
     def _serve(
-        self, engine: Engine, endpoint: TransferEndpoint, grammars: GrammarThread, devices: tuple[str, ...]
+        self, engine: Engine, transfers: Transfers, grammars: GrammarThread, devices: tuple[str, ...]
     ) -> None:
         spec, pool = self._spec, self._spec.pool
         self._worker = Worker(
@@ -191,23 +178,25 @@ class WorkerProcess:
                 pool.max_batch_tokens,
                 pool.max_batch_size,
             ),
-            endpoint,
+            transfers.port,
             grammars,
             self._await_masks,
         )
+        address, others = transfers.start()
         self._info = WorkerInfo(
             worker_id=spec.worker_id,
             incarnation=spec.incarnation,
             role=spec.role,
-            layout=engine.layout,
+            layout=msgspec.structs.replace(engine.layout, num_kv_heads=engine.config.num_kv_heads),
             num_blocks=engine.pool.num_blocks,
             max_model_len=engine.kv.max_model_len,
             max_batch_tokens=pool.max_batch_tokens,
             max_batch_size=pool.max_batch_size,
-            address=endpoint.start(),
-            devices=devices,
+            address=address,
+            devices=(*devices, *(name for one in others for name in one.devices)),
             node=socket.gethostname(),
             pid=os.getpid(),
+            rank_pids=tuple(one.pid for one in others),
             kernels=engine.kernels.name,
         )
         self._session.loaded()
@@ -272,6 +261,11 @@ class WorkerProcess:
         if (failing := self._session.failing(reason)) is not None:
             self._link.send(failing)
 
+    def _fail(self, why: str) -> None:
+        """Ends this process at once, and with it all ranks; called on any thread."""
+        self._report_failure(why)
+        give_up(why)
+
     def _report_full(self, full: tuple[tuple[str, int], ...]) -> None:
         self._link.send(
             HostFull(worker_id=self._spec.worker_id, incarnation=self._spec.incarnation, full=full)
@@ -322,10 +316,13 @@ class WorkerProcess:
             self._link = link
 
     def _beat(self) -> StepReport:
-        """Returns the worker's state and, every few seconds, its GPU's; called on the heartbeat's thread."""
+        """Returns the worker's state, its ranks' processor time and, every few seconds, its GPU's state;
+        called on the heartbeat's thread."""
         if (why := self._watch.beat()) is not None:
-            self._report_failure(why)
-            give_up(why)
-        report = self._worker.report()
-        gpu = None if self._monitor is None else self._monitor.take()
-        return report if gpu is None else msgspec.structs.replace(report, gpu=gpu)
+            self._fail(why)
+        others = () if self._ranks is None else self._ranks.cpu_s
+        return msgspec.structs.replace(
+            self._worker.report(),
+            gpu=None if self._monitor is None else self._monitor.take(),
+            rank_cpu_s=(time.process_time(), *others),
+        )

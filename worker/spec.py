@@ -1,7 +1,7 @@
 """The parameters that a worker process receives at its start. Separate from the process itself, so that the
 head needs none of its imports."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core.config import ClusterConfig, PoolSection
@@ -29,14 +29,30 @@ class WorkerSpec:
     socket_root: Path = Path("/tmp")  # the transfer endpoint creates its private folder here
     accept_open_ray: bool = False  # no other user can reach the hosts
     memory_bytes: int = 0  # host memory that it will fill; 0 on GPUs, where host memory is not planned
+    rank: int = 0  # of the instance's `num_ranks` processes; rank 0 is the worker, the others compute for it
 
     @property
     def key(self) -> tuple[str, int]:
         return self.worker_id, self.incarnation
 
     @property
+    def num_ranks(self) -> int:
+        return self.pool.tensor_parallel
+
+    @property
+    def name(self) -> str:
+        """Returns the name of the process in logs."""
+        rank = f".{self.rank}" if self.num_ranks > 1 else ""
+        return f"{self.worker_id}/{self.incarnation}{rank}"
+
+    def of_rank(self, rank: int, cores: tuple[int, ...]) -> "WorkerSpec":
+        """Returns the description of one rank's process, given the cores of the instance."""
+        num_cores = len(cores) // self.num_ranks
+        return replace(self, rank=rank, cores=cores[rank * num_cores : (rank + 1) * num_cores])
+
+    @property
     def need(self) -> Need:
-        """Returns the resources that it takes of its node."""
+        """Returns the resources that all ranks take of their node."""
         pool = self.pool
         on_gpu = self.device == "cuda"
         num_cores = pool.num_host_cores if on_gpu else pool.devices_per_instance

@@ -6,6 +6,7 @@ while streams run, and nothing may be lost.
     python -m bench.chaos --gray              instead: sends that fail, a worker at a tenth of its speed, a
                                               router that stands still for 20 s, requests that kill workers
     python -m bench.chaos --hosts             partitions too, on three hosts; takes root, sshd and rsync
+    python -m bench.chaos --ranks 2           workers of two ranks, of which an accident hits any one
 
 Two prefill and two decode workers of the embedded model, half a core each. First the tokens of an undisturbed
 run are recorded. Then, in each round, six concurrent gRPC streams, greedy and seeded, long prompts and short,
@@ -64,11 +65,17 @@ class Ordeal:
     cluster: ClusterUnderTest
     templates: Sequence[Template]
     undisturbed: Sequence[ObservedStream]
+    num_ranks: int  # of each worker
+
+    @property
+    def num_processes(self) -> int:
+        return sum(POOLS.values()) * self.num_ranks
 
 
-def config(transport: str) -> ClusterConfig:
+def config(transport: str, num_ranks: int) -> ClusterConfig:
     """KV for some 6,500 tokens a worker, so that memory is short while one stands in for others."""
     pool: dict[str, Any] = {"cpus_per_instance": 0.5, "kv_cache_bytes": 16 << 20, "max_batch_size": 64}
+    pool["tensor_parallel"] = num_ranks
     return ClusterConfig.model_validate(
         {
             "pools": {role: pool | {"instances": instances} for role, instances in POOLS.items()},
@@ -81,11 +88,11 @@ def config(transport: str) -> ClusterConfig:
 
 @contextmanager
 def running(
-    templates: Sequence[Template], network: NetworkFaults | None, gray: GrayFaults | None
+    templates: Sequence[Template], network: NetworkFaults | None, gray: GrayFaults | None, num_ranks: int
 ) -> Iterator[Ordeal]:
     """Starts the cluster and records the undisturbed tokens: each request alone, then all at once."""
     with (
-        launch(config("auto" if network is None else "gloo")) as cluster,
+        launch(config("auto" if network is None else "gloo", num_ranks)) as cluster,
         grpc.insecure_channel(cluster.local_address, RECONNECT) as local,
         grpc.insecure_channel(cluster.grpc_address, RECONNECT) as channel,
     ):
@@ -104,7 +111,9 @@ def running(
         assert set(outcomes) == {"whole"}, f"without any accident: {outcomes}"
         watch.wait_for(watch.is_idle, SETTLE_TIMEOUT_S)
         try:
-            yield Ordeal(ClusterUnderTest(generation, watch, network, gray), templates, undisturbed)
+            yield Ordeal(
+                ClusterUnderTest(generation, watch, network, gray), templates, undisturbed, num_ranks
+            )
         finally:
             watch.close()
 
@@ -152,19 +161,20 @@ def settle(ordeal: Ordeal, account: Account) -> None:
         account.leaks.append(f"not whole and idle {error}")
     print(f"whole and idle after {time.monotonic() - start_s:.1f} s", flush=True)
     num_processes = holdings("WorkerActor")["processes"]
-    if num_processes != sum(POOLS.values()):
+    if num_processes != ordeal.num_processes:
         account.leaks.append(f"{num_processes} worker processes")
 
 
-def check_holdings(before: dict[str, dict[str, int]], account: Account) -> None:
-    """The present head has no socket or file more than the first one had. Each worker has a ring, or none,
-    with each of the other pool."""
+def check_holdings(before: dict[str, dict[str, int]], ordeal: Ordeal, account: Account) -> None:
+    """The present head has no socket or file more than the first one had. Each rank has a ring, or none, with
+    one of each worker of the other pool, and the memory in which it meets its siblings."""
     head, workers = holdings("HeadActor"), holdings("WorkerActor")
     print(f"at start: {before}\nat the end: head {head}, workers {workers}, keeper {holdings('KeeperActor')}")
     for kind in ("processes", "sockets", "files"):
         if head[kind] > before["head"][kind]:
             account.leaks.append(f"{head[kind]} {kind} of the head, {before['head'][kind]} at start")
-    if workers["rings"] > 2 * POOLS["prefill"] * POOLS["decode"]:
+    max_rings = 2 * POOLS["prefill"] * POOLS["decode"] * ordeal.num_ranks
+    if workers["rings"] > max_rings + (ordeal.num_processes if ordeal.num_ranks > 1 else 0):
         account.leaks.append(f"{workers['rings']} rings of shared memory")
 
 
@@ -174,6 +184,7 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=1, choices=(1, 2, 4, 8))
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--partitions", action="store_true")
     where.add_argument("--hosts", action="store_true")
@@ -193,7 +204,7 @@ def main() -> int:
     rng, account, found, others = random.Random(args.seed), Account(), traces(), descendants()
     with (
         hooked() if args.gray else nullcontext() as gray,
-        running(make_templates(rng, NUM_TEMPLATES), network, gray) as ordeal,
+        running(make_templates(rng, NUM_TEMPLATES), network, gray, args.ranks) as ordeal,
     ):
         before = {"head": holdings("HeadActor"), "workers": holdings("WorkerActor")}
         try:
@@ -204,7 +215,7 @@ def main() -> int:
         except KeyboardInterrupt:
             print("interrupted: the table is of the rounds so far")
         settle(ordeal, account)
-        check_holdings(before, account)
+        check_holdings(before, ordeal, account)
         table = account.lines(ordeal.cluster.watch)
         if gray is not None:
             table.append(f"{'sends that failed on purpose':44} {gray.num_failed_sends()}")

@@ -34,7 +34,8 @@ MOMENTS = ("before the first token", "during the transfer", "mid decode")
 @dataclass(frozen=True)
 class Victim:
     worker_id: str
-    pid: int
+    pid: int  # of rank 0
+    rank_pids: tuple[int, ...] = ()  # of its other ranks
 
 
 @dataclass(frozen=True)
@@ -124,18 +125,25 @@ def strike(
         accident.victims = chosen
         if not chosen:
             return
-        end = _begin(accident, [victim.pid for victim in chosen], cluster)
+        end = _begin(accident, [_process_of(victim, rng) for victim in chosen], cluster)
     if end is not None:
         accident.ended = threading.Timer(accident.duration_s, end)
         accident.ended.start()
     time.sleep(accident.aftermath_s)
 
 
+def _process_of(victim: Victim, rng: random.Random) -> int:
+    """Returns any one of its ranks."""
+    return rng.choice((victim.pid, *victim.rank_pids)) if victim.rank_pids else victim.pid
+
+
 def _candidates(role: str, watch: Watch) -> list[Victim]:
     if role == ROUTER:
         pid = router_pid()
         return [] if pid is None else [Victim(ROUTER, pid)]
-    ready = [Victim(worker.worker_id, worker.pid) for worker in watch.ready_workers(role)]
+    ready = [
+        Victim(worker.worker_id, worker.pid, tuple(worker.rank_pids)) for worker in watch.ready_workers(role)
+    ]
     return [
         victim for victim in ready if Path(f"/proc/{victim.pid}").exists()
     ]  # the status is a little behind

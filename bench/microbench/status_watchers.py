@@ -84,7 +84,7 @@ async def watch_many(port: int, num_watchers: int) -> None:
     async with grpc.aio.insecure_channel(
         f"127.0.0.1:{port}", options=[("grpc.max_receive_message_length", -1)]
     ) as channel:
-        watching = channel.unary_stream(METHOD)
+        watching = channel.unary_stream(METHOD, None, None)
 
         async def watch() -> None:
             async for _ in watching(pb.WatchStatusRequest().SerializeToString()):

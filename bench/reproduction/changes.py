@@ -22,8 +22,8 @@ from .profiles import SLOW
 from .traffic import Kind, Traffic, in_turns, steady
 
 START = Ratio(4, 4)
-HORIZON_S = 60.0
-PHASE_S = 120.0
+HORIZON_S = 30.0
+PHASE_S = 60.0
 PROMPTS, OUTPUTS = Kind(150, 4, 2000, 100), Kind(30, 40, 2000, 400)
 RATES = {PROMPTS: (6.0, 11.0), OUTPUTS: (8.0, 14.0)}  # some of them more than any ratio serves
 

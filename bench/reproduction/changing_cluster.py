@@ -12,7 +12,7 @@ from pdserve.core.messages import Role
 from pdserve.head.planning import INTERVAL_S, MAX_OPEN, START_S
 from pdserve.planner.changes import FLIP_S
 from pdserve.planner.seen_load import seen_request
-from pdserve.planner.virtual_cluster import ServedRequest, VirtualCluster, router_config
+from pdserve.planner.virtual_cluster import ServedRequest, VirtualCluster, replaying
 from pdserve.router.config import RouterConfig
 from pdserve.router.events import Timeline, WorkerReady
 from pdserve.router.fleet import Fleet
@@ -95,7 +95,7 @@ class ChangingCluster:
 
     def __post_init__(self) -> None:
         assert self.service.slo.tpot is not None
-        router = router_config(self.service.slo.tpot / 1e3, self.prefill_on_decode)
+        router = replaying(RouterConfig(itl_slo_s=self.service.slo.tpot / 1e3), self.prefill_on_decode)
         self._terms = terms_of(self.service, self.horizon_s, router)
         roles = [role for role, size in self.ratio.sizes.items() for _ in range(size)]
         self._cluster = VirtualCluster(

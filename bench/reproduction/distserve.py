@@ -23,7 +23,8 @@ import msgspec
 
 from pdserve.core.messages import Role
 from pdserve.loadgen.slo import Slo
-from pdserve.planner.virtual_cluster import Arrival, VirtualCluster, router_config
+from pdserve.planner.virtual_cluster import Arrival, VirtualCluster, replaying
+from pdserve.router.config import RouterConfig
 
 from .profiles import OPT_13B_A100, OPT_13B_VLLM, Profile
 from .sustained import Trial
@@ -102,7 +103,7 @@ def attainment(rows: Sequence[Row], rate: float, kv_bytes: int) -> float:
     cluster = VirtualCluster(
         [TP2.shape(Role.PREFILL), decode.shape(Role.DECODE)],
         TP2.layout,
-        router_config(TABLE_SLO.tpot / 1e3, False),
+        replaying(RouterConfig(itl_slo_s=TABLE_SLO.tpot / 1e3), False),
     )
     served = cluster.serve(
         Arrival(row.start_time * stretch, (number,) * row.prompt_len, row.output_len)

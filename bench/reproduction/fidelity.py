@@ -86,7 +86,9 @@ def replayed(requests: list[Arrival]) -> list[ServedRequest]:
 def simulated(requests: list[Arrival], seed: int) -> list[ServedRequest]:
     """Raises RuntimeError where the simulation finds a violation."""
     simulation = Simulation(_scenario(requests, seed))
-    served = [ServedRequest(one.at_s, len(one.prompt_token_ids)) for one in requests]
+    served = [
+        ServedRequest(number, one.at_s, len(one.prompt_token_ids)) for number, one in enumerate(requests)
+    ]
     for client, record in zip(simulation.clients, served, strict=True):
         client.on_event = _recorder(client.on_event, simulation, record)  # type: ignore[assignment]
     outcome = simulation.run()

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from pdserve.core.messages import KVLayout, Role
 from pdserve.loadgen.slo import Slo
 from pdserve.planner.durations import DecodeSeconds, Durations
-from pdserve.planner.virtual_cluster import VirtualCluster, router_config
+from pdserve.planner.virtual_cluster import VirtualCluster, replaying
 from pdserve.planner.virtual_instance import InstanceShape
+from pdserve.router.config import RouterConfig
 
 BLOCK_TOKENS = 64
 
@@ -37,7 +38,7 @@ class Profile:
     ) -> VirtualCluster:
         """Returns such instances. Without prefill instances the others serve both phases."""
         roles = [Role.PREFILL] * num_prefill + [Role.DECODE] * num_decode
-        config = router_config(itl_slo_s, prefills_on_decode)
+        config = replaying(RouterConfig(itl_slo_s=itl_slo_s), prefills_on_decode)
         return VirtualCluster([self.shape(role) for role in roles], self.layout, config)
 
 

@@ -36,6 +36,10 @@ class Shard:
         if not 0 <= self.rank < self.num_ranks:
             raise ConfigError(f"rank: got {self.rank}, expected 0 to {self.num_ranks - 1}")
 
+    def all(self) -> list["Shard"]:
+        """Returns the shares of all ranks, in their order."""
+        return [Shard(rank, self.num_ranks) for rank in range(self.num_ranks)]
+
     def query_heads(self, num_heads: int) -> range:
         """Returns the rank's query heads, of `num_heads`. Raises ConfigError where they do not divide."""
         return self._even("num_attention_heads", num_heads)

@@ -234,6 +234,7 @@ def _worker(worker: WorkerStatus) -> pb.WorkerStatus:
         message=worker.message,
         node=worker.node,
         pid=worker.pid,
+        rank_pids=worker.rank_pids,
         devices=worker.devices,
         num_running=worker.num_running,
         num_waiting=worker.num_waiting,

@@ -53,6 +53,11 @@ def test_a_wide_terminal_has_the_table_of_a_pipe() -> None:
     assert as_text(status(), False, 200).plain == as_table(status())
 
 
+def test_the_processes_of_all_ranks_are_in_the_wide_table() -> None:
+    one = status(pid=101, rank_pids=[102, 103])
+    assert "101,102,103" in as_table(one, wide=True)
+
+
 def test_unequal_kernels_are_named_with_their_workers() -> None:
     one = status(kernels="avx2")
     assert "kernels" not in as_table(one), "the other worker has none yet"

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock, Mock
@@ -38,8 +38,13 @@ class FakeWorkers:
         return self
 
     def remote(self, spec: WorkerSpec) -> SimpleNamespace:
-        future = self.ends[spec.worker_id] = asyncio.get_running_loop().create_future()
-        return SimpleNamespace(run=SimpleNamespace(remote=lambda: future))
+        name = f"{spec.worker_id}.{spec.rank}" if spec.rank else spec.worker_id
+        future = self.ends[name] = asyncio.get_running_loop().create_future()
+        return SimpleNamespace(run=SimpleNamespace(remote=lambda: future), end=future)
+
+    def kill(self, actor: Any) -> None:
+        if not actor.end.done():
+            actor.end.set_exception(ActorDiedError())
 
 
 class Handle:
@@ -75,7 +80,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> FakeWorkers:
     workers = FakeWorkers()
     monkeypatch.setattr(actors, "WorkerActor", workers)
     monkeypatch.setattr(actors, "options_of", lambda spec, placement: {})
-    monkeypatch.setattr(ray, "kill", lambda actor: None)
+    monkeypatch.setattr(ray, "kill", workers.kill)
     monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": PLACEMENT.node_id, "Alive": workers.is_host_up}])
     monkeypatch.setattr(actors, "POLL_S", 0.001)
     return workers
@@ -91,15 +96,19 @@ class Spec:
     """The part of a `WorkerSpec` that the keeper looks at."""
 
     worker_id: str
-    cores: tuple[int, ...] = ()
+    num_ranks: int = 1
+    rank: int = 0
+
+    def of_rank(self, rank: int, cores: tuple[int, ...]) -> "Spec":
+        return replace(self, rank=rank)
 
     @property
     def key(self) -> Key:
         return self.worker_id, 1
 
 
-def spec_of(number: int) -> Any:
-    return Spec(f"decode-{number}")
+def spec_of(number: int, num_ranks: int = 1) -> Any:
+    return Spec(f"decode-{number}", num_ranks)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -138,6 +147,52 @@ async def test_a_process_that_may_have_ended_with_its_host_has_not_died_by_itsel
     workers.is_host_up = is_host_up
     workers.ends["decode-0"].set_exception(error)
     assert (await end).has_died is has_died
+
+
+async def test_all_ranks_end_with_any_of_them(workers: FakeWorkers) -> None:
+    for number, dead in enumerate(("decode-0", "decode-1.1", "decode-2.3")):
+        keeper = RayKeeper(Handle(keeper_actor()))
+        keeper.start(spec_of(number, 4), PLACEMENT)
+        end = asyncio.create_task(keeper.ended(spec_of(number).key))
+        await until(lambda number=number: f"decode-{number}.3" in workers.ends)  # type: ignore[misc]
+        workers.ends[dead].set_exception(ActorDiedError())
+        outcome = await end
+        assert outcome.has_died
+        assert outcome.reason.startswith(f"rank {dead[-1]}: ") == ("." in dead)
+    assert len(workers.ends) == 12
+    assert all(one.done() for one in workers.ends.values())
+
+
+async def test_a_killed_worker_is_over_when_its_last_rank_is(
+    workers: FakeWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[Any] = []
+    monkeypatch.setattr(ray, "kill", killed.append)
+    actor = keeper_actor()
+    keeper = RayKeeper(Handle(actor))
+    keeper.start(spec_of(0, 2), PLACEMENT)
+    end = asyncio.create_task(keeper.ended(spec_of(0).key))
+    await until(lambda: len(workers.ends) == 2)
+    await actor.kill(spec_of(0).key)
+    first, last = killed
+    workers.kill(first)
+    await until(lambda: len(killed) == 4)  # once more, all of them
+    assert not end.done()
+    workers.kill(last)
+    assert (await end).has_died
+
+
+async def test_ranks_that_leave_in_order_are_no_end_of_the_worker(workers: FakeWorkers) -> None:
+    keeper = RayKeeper(Handle(keeper_actor()))
+    keeper.start(spec_of(0, 2), PLACEMENT)
+    end = asyncio.create_task(keeper.ended(spec_of(0).key))
+    await until(lambda: len(workers.ends) == 2)
+    workers.ends["decode-0.1"].set_result(None)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not end.done()
+    workers.ends["decode-0"].set_result(None)
+    assert await end == Outcome("the process ended")
 
 
 async def test_an_end_is_reported_when_ray_does_not_list_its_hosts(

@@ -53,6 +53,16 @@ def test_an_engine_sizes_its_blocks_to_its_share_of_the_gpu() -> None:
     assert (options.max_batch_size, options.max_batch_tokens) == (7, 100)
 
 
+def test_each_rank_computes_on_its_part_of_the_cores() -> None:
+    worker = spec("cpu", num_blocks=12, tensor_parallel=2, devices_per_instance=4)
+    first, second = (worker.of_rank(rank, (3, 4, 6, 7)) for rank in (0, 1))
+    assert (first.cores, second.cores) == ((3, 4), (6, 7))
+    assert (first.name, second.name) == ("prefill-0/1.0", "prefill-0/1.1")
+    assert first.key == second.key == worker.key
+    assert engine_options(second).num_threads == 2
+    assert worker.need.num_cores == 4
+
+
 def test_an_engine_on_a_cpu_has_the_planned_blocks() -> None:
     options = engine_options(spec("cpu", num_blocks=12))
     assert (options.device, options.num_blocks, options.block_size) == ("cpu", 12, 16)

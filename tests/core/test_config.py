@@ -193,9 +193,36 @@ def test_other_changes_are_named_by_their_keys() -> None:
     assert new.changes_needing_restart(ClusterConfig()) == keys
 
 
+@pytest.mark.parametrize(
+    ("pool", "expected"),
+    [
+        ({"tensor_parallel": 3}, "tensor_parallel.*1, 2, 4 or 8"),
+        ({"tensor_parallel": 2, "devices_per_instance": 3}, r"devices_per_instance.*multiple.*\(2\)"),
+        ({"tensor_parallel": 4, "threads": 6}, r"threads.*multiple of tensor_parallel \(4\)"),
+    ],
+)
+def test_ranks_are_a_power_of_two_and_share_cores_evenly(pool: dict[str, int], expected: str) -> None:
+    with pytest.raises(ValidationError, match=f"(?s){expected}"):
+        config(pools={"decode": pool})
+
+
+def test_each_rank_has_a_core_by_default() -> None:
+    pool = config(pools={"decode": {"tensor_parallel": 4}}).pools.decode
+    assert (pool.devices_per_instance, pool.num_cpus, pool.num_threads_per_rank) == (4, 4, 1)
+    pool = config(pools={"decode": {"tensor_parallel": 2, "devices_per_instance": 8}}).pools.decode
+    assert (pool.num_cpus, pool.num_threads_per_rank) == (8, 4)
+
+
+def test_the_number_of_ranks_is_fixed_while_the_cluster_runs() -> None:
+    new = config(pools={"decode": {"tensor_parallel": 2}})
+    keys = ["pools.decode.tensor_parallel", "pools.decode.devices_per_instance"]
+    assert ClusterConfig().changes_needing_restart(new) == keys
+
+
 def test_a_configuration_survives_serialisation() -> None:
     original = config(
-        pools={"decode": {"kv_cache_bytes": "1GiB", "cpus_per_instance": 0.5}}, kv={"block_size": 32}
+        pools={"decode": {"kv_cache_bytes": "1GiB", "cpus_per_instance": 0.5, "tensor_parallel": 2}},
+        kv={"block_size": 32},
     )
     assert ClusterConfig.model_validate(original.model_dump()) == original
     assert ClusterConfig.model_validate_json(original.model_dump_json()) == original

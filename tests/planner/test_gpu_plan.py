@@ -145,11 +145,14 @@ def test_an_absent_gpu_is_reported_with_the_expected_one() -> None:
     ]
 
 
-def test_tensor_parallelism_is_refused() -> None:
-    result = planned(machine(4), device="cuda", pools={"decode": {"devices_per_instance": 2}})
-    assert messages(result) == [
-        "pools.decode.devices_per_instance: got 2, expected 1 on device cuda: an instance computes on one GPU"
-        " (tensor parallelism is not there); cores of its host process are cpus_per_instance"
+def test_several_devices_an_instance_are_refused() -> None:
+    pools = {"prefill": {"tensor_parallel": 2}, "decode": {"devices_per_instance": 2}}
+    result = planned(machine(4), device="cuda", pools=pools)
+    assert messages(result)[:2] == [
+        "pools.prefill.tensor_parallel: got 2, expected 1 on device cuda: the ranks of an instance compute on"
+        " processors alone",
+        "pools.decode.devices_per_instance: got 2, expected 1 on device cuda: an instance computes on one"
+        " GPU; cores of its host process are cpus_per_instance",
     ]
     with pytest.raises(ConfigError):
         result.check()

@@ -245,3 +245,57 @@ def test_the_plan_has_the_defaults_of_the_checkpoint(tmp_path: Path) -> None:
     assert "sampling  temperature 0.7, top_p 0.95 where a request leaves it unset" in plan_text(own)
     assert "sampling  the defaults of OpenAI's interface where" in plan_text(none)
     assert json.loads(plan_json(own))["default_sampling"] == {"temperature": 0.7, "top_p": 0.95}
+
+
+def ranks(num_ranks: int, **pool: Any) -> dict[str, Any]:
+    one = {"tensor_parallel": num_ranks, **pool}
+    return {"pools": {"prefill": {"instances": 0}, "decode": one}}
+
+
+def test_ranks_share_the_weights_of_an_instance() -> None:
+    one, four = (planned(node(8), config=ranks(n)).pools[1] for n in (1, 4))
+    assert one.rank_weights_bytes == 16_060_522_496
+    assert one.rank_weights_bytes < 4 * four.rank_weights_bytes < 1.001 * one.rank_weights_bytes
+    assert (four.num_ranks, four.num_kv_copies, four.num_cpus) == (4, 1, 4)
+    assert four.num_blocks == one.num_blocks
+    assert four.instance_bytes < one.instance_bytes + 4 * RUNTIME_BYTES + (1 << 28)
+
+
+def test_kv_heads_that_are_held_twice_count_twice() -> None:
+    few_heads = checkpoint(num_key_value_heads=4)
+    four, eight = (planned(node(8), model=few_heads, config=ranks(n)) for n in (4, 8))
+    assert eight.pools[1].num_kv_copies == 2
+    assert 2 * eight.pools[1].num_blocks == four.pools[1].num_blocks
+    assert eight.pools[1].kv_cache_bytes == four.pools[1].kv_cache_bytes
+    assert "each KV head on 2" in plan_text(eight)
+
+
+@pytest.mark.parametrize(
+    ("model", "num_ranks", "reason"),
+    [
+        (
+            {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64},
+            4,
+            "num_attention_heads 6, expected a multiple of 4",
+        ),
+        ({"intermediate_size": 14340}, 8, "intermediate_size 14340, expected a multiple of 8"),
+        (
+            {"num_attention_heads": 24, "num_key_value_heads": 6},
+            4,
+            "num_key_value_heads 6, expected a multiple of 4",
+        ),
+        ({"vocab_size": 7}, 8, "vocab_size 7, expected at least one each"),
+    ],
+)
+def test_a_model_that_ranks_cannot_share_is_refused(
+    model: dict[str, int], num_ranks: int, reason: str
+) -> None:
+    result = planned(node(8), model=checkpoint(**model), config=ranks(num_ranks))
+    assert messages(result) == [f"pools.decode.tensor_parallel: {num_ranks} ranks cannot share {reason}"]
+    with pytest.raises(ConfigError):
+        result.check()
+
+
+def test_more_ranks_than_a_machine_has_cores_are_refused() -> None:
+    (message,) = messages(planned(node(2), config=ranks(4)))
+    assert message.startswith("pools.decode.devices_per_instance: 4 cores for one instance, but there are 2")

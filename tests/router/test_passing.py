@@ -4,7 +4,7 @@ from pdserve.core.messages import Leg, Reserve, Role, Serve
 from pdserve.core.request import FinishReason, TransferId
 from pdserve.router.config import RouterConfig
 from pdserve.router.events import Cancel, WorkerDraining, WorkerRole
-from pdserve.router.reservation import AGING_S, AGING_TURNS
+from pdserve.router.reservation import AGING_S, AGING_TURNS, MAX_OWN_TURNS
 
 from .cluster import BLOCK_SIZE, Cluster, make_request, worker_info
 
@@ -101,6 +101,22 @@ def test_a_client_gets_few_turns_past_its_own_large_request() -> None:
             break
     assert is_dispatched(cluster, "large")
     assert num_turns <= 2 * AGING_TURNS
+
+
+def test_a_clients_own_requests_wait_for_its_large_one_once_enough_have_passed() -> None:
+    """They would run beside the room that is held, and others would use it as the client holds so much."""
+    cluster = half_full(num_decode=3)
+    names = [f"small{index}" for index in range(MAX_OWN_TURNS + 5)]
+    for name in names:
+        submit(cluster, name, 1, "many")
+    assert [is_dispatched(cluster, name) for name in names] == [True] * MAX_OWN_TURNS + [False] * 5
+    submit(cluster, "other", 1, "other")
+    assert is_dispatched(cluster, "other")
+    for name in [f"stream{index}" for index in range(12)] + ["other"]:
+        if name == "other":
+            prefilled(cluster, name)
+        finish(cluster, name)
+    assert is_dispatched(cluster, "large") and all(is_dispatched(cluster, name) for name in names)
 
 
 def test_its_room_is_held_on_one_worker_only() -> None:

@@ -10,11 +10,11 @@ import pytest
 
 from pdserve.simulator.run import simulate
 
-from .planted import Mutation, fleet, planner, ranks, requests, transfers, turns, workers
+from .planted import Mutation, fleet, instances, planner, ranks, requests, transfers, turns, workers
 from .test_simulation import NUM_SEEDS
 
 MAX_SEEDS = 2000
-MODULES = (transfers, ranks, workers, requests, turns, fleet, planner)
+MODULES = (transfers, ranks, instances, workers, requests, turns, fleet, planner)
 FIRST_FOUND: dict[Mutation, int] = {
     bug: seed for module in MODULES for bug, seed in module.FIRST_FOUND.items()
 }

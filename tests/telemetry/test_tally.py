@@ -6,7 +6,7 @@ import pytest
 
 from pdserve.core.errors import QueueFull
 from pdserve.core.failures import FailureKind
-from pdserve.core.messages import Leg, Reserve, Role, TokenOutput
+from pdserve.core.messages import Leg, Reserve, Role, StepReport, TokenOutput, WorkerLoad
 from pdserve.core.request import FinishReason
 from pdserve.router.config import RouterConfig
 from pdserve.router.events import Cancel, StreamUnread, Tick, Timeline, WorkerRole
@@ -233,6 +233,15 @@ def test_preemptions_are_counted_from_a_workers_first_report(cluster: Watched) -
     for count in (3, 3, 5, 6):
         cluster.step("decode-0", num_preemptions=count)
     assert cluster.values()['num_preemptions_total{pool="decode"}'] == 3
+
+
+def test_each_ranks_processor_time_is_shown(cluster: Watched) -> None:
+    report = StepReport(worker_id="decode-0", incarnation=1, load=WorkerLoad(), rank_cpu_s=(3.0, 2.5))
+    cluster.handle(report)
+    cluster.step("decode-0")  # whose report has none
+    values = cluster.values()
+    assert values['rank_cpu_seconds_total{pool="decode",rank="0",worker="decode-0"}'] == 3.0
+    assert values['rank_cpu_seconds_total{pool="decode",rank="1",worker="decode-0"}'] == 2.5
 
 
 def test_gauges_show_the_present_state_of_each_worker(cluster: Watched) -> None:

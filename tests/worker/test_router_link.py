@@ -123,8 +123,7 @@ class Crashing(Unloadable):
     """A worker whose engine fails once it serves."""
 
     def _load_engine(self) -> Engine:
-        cache: Any = SimpleNamespace(torch_device=SimpleNamespace(type="cpu"))
-        engine: Any = SimpleNamespace(cache=cache)
+        engine: Any = SimpleNamespace()
         return engine  # type: ignore[no-any-return]
 
     def _serve(self, *parts: Any) -> None:
@@ -137,7 +136,7 @@ def test_the_router_hears_of_a_crash_before_the_worker_cleans_up(monkeypatch: py
     monkeypatch.setattr(worker_process, "bind_to_cores", lambda positions: ())
     is_read = threading.Event()
     endpoint = SimpleNamespace(close=lambda: is_read.wait(WAIT_S))
-    monkeypatch.setattr(worker_process, "TransferEndpoint", lambda *args, **options: endpoint)
+    monkeypatch.setattr(worker_process, "Transfers", lambda *args: endpoint)
     failed: list[BaseException] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
         worker = Crashing(server.getsockname())

@@ -52,6 +52,17 @@ def hold_no_room_for_a_large_request() -> Planted:
     return patch.object(reservation, "AGING_S", float("inf"))
 
 
+def forget_how_often_a_large_request_was_passed() -> Planted:
+    original = Reservation.hold
+
+    def hold(self: Reservation, job: Job, now_s: float) -> bool:
+        if job is not self._job:
+            job.passed_since_s, job.num_passing = None, 0
+        return original(self, job, now_s)
+
+    return patch.object(Reservation, "hold", hold)
+
+
 def let_nobody_pass_a_large_request() -> Planted:
     return patch.object(Reservation, "may_be_passed", lambda self, job: False)
 
@@ -85,8 +96,9 @@ FIRST_FOUND: dict[Mutation, int] = {
     miss_a_deadline: 0,
     drop_requests_before_caches_are_known: 62,
     ignore_weights: 153,
-    hold_no_room_for_a_large_request: 272,
+    hold_no_room_for_a_large_request: 303,
     let_nobody_pass_a_large_request: 147,
+    forget_how_often_a_large_request_was_passed: 198,
     leave_all_places_to_the_client_that_has_them: 51,
     charge_prompts_alone: 153,
     forget_the_bound_on_one_client: 2,

@@ -51,11 +51,13 @@ class Instance:
         self.address: TransferAddress = msgspec.structs.replace(own, others=tuple(others))
 
     def _store(self, whole: ArrayStore, share: Share) -> ArrayStore:
-        held = msgspec.structs.replace(self.layout, num_kv_heads=len(share.heads))
-        store = ArrayStore(held, len(whole.writable))
+        store = ArrayStore(self.held(share), len(whole.writable))
         store.cache[:] = whole.cache[:, :, share.heads.start : share.heads.stop]
         store.writable = whole.writable  # one table of blocks for all ranks
         return store
+
+    def held(self, share: Share) -> KVLayout:
+        return msgspec.structs.replace(self.layout, num_kv_heads=len(share.heads))
 
     def _endpoint(self, rank: int, listener: TransferListener) -> TransferEndpoint:
         return TransferEndpoint(

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, strategies as st
 
+from pdserve.engine.parallel.shard import Shard
 from pdserve.kv_transfer.parts import Part, Share, parts
 
 RANKS = (1, 2, 4, 8)
@@ -38,6 +39,7 @@ def test_every_head_reaches_each_of_its_receivers_once(
     for rank in range(num_receivers):
         share = Share(rank, num_receivers, num_kv_heads)
         received = share.received(num_senders)
+        assert share.heads == Shard(rank, num_receivers).kv_heads(num_kv_heads), "the engine's rule"
         assert sorted(head for part in received for head in part.heads) == list(share.heads)
         assert len({part.sender for part in received}) == len(received)
     for part in moved:

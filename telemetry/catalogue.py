@@ -119,6 +119,11 @@ GAUGES = (
         "head_stall_seconds",
         "The longest that all streams and heartbeats of the head waited for it, in the last minute or two.",
     ),
+    _gauge(
+        "rank_cpu_seconds",
+        "Processor time of a worker's process since its start; of each of its ranks where it has several.",
+        *("pool", "worker", "rank"),
+    ),
 )
 COUNTERS = (
     _counter("requests_admitted_total", "Requests that the router took."),
@@ -144,11 +149,6 @@ COUNTERS = (
         "pool",
     ),
     _counter("prefix_cache_hits_total", "Those of them that were cached.", "pool"),
-    _counter(
-        "rank_cpu_seconds_total",
-        "Processor time of a worker's process since its start; of each of its ranks where it has several.",
-        *("pool", "worker", "rank"),
-    ),
     _counter(
         "num_preemptions_total", "Sequences put back because blocks ran out, to be computed again.", "pool"
     ),

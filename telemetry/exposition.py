@@ -91,7 +91,8 @@ class Exposition(Collector):
     def collect(self) -> Iterator[Family]:
         now = self._snapshot()
         gpus = self._steps.gpus.rows((worker.role.value, worker.worker_id) for worker in now.status.workers)
-        gauges, counters = {**_gauges(now, self._tally), **gpus}, _counters(now)
+        cpu = {"rank_cpu_seconds": self._steps.cpu_s(now.status.workers)}
+        gauges, counters = {**_gauges(now, self._tally), **gpus, **cpu}, _counters(now)
         for metric in (*GAUGES, *GPU_GAUGES):
             yield _family(
                 GaugeMetricFamily(metric.full_name, metric.meaning, labels=metric.labels), gauges[metric.name]
@@ -111,8 +112,6 @@ class Exposition(Collector):
         rows |= {labels: value for (name, labels), value in self._tally.counts.items() if name == metric.name}
         if metric.name == "num_preemptions_total":
             rows |= {(pool,): count for pool, count in self._steps.num_preemptions.items()}
-        if metric.name == "rank_cpu_seconds_total":
-            rows |= self._steps.cpu_s()
         if (cost := self._estimates.get(metric.name)) is not None:
             rows |= {labels: cost(steps) for labels, steps in self._steps.sums.items()}
         return rows.items()

@@ -6,11 +6,13 @@ Called with every report of every worker: it only adds up; the rest is done when
 
 from bisect import bisect_left
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..core.histogram import TOKEN_GAPS_S, Histogram
 from ..core.messages import StepReport, StepTiming, WorkerInfo
 from ..router.events import RouterEvent, WorkerReady, WorkerRole
+from ..router.status import RoutedWorkerStatus
 from .gpus import GpuBoard
 
 PHASES = ("prefill", "decode", "mixed")
@@ -105,13 +107,14 @@ class StepTally:
         """The pool of a worker that has been ready."""
         return self._workers[worker_id].pool
 
-    def cpu_s(self) -> dict[tuple[str, str, str], float]:
+    def cpu_s(self, workers: Iterable[RoutedWorkerStatus]) -> list[tuple[tuple[str, str, str], float]]:
         """Returns the processor time in seconds by pool, worker and rank."""
-        return {
-            (worker.pool, worker_id, str(rank)): seconds
-            for worker_id, worker in self._workers.items()
-            for rank, seconds in enumerate(worker.cpu_s)
-        }
+        return [
+            ((one.role.value, one.worker_id, str(rank)), seconds)
+            for one in workers
+            if one.worker_id in self._workers
+            for rank, seconds in enumerate(self._workers[one.worker_id].cpu_s)
+        ]
 
     def _on_report(self, report: StepReport) -> None:
         worker = self._workers.get(report.worker_id)

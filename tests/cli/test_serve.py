@@ -54,6 +54,8 @@ def test_ranks_share_the_cores_that_there_are(configs: list[ClusterConfig]) -> N
     assert result.exit_code == 0, result.output
     assert "2 instances of 2 ranks share 2 cores" in result.stderr
     assert [(pool.tensor_parallel, pool.num_cpus) for _, pool in configs[0].pools.items()] == [(2, 1.0)] * 2
+    wrong = "--tensor-parallel 3: metadata.pdserve.pools.prefill.tensor_parallel: got 3, expected one of 1, 2"
+    assert wrong in call("serve", "--tensor-parallel", "3").stderr
 
 
 def test_values_that_are_set_win_over_a_file(configs: list[ClusterConfig], tmp_path: Path) -> None:
@@ -68,7 +70,6 @@ def test_values_that_are_set_win_over_a_file(configs: list[ClusterConfig], tmp_p
     [
         (["serve", "--set", "pools.x=1"], "--set pools.x=1: metadata.pdserve.pools.x: unknown key"),
         (["serve", "--decode", "0", "--prefill", "0"], "--decode 0: metadata.pdserve.pools"),
-        (["serve", "--tensor-parallel", "3"], "--tensor-parallel 3: metadata.pdserve.pools.prefill.tensor_"),
         (["up", "--set", "slo"], "--set slo: expected KEY=VALUE"),
         (
             ["plan", "--set", "model.path=/nothing"],

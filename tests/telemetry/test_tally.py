@@ -240,8 +240,8 @@ def test_each_ranks_processor_time_is_shown(cluster: Watched) -> None:
     cluster.handle(report)
     cluster.step("decode-0")  # whose report has none
     values = cluster.values()
-    assert values['rank_cpu_seconds_total{pool="decode",rank="0",worker="decode-0"}'] == 3.0
-    assert values['rank_cpu_seconds_total{pool="decode",rank="1",worker="decode-0"}'] == 2.5
+    assert values['rank_cpu_seconds{pool="decode",rank="0",worker="decode-0"}'] == 3.0
+    assert values['rank_cpu_seconds{pool="decode",rank="1",worker="decode-0"}'] == 2.5
 
 
 def test_gauges_show_the_present_state_of_each_worker(cluster: Watched) -> None:

@@ -47,7 +47,7 @@ HTTP: dict[str, Callable[[], tuple[str, bytes]]] = {
         json.dumps({"prompt": "a " * 125_000, "return_token_strs": True}).encode(),
     ),
     "many texts": lambda: (COMPLETIONS, json.dumps({"prompt": ["a" * 4000] * 64, "max_tokens": 1}).encode()),
-    "too many texts": lambda: (COMPLETIONS, _joined('{"prompt":[', '"a"', 3_000_000, "]}")),
+    "too many texts": lambda: (COMPLETIONS, _joined('{"prompt":[', '"a"', 800_000, "]}")),
     "ids": lambda: (COMPLETIONS, json.dumps({"prompt": [[300] * 130_000] * 4, "max_tokens": 1}).encode()),
     "ids, few bytes": lambda: (COMPLETIONS, json.dumps({"prompt": [7] * 21_000, "max_tokens": 1}).encode()),
     "ids, echoed": lambda: (
@@ -64,22 +64,22 @@ HTTP: dict[str, Callable[[], tuple[str, bytes]]] = {
             {"prompt": [70] * 6_000, "max_tokens": 1, "echo": True, "logprobs": 20, "stream": True}
         ).encode(),
     ),
-    "too many ids": lambda: (COMPLETIONS, _joined('{"prompt":[', "7", 8_000_000, "]}")),
+    "too many ids": lambda: (COMPLETIONS, _joined('{"prompt":[', "7", 2_000_000, "]}")),
     "ids beyond the vocabulary": lambda: (
         COMPLETIONS,
         json.dumps({"prompt": [7] * 130_000 + [10**6]}).encode(),
     ),
-    "empty lists": lambda: (COMPLETIONS, _joined('{"prompt":[', "[]", 5_000_000, "]}")),
+    "empty lists": lambda: (COMPLETIONS, _joined('{"prompt":[', "[]", 1_200_000, "]}")),
     "empty lists, fewer": lambda: (COMPLETIONS, _joined('{"prompt":[', "[]", 20_000, "]}")),
     "deep lists": lambda: (COMPLETIONS, b'{"prompt":' + b"[" * 8_000_000),
-    "deep objects": lambda: (CHAT, b'{"messages":' + b'{"a":' * 3_000_000),
+    "deep objects": lambda: (CHAT, b'{"messages":' + b'{"a":' * 800_000),
     "unknown fields": lambda: (
         COMPLETIONS,
-        ("{" + ",".join(f'"{i:x}":1' for i in range(1_000_000)) + "}").encode(),
+        ("{" + ",".join(f'"{i:x}":1' for i in range(250_000)) + "}").encode(),
     ),
     "metadata": lambda: (
         COMPLETIONS,
-        ('{"prompt":"a","metadata":{' + ",".join(f'"{i:x}":"1"' for i in range(900_000)) + "}}").encode(),
+        ('{"prompt":"a","metadata":{' + ",".join(f'"{i:x}":"1"' for i in range(250_000)) + "}}").encode(),
     ),
     "metadata, fewer": lambda: (
         COMPLETIONS,
@@ -87,7 +87,7 @@ HTTP: dict[str, Callable[[], tuple[str, bytes]]] = {
     ),
     "biases": lambda: (
         COMPLETIONS,
-        ('{"prompt":"a","logit_bias":{' + ",".join(f'"{i}":1' for i in range(1_000_000)) + "}}").encode(),
+        ('{"prompt":"a","logit_bias":{' + ",".join(f'"{i}":1' for i in range(250_000)) + "}}").encode(),
     ),
     "biases, as many as may be": lambda: (
         COMPLETIONS,
@@ -95,7 +95,7 @@ HTTP: dict[str, Callable[[], tuple[str, bytes]]] = {
     ),
     "stop strings": lambda: (COMPLETIONS, _joined('{"prompt":"a","stop":[', '"a"', 200_000, "]}")),
     "long stop string": lambda: (COMPLETIONS, json.dumps({"prompt": "a", "stop": "a" * 8_000_000}).encode()),
-    "stop ids": lambda: (COMPLETIONS, _joined('{"prompt":"a","stop_token_ids":[', "7", 6_000_000, "]}")),
+    "stop ids": lambda: (COMPLETIONS, _joined('{"prompt":"a","stop_token_ids":[', "7", 1_500_000, "]}")),
     "choices": lambda: (
         COMPLETIONS,
         _joined('{"prompt":"a","structured_outputs":{"choice":[', '"a"', 200_000, "]}}"),
@@ -108,7 +108,7 @@ HTTP: dict[str, Callable[[], tuple[str, bytes]]] = {
             + "}}"
         ).encode(),
     ),
-    "messages": lambda: (CHAT, _joined('{"messages":[', json.dumps(USER), 400_000, "]}")),
+    "messages": lambda: (CHAT, _joined('{"messages":[', json.dumps(USER), 100_000, "]}")),
     "messages, as many as may be": lambda: (
         CHAT,
         _joined('{"max_tokens":1,"messages":[', json.dumps(USER), 9_000, "]}"),
@@ -128,14 +128,14 @@ HTTP: dict[str, Callable[[], tuple[str, bytes]]] = {
     ),
     "long message": lambda: (
         CHAT,
-        json.dumps({"messages": [{"role": "user", "content": "a " * 4_000_000}]}).encode(),
+        json.dumps({"messages": [{"role": "user", "content": "a " * 1_000_000}]}).encode(),
     ),
     "parts of a message": lambda: (
         CHAT,
         _joined('{"messages":[{"role":"user","content":[', '{"type":"text","text":"a"}', 200_000, "]}]}"),
     ),
     "detokenize": lambda: (DETOKENIZE, json.dumps({"tokens": [70] * 131_000}).encode()),
-    "detokenize too many": lambda: (DETOKENIZE, _joined('{"tokens":[', "7", 4_000_000, "]}")),
+    "detokenize too many": lambda: (DETOKENIZE, _joined('{"tokens":[', "7", 1_500_000, "]}")),
     "no JSON": lambda: (COMPLETIONS, b'"' * 8_000_000),
     "backslashes": lambda: (COMPLETIONS, b'{"prompt":"' + b"\\" * 8_000_001),
 }
@@ -220,26 +220,26 @@ GRPC: dict[str, Callable[[], tuple[str, bytes]]] = {
     ),
     "too many ids": lambda: (
         "Generate",
-        _request(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[7] * 16_000_000))),
+        _request(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[7] * 4_000_000))),
     ),
-    "ids one by one": lambda: ("Generate", _field(2, _field(3, b"\x08\x07" * 8_000_000))),
+    "ids one by one": lambda: ("Generate", _field(2, _field(3, b"\x08\x07" * 2_000_000))),
     "unknown fields": lambda: ("Generate", b"\xf8\x07\x01" * 5_000_000),
     "unknown fields, fewer": lambda: ("Generate", b"\xf8\x07\x01" * 20_000),
     "fields again and again": lambda: ("Generate", b"\x0a\x01a" * 5_000_000),
-    "empty messages": lambda: ("Generate", _chat(b"\x0a\x00" * 7_000_000)),
+    "empty messages": lambda: ("Generate", _chat(b"\x0a\x00" * 2_000_000)),
     "empty messages, fewer": lambda: ("Generate", _chat(b"\x0a\x00" * 9_000)),
-    "empty calls": lambda: ("Generate", _chat(_field(1, b"\xa2\x01\x00" * 9_000) * 500)),
+    "empty calls": lambda: ("Generate", _chat(_field(1, b"\xa2\x01\x00" * 9_000) * 120)),
     "empty calls, fewer": lambda: ("Generate", _chat(_field(1, b"\xa2\x01\x00" * 5_000) * 4)),
-    "biases": lambda: ("Generate", _field(3, b"".join(map(_bias, range(20_000, 920_000))))),
-    "stop strings": lambda: ("Generate", _field(3, _field(12, b"a") * 5_000_000)),
+    "biases": lambda: ("Generate", _field(3, b"".join(map(_bias, range(20_000, 250_000))))),
+    "stop strings": lambda: ("Generate", _field(3, _field(12, b"a") * 1_200_000)),
     "resumptions": lambda: (
         "Generate",
         _request(prompt=pb.Prompt(text="a"), request_id="r", resume_from=[0] * 9_000),
     ),
-    "choices": lambda: ("Generate", _field(3, _field(18, _field(5, _field(1, b"a") * 4_000_000)))),
+    "choices": lambda: ("Generate", _field(3, _field(18, _field(5, _field(1, b"a") * 1_000_000)))),
     "detokenize": lambda: ("Detokenize", pb.DetokenizeRequest(token_ids=[70] * 131_000).SerializeToString()),
     "detokenize too many": lambda: (
         "Detokenize",
-        pb.DetokenizeRequest(token_ids=[70] * 4_000_000).SerializeToString(),
+        pb.DetokenizeRequest(token_ids=[70] * 1_500_000).SerializeToString(),
     ),
 }

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
+import pytest_asyncio
 
 from pdserve.core import limited_child
 from pdserve.core.codec import FrameEncoder
@@ -29,19 +30,26 @@ LIMITS = LimitsSection()
 CONTEXT = 131_072
 
 
-@pytest.fixture
+in_one_process = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def offload() -> AsyncIterator[Offload]:
+    """Shared by tests that leave it as it is."""
     offload = Offload(byte_level(), "tiny", CONTEXT)
     yield offload
     await offload.stop()
 
 
-async def test_it_starts_with_the_first_job_or_on_request(offload: Offload) -> None:
+async def test_it_starts_with_the_first_job_or_on_request() -> None:
+    offload = Offload(byte_level(), "tiny", CONTEXT)
     assert offload.pid is None
     assert await offload.decode((70, 71), True, LIMITS, "a") == byte_level().decode((70, 71))
     assert offload.pid is not None
+    await offload.stop()
 
 
+@in_one_process
 @pytest.mark.parametrize(
     "text", ["x", "the quick brown fox " * 20_000, "你好🙂" * 30_000, "<|im_start|> <tool>\n" * 9]
 )
@@ -49,6 +57,7 @@ async def test_a_text_has_the_same_tokens_wherever_it_is_encoded(offload: Offloa
     assert await offload.encode(text, True, LIMITS, "a", fit=Fit.COUNTED) == byte_level().encode(text)
 
 
+@in_one_process
 async def test_a_conversation_has_the_same_tokens_wherever_it_is_rendered(offload: Offload) -> None:
     chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="hello " * 20_000)])
     text = byte_level().templates.render([{"role": "user", "content": "hello " * 20_000}])
@@ -56,11 +65,13 @@ async def test_a_conversation_has_the_same_tokens_wherever_it_is_rendered(offloa
     assert ids == byte_level().encode(text, add_special_tokens=False)
 
 
+@in_one_process
 async def test_many_tokens_have_the_same_text_wherever_they_are_decoded(offload: Offload) -> None:
     ids = tuple(range(2, 390)) * 300
     assert await offload.decode(ids, True, LIMITS, "a") == byte_level().decode(ids, skip_special_tokens=True)
 
 
+@in_one_process
 @pytest.mark.parametrize("text", ["a" * 16_000_000, "<tool>" * 400_000, "你" * 500_000])
 async def test_a_prompt_of_far_too_many_tokens_is_refused(offload: Offload, text: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
@@ -68,6 +79,7 @@ async def test_a_prompt_of_far_too_many_tokens_is_refused(offload: Offload, text
     assert refused.value.field == "prompt" and "at most" in refused.value.expected
 
 
+@in_one_process
 async def test_refusals_are_the_same_as_in_the_head(offload: Offload) -> None:
     text = "the quick brown fox " * 20_000
     small = Offload(byte_level(), "tiny", 300)

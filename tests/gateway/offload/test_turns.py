@@ -105,6 +105,7 @@ async def test_no_message_stalls_the_loop(
 
 USER = '{"role":"user","content":"a"}'
 TOOL = '{"type":"function","function":{"name":"f"}}'
+PATHS = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
 SHAPES = ["1", '"a"', "[]", "{}", '"\\u0000"', '{"a":[]}', USER, TOOL]
 FIELDS = sorted({*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields, "tokens"})
 
@@ -117,6 +118,10 @@ class Fuzzed:
         cluster = ScriptedCluster(byte_level())
         info = replace(model_info(cluster.tokenizer), max_model_len=CONTEXT)
         self.server = self.loop.run_until_complete(serve(cluster, CONFIG, cluster.tokenizer, info))
+        # an endpoint's first request has FastAPI read its source code, a third of what a turn may do
+        for path in PATHS:
+            url = f"http://{self.server.http_address}{path}"
+            self.loop.run_until_complete(asyncio.to_thread(httpx.post, url, content=b"{}", trust_env=False))
 
     def stop(self) -> None:
         self.loop.run_until_complete(self.server.stop(0))
@@ -132,14 +137,14 @@ def fuzzed() -> Iterator[Fuzzed]:
 
 
 @given(
-    path=st.sampled_from(["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]),
+    path=st.sampled_from(PATHS),
     field=st.sampled_from(FIELDS),
     shape=st.sampled_from(SHAPES),
     is_object=st.booleans(),
     levels=st.integers(0, 100),
-    num_bytes=st.sampled_from([30_000, 65_000, 66_000, 3_000_000]),
+    num_bytes=st.sampled_from([30_000, 65_000, 66_000, 700_000]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_no_field_full_of_values_stalls_the_loop(
     fuzzed: Fuzzed, path: str, field: str, shape: str, is_object: bool, levels: int, num_bytes: int
 ) -> None:

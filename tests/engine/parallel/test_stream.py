@@ -45,7 +45,7 @@ def test_all_ranks_get_all_messages_of_rank_0_in_order() -> None:
     sent = messages(60, seed=1)
     with groups(4) as (first, *others), ThreadPoolExecutor(4) as pool:
         received = [
-            pool.submit(lambda led=group.led: [led.receive() for _ in sent])  # type: ignore[misc, union-attr]
+            pool.submit(lambda led=group.led: [led.receive() for _ in sent])  # type: ignore[misc]
             for group in others
         ]
         for message in sent:
@@ -80,7 +80,7 @@ def test_several_threads_may_send_at_once() -> None:
     with groups(2) as (first, second):
         assert second.led is not None
         threads = [
-            threading.Thread(target=lambda i=i: [first.send(KIND, bytes([i]) * 700) for _ in range(20)])  # type: ignore[misc]
+            threading.Thread(target=lambda i=i: [first.send(KIND, bytes([i]) * 700) for _ in range(20)])
             for i in range(4)
         ]
         for thread in threads:

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch import distributed
 
 from bench.machine import describe
-from bench.models import SHAPES, ensure_checkpoint
 from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
 from pdserve.engine.batch import Batch, ScheduledChunk
 from pdserve.engine.engine import Engine, EngineOptions
@@ -36,6 +35,8 @@ GIVE_UP_S = 120.0
 
 
 def main() -> None:
+    from bench.models import SHAPES, ensure_checkpoint  # imports transformers, which ranks do not need
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="llama-110m")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -77,6 +78,7 @@ def _sum_as(
     torch.set_num_threads(1)
     ranks = RankGroup.join(group, rank) if isinstance(group, str) else group
     _set_spin(ranks, spin_us)
+    dist: Any = distributed  # its stubs are incomplete
     store = dist.TCPStore("127.0.0.1", port, 2, rank == 0, timedelta(seconds=GIVE_UP_S))
     gloo = dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=GIVE_UP_S))
     for num_bytes in SUM_BYTES:

@@ -81,13 +81,13 @@ class RankGroup:
         """Returns each rank's data, of equal length on all ranks; waits as long as a start takes."""
         return self.memory.exchange(data, self._deadlines.start_s)
 
-    def send(self, kind: int, payload: bytes = b"") -> None:
+    def send(self, kind: int, payload: bytes | bytearray = b"") -> None:
         """Rank 0: sends a message to all other ranks, which get it in the order of steps. Any thread. Raises
         RankLost."""
         assert self.leader is not None, "only rank 0 decides"
         self.leader.send(kind, payload, self._deadlines.step_s)
 
-    def reply(self, kind: int, payload: bytes = b"") -> None:
+    def reply(self, kind: int, payload: bytes | bytearray = b"") -> None:
         """Other ranks: sends a message to rank 0, which finds it in `leader.replies`. Any thread. Raises
         RankLost."""
         assert self.led is not None, "rank 0 does not talk to itself"

@@ -22,11 +22,11 @@ from .virtual_cluster import Arrival, Decoding, ServedRequest, VirtualCluster
 from .virtual_instance import InstanceShape
 
 BLOCK_TOKENS = 64  # replays hash prompts in blocks of at least this size
-# a replay takes some 16 us a token of output, a tenth of that a token of a prompt, and as long as
+# a replay takes some 12 us a token of output, a tenth of that a token of a prompt, and as long as
 # REQUEST_TOKENS of output for each request: about 1 s
-MAX_REPLAYED = 50_000  # in tokens of output
+MAX_REPLAYED = 90_000  # in tokens of output
 REQUEST_TOKENS = 40
-MIN_SPAN_S = 6.0  # of arrivals
+MIN_SPAN_S = 10.0  # of arrivals
 SOON_S = 1e-6
 
 

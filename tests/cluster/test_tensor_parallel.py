@@ -19,11 +19,11 @@ from .test_deaths import PROMPTS, begin, decoding_requests, finish, in_time
 pytestmark = pytest.mark.cluster
 
 
-def pools_of(num_prefill_ranks: int, num_decode_ranks: int) -> dict[str, Any]:
+def pools_of(num_prefill_ranks: int, num_decode_ranks: int, num_decode: int = 1) -> dict[str, Any]:
     options = {"cpus_per_instance": 0.5, "kv_cache_bytes": 64 << 20, "max_batch_size": 4}
     return {
         "prefill": {"tensor_parallel": num_prefill_ranks, **options},
-        "decode": {"tensor_parallel": num_decode_ranks, **options},
+        "decode": {"instances": num_decode, "tensor_parallel": num_decode_ranks, **options},
     }
 
 
@@ -60,7 +60,7 @@ def test_every_combination_of_ranks_serves_the_tokens_of_transformers(
 
 @pytest.fixture
 def cluster(clusters: Clusters) -> Cluster:
-    return clusters.get("embedded", prefill=1, decode=2, pools=pools_of(2, 2))
+    return clusters.get("embedded", prefill=1, decode=2, pools=pools_of(2, 2, num_decode=2))
 
 
 def test_an_instance_of_several_ranks_follows_a_grammar(cluster: Cluster) -> None:

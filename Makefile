@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # pip would compile on one core, for half of its time; what does not compile is for newer versions of Python
 PIP_INSTALL = $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check --constraint constraints.txt
-# half of what is installed, and hardly imported: Python compiles of it what it needs
-SELDOM := /(transformers/models|ray/(rllib|data|serve|train|tune|llm)|torch/(_inductor|onnx|testing)|tests?|sympy|pip)/
+# three fifths of what is installed, and hardly imported: Python compiles of it what it needs
+SELDOM := /(transformers/models|ray/(rllib|data|serve|train|tune|llm)|torch/(_inductor|onnx|testing)|tests?|sympy|pip|openai|fontTools|mypyc?|pygments|networkx|setuptools|graphql|werkzeug|fsspec)/
 
 .PHONY: demo chat test quick journey hosts check clients install clean
 

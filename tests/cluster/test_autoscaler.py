@@ -45,7 +45,7 @@ UNUSED: dict[str, Any] = {
 def cluster_file(decode: int) -> dict[str, Any]:
     """A file of a cloud whose hosts have one core each, and come and go."""
     context = ray.get_runtime_context()
-    pool = {"cpus_per_instance": 0.5, "kv_cache_bytes": 64 << 20, "max_batch_size": 64}
+    pool = {"cpus_per_instance": 1, "kv_cache_bytes": 64 << 20, "max_batch_size": 64}
     return {
         "cluster_name": "fake",
         "max_workers": MAX_HOSTS,
@@ -118,11 +118,11 @@ def wait_for_hosts(cluster: Several, num_hosts: int, num_ready: int) -> pb.Clust
 
 @pytest.mark.usefixtures("autoscaler")
 def test_hosts_start_for_instances_without_room_and_end_when_they_are_needed_no_more() -> None:
-    fits = 2 * len(os.sched_getaffinity(0)) - 1  # decode instances on the head, beside one prefill instance
+    fits = len(os.sched_getaffinity(0)) - 1  # decode instances on the head, beside one prefill instance
     with closing(Several(yaml.safe_dump(cluster_file(fits)))) as cluster:
         wait_for_hosts(cluster, 0, fits + 1)
         expected = cluster.tokens()
-        for num_more, num_hosts in ((1, 1), (3, 2), (0, 0)):
+        for num_more, num_hosts in ((1, 1), (2, 2), (0, 0)):
             text = yaml.safe_dump(cluster_file(fits + num_more))
             cluster.admin.Apply(pb.ApplyRequest(config_yaml=text))
             status = wait_for_hosts(cluster, num_hosts, fits + 1 + num_more)

@@ -22,7 +22,7 @@ PROMPTS = [
     "Return a new sorted list from the items in iterable",
     "The import statement combines two operations",
 ]
-LONG_PROMPTS = [[(7 * i + 13 * number) % 1000 + 10 for i in range(1800)] for number in range(8)]
+LONG_PROMPTS = [[(7 * i + 13 * number) % 1000 + 10 for i in range(1200)] for number in range(8)]
 MAX_TRIES = 5
 Events = list[pb.GenerateEvent]
 
@@ -66,8 +66,8 @@ def finish(calls: Sequence[Any], begun: Sequence[Events]) -> list[Events]:
 
 def decoding_requests(cluster: Cluster) -> list[pb.GenerateRequest]:
     """Short prompts, long outputs; greedy, and seeded with two choices."""
-    requests = [cluster.request(prompt, max_tokens=800) for prompt in PROMPTS]
-    return [*requests, cluster.request(PROMPTS[0], max_tokens=400, n=2, temperature=0.9, seed=5)]
+    requests = [cluster.request(prompt, max_tokens=500) for prompt in PROMPTS]
+    return [*requests, cluster.request(PROMPTS[0], max_tokens=250, n=2, temperature=0.9, seed=5)]
 
 
 def assert_equal_streams(streams: Sequence[Events], undisturbed: Sequence[Events]) -> None:

@@ -49,7 +49,7 @@ def come_back(cluster: Cluster, request: pb.GenerateRequest) -> list[pb.Generate
 
 
 def test_a_client_that_reconnects_after_a_head_death_gets_the_rest(cluster: Cluster) -> None:
-    request = cluster.request("A generator is a function", max_tokens=1500, n=2, temperature=0.8, seed=5)
+    request = cluster.request("A generator is a function", max_tokens=900, n=2, temperature=0.8, seed=5)
     request.request_id = "undisturbed"
     expected = cluster.stream(request)
     before, takeovers_before = cluster.pids(), num_takeovers(cluster)
@@ -72,7 +72,7 @@ def test_a_client_that_reconnects_after_a_head_death_gets_the_rest(cluster: Clus
 
 
 def test_the_command_line_s_stream_survives_the_death_of_the_head(cluster: Cluster) -> None:
-    request = cluster.request("A generator is a function", max_tokens=1500, n=2, temperature=0.8, seed=5)
+    request = cluster.request("A generator is a function", max_tokens=900, n=2, temperature=0.8, seed=5)
     expected = cluster.stream(request)
     with connect(cluster.address) as client:
         stream = resuming_stream(client, request, timeout=120)

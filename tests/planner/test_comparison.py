@@ -11,7 +11,7 @@ COLOCATED, SPLIT = Split(0, 2), Split(1, 1)
 
 
 def question(slo: Slo, *, rate: float = 20.0, prompt: int = 1000, output: int = 20) -> Question:
-    return Question(site(), drawn(rate, prompt, output, 60), slo, 0.9)
+    return Question(site(), drawn(rate, prompt, output, 40), slo, 0.9)
 
 
 def test_every_division_of_the_devices_is_a_candidate() -> None:
@@ -49,7 +49,7 @@ def test_a_trial_counts_the_misses_that_decide_whether_it_attains() -> None:
         trial = asked.site.try_out(SPLIT, asked.load, rate, asked.slo, 0)
         assert (trial.attainment >= 0.9) == asked.attains(SPLIT, rate, 0)
     assert trial.misses["ttft"] == trial.num_requests - trial.num_good
-    assert limits_of(trial).startswith(f"{trial.misses['ttft'] / 60:.0%} miss TTFT: prompts queue")
+    assert limits_of(trial).startswith(f"{trial.misses['ttft'] / 40:.0%} miss TTFT: prompts queue")
 
 
 def test_objectives_that_no_split_meets_are_refused() -> None:

@@ -100,6 +100,9 @@ def test_the_death_of_rank_0_ends_the_others(cluster: Cluster) -> None:
     os.kill(victim.pid, signal.SIGKILL)
     for pid in pids_of(victim):
         await_end(pid)
+    for status in cluster.admin.WatchStatus(pb.WatchStatusRequest(), timeout=240):
+        if all(worker.pid != victim.pid for worker in status.workers):
+            break
     cluster.wait_for(prefill=1, decode=2)
     assert tokens_of(cluster.stream(cluster.request(PROMPTS[0])))
     assert sum("WorkerActor" in command for command in session_processes().values()) == 6

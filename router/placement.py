@@ -61,7 +61,7 @@ class Placer:
             # transfer
             has_way = not candidates or any(not candidate[0][0] for candidate in candidates)
             candidates += self._on_one(job, decodes, depths, has_way, is_beyond_capacity, host)
-            if host is None and self._bends() and not any(_keeps_slo(candidate) for candidate in candidates):
+            if host is None and self._may_decode_on_prefill(job, decodes):
                 is_beyond_capacity = True
                 able = [worker for worker in prefills if worker.capacity_tokens >= job.num_total_tokens]
                 candidates += self._on_one(job, able, depths, True, True)
@@ -116,9 +116,13 @@ class Placer:
             waits_s.append(itl_s * num_left / worker.num_sequences)
         return min(waits_s, default=0.0)
 
-    def _bends(self) -> bool:
-        """Whether workers of one role may take the other's work."""
-        return self.config.prefill_on_decode_factor is not None
+    def _may_decode_on_prefill(self, job: Job, decodes: list[RegisteredWorker]) -> bool:
+        """Whether workers may take each other's work and no decode worker would keep the SLO with the job.
+        For one that does, but is full, the job waits: streams end sooner than prompts would be delayed."""
+        limit_s = self.config.itl_slo_s
+        return self.config.prefill_on_decode_factor is not None and all(
+            self._decode_itl_s(job, worker) > limit_s for worker in decodes
+        )
 
     def _has_prefill_room(self, option: PrefillOption) -> bool:
         return option.worker.has_prefill_room(option.num_new_tokens, self.config.max_prefill_backlog_tokens)
@@ -295,11 +299,6 @@ class Placer:
 
 def _has_decode_room(job: Job, worker: RegisteredWorker) -> bool:
     return worker.has_decode_room(job.num_tokens, len(job.choices), job.num_expected_tokens)
-
-
-def _keeps_slo(candidate: Candidate) -> bool:
-    failed, num_failed, excess_s, *_ = candidate[0]
-    return not failed and not num_failed and excess_s == 0.0
 
 
 def _by_cost(candidate: Candidate) -> tuple[bool, int, float, float, str, str]:

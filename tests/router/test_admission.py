@@ -217,8 +217,7 @@ def test_limits_can_change_while_requests_run() -> None:
 
 @pytest.mark.parametrize("workers", [["both-0"], ["prefill-0", "decode-0"]])
 def test_a_request_larger_than_the_free_room_runs_on_an_empty_worker(workers: list[str]) -> None:
-    strict = RouterConfig(prefill_on_decode_factor=None)
-    cluster = Cluster(*(worker_info(name, num_blocks=8) for name in workers), config=strict)
+    cluster = Cluster(*(worker_info(name, num_blocks=8) for name in workers))
     cluster.submit(make_request("a", num_tokens=100, max_tokens=20))
     cluster.submit(make_request("b", num_tokens=100, max_tokens=28))
     cluster.handle(Cancel("a"))

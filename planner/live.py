@@ -30,7 +30,7 @@ NUM_STRETCHES = 12  # of a replay
 CONFIDENCE = 2.2  # two-sided 95 % point of Student's t, with 11 degrees of freedom
 NUM_FINALISTS = 2  # ratios that are replayed beside the present one
 BETTER = 0.9  # of the present ratio's utilisation: at most that of one that is worth a replay
-NEARLY_BEST = 1.15  # of the lowest utilisation: at most that of another one
+NEARLY_BEST = 1.25  # of the lowest utilisation: at most that of another one
 BUSY = 0.6  # utilisation below which no change can pay, where requests are good
 NEARLY = 0.9  # of the highest gain: another one is about as good
 MARGIN = 0.03  # of the requests of a replay: what a change has to bring
@@ -209,12 +209,9 @@ class LivePlanner:
         if terms.objective is Objective.COST:
             worth = INSTANCE_SHARE * (view.summary.ratio.num_instances - ratio.num_instances)
         pairs = list(zip(served.are_good, base.are_good, strict=True))
-        # and those that come behind the replay, to a queue that is left
-        num_behind = round(view.long_rate * max(served.late_s, base.late_s))
-        behind_s = [number / view.long_rate for number in range(num_behind)]
-        pairs += [(at_s >= served.late_s, at_s >= base.late_s) for at_s in behind_s]
         differences = [theirs - ours + worth for theirs, ours in pairs]
-        low = lower_end(differences)
+        # and those that come behind the replay, to a queue that is left
+        low = lower_end(differences) + view.long_rate * (base.late_s - served.late_s)
         return Candidate(
             ratio=ratio,
             goodput=view.rate * served.attainment,
@@ -231,9 +228,12 @@ class LivePlanner:
             share = next(one.attainment for one in candidates if one.ratio == summary.ratio)
             reason = f"{share:.1%} of the requests are good at {summary.ratio}: no other ratio brings more"
             return self._advice(view, None, reason, candidates)
-        # of about the same gain, the one with fewer steps
-        alike = [one for one in whole if one.gain >= NEARLY * whole[0].gain]
-        best = min(alike, key=lambda one: _distance(summary.ratio, one.ratio)) if alike else whole[0]
+        best = whole[0]
+        if (
+            found := view.demand
+        ) is not None and best.gain > 0:  # of about the same gain, the one with more to spare
+            alike = [one for one in whole if one.gain >= NEARLY * best.gain]
+            best = min(alike, key=lambda one: found.utilisation(one.ratio))
         needed = MARGIN * num_requests * (RETURN_FACTOR if self._takes_back(summary, best.ratio) else 1.0)
         brings = f"{best.gain:.3g} good requests of {num_requests}"
         if best.gain <= needed:

@@ -153,14 +153,19 @@ class _Jury:
     def __init__(self, cluster: VirtualCluster, what: Outlook, terms: Terms, max_bad: int | None) -> None:
         self._cluster = cluster
         self._slo = Slo(ttft=terms.ttft_slo_s * 1e3, tpot=terms.itl_slo_s * 1e3)
-        self._num_requests = what.num_requests
+        self._num_requests, self._num_decoding = what.num_requests, len(what.decoding)
         self._max_bad = max_bad
         self._num_open = what.num_requests
         self._bad: set[int] = set()  # by number of the request
+        self._late_s = 0.0
+        for number, one in enumerate(what.decoding):
+            if one.first_token_s - one.at_s > terms.ttft_slo_s:
+                self._note(number, is_bad=True)
         for number, arrival in enumerate(what.arrivals, len(what.decoding)):
             # behind what comes at instant 0
             due_s = max(SOON_S, arrival.at_s + terms.ttft_slo_s + SOON_S)
             cluster.call_at(due_s, partial(self._due, number))
+        cluster.call_at(max(0.0, what.arrivals[-1].at_s) + terms.ttft_slo_s, self._measure_queue)
 
     def ended(self, served: ServedRequest) -> bool:
         """Returns whether all is known."""
@@ -176,6 +181,12 @@ class _Jury:
     def _is_whole(self) -> bool:
         return self._max_bad is None or len(self._bad) <= self._max_bad
 
+    def _measure_queue(self) -> None:
+        """Those that come when the last one is due wait until as many have got their first token."""
+        came = self._cluster.served[self._num_decoding :]
+        num_waiting = sum(not one.token_s for one in came)
+        self._late_s = num_waiting * self._cluster.now_s / max(1, len(came) - num_waiting)
+
     def _due(self, number: int) -> None:
         if number not in self._bad and not self._cluster.served[number].token_s:
             self._note(number, is_bad=True)
@@ -188,12 +199,9 @@ class _Jury:
             self._bad.add(number)
 
     def verdict(self) -> Replay:
-        waiting = [one for one in self._cluster.served if not one.token_s]
-        num_begun = len(self._cluster.served) - len(waiting)
-        late_s = len(waiting) * self._cluster.now_s / max(1, num_begun)
         if not self._is_whole:
-            return Replay((False,) * self._num_requests, late_s, is_whole=False)
-        return Replay(tuple(number not in self._bad for number in range(self._num_requests)), late_s)
+            return Replay((False,) * self._num_requests, is_whole=False)
+        return Replay(tuple(number not in self._bad for number in range(self._num_requests)), self._late_s)
 
 
 def _shapes(

@@ -95,6 +95,18 @@ def test_a_replay_begins_with_what_waits_and_what_is_decoded() -> None:
     assert sum(outcomes["full"]) < sum(outcomes["empty"])
 
 
+def test_a_queue_that_is_left_counts_where_all_requests_are_bad() -> None:
+    """No ratio serves anybody in time, but one of them works the queue off sooner."""
+    cluster, load = FollowedCluster(MANY_DECODE), SeenLoad()
+    load.add(cluster.summary(PROMPTS))
+    summary = cluster.summary(PROMPTS, open=tuple(waiting(-30.0 + n / 100) for n in range(100)))
+    load.add(summary)
+    what = outlook(summary, load.recent(Random(0)), PROMPTS.rate, Random(0))
+    present, other = replay(summary, MANY_DECODE, what), replay(summary, EVEN, what)
+    assert not any(present.are_good + other.are_good)
+    assert 0 < other.late_s < present.late_s
+
+
 def test_a_replay_is_given_up_once_too_many_are_bad() -> None:
     cluster, load = FollowedCluster(EVEN), SeenLoad()
     load.add(cluster.summary(PROMPTS))

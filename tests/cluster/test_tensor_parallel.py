@@ -32,8 +32,8 @@ def pids_of(worker: pb.WorkerStatus) -> list[int]:
     return [worker.pid, *worker.rank_pids]
 
 
-@pytest.mark.parametrize(("p", "d"), [(2, 1), (1, 2), (2, 2)])
-def test_every_combination_of_ranks_serves_the_tokens_of_transformers(
+@pytest.mark.parametrize(("p", "d"), [(2, 1), (1, 2)])
+def test_unequal_numbers_of_ranks_serve_the_tokens_of_transformers(
     p: int, d: int, checkpoints: Checkpoints, clusters: Clusters
 ) -> None:
     path = checkpoints["llama-gqa"]

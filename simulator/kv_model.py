@@ -67,15 +67,15 @@ class StoreFault(Exception):
     """The error that a store raises when a fault is drawn."""
 
 
-P = ParamSpec("P")
-R = TypeVar("R")
-Method = Callable[Concatenate["ChainStore", P], R]
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+Method = Callable[Concatenate["ChainStore", Arguments], Result]
 
 
-def _may_only_fail_by_a_drawn_fault(method: Method[P, R]) -> Method[P, R]:
+def _may_only_fail_by_a_drawn_fault(method: Method[Arguments, Result]) -> Method[Arguments, Result]:
     """Reports any other error of a store's method as a bug of ours; a retry would hide it from the client."""
 
-    def call(self: "ChainStore", /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def call(self: "ChainStore", /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         try:
             return method(self, *args, **kwargs)
         except StoreFault:

@@ -27,7 +27,7 @@ from .rank_siblings import Siblings
 from .simulated_port import HOP_S, Port
 from .virtual_time import VirtualProcess, VirtualTime
 
-LATE_S = 0.2  # now and then, between a rank and rank 0
+DELAYED_S = 0.2  # now and then, between a rank and rank 0
 
 
 class RankWorld(Protocol):
@@ -196,4 +196,4 @@ class SimulatedRanks:
             at_s += self._delay_s()
 
     def _delay_s(self) -> float:
-        return (LATE_S if self._own_rng.random() < 0.02 else HOP_S) * self._own_rng.random()
+        return (DELAYED_S if self._own_rng.random() < 0.02 else HOP_S) * self._own_rng.random()

@@ -4,6 +4,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from msgspec import structs
 
 from pdserve.core.codec import FrameDecoder, FrameEncoder
 from pdserve.core.config import ClusterConfig
@@ -114,7 +115,7 @@ def test_a_heartbeat_carries_new_gpu_samples(monkeypatch: pytest.MonkeyPatch) ->
     process = WorkerProcess(spec("cuda"))
     report = StepReport(worker_id="prefill-0", incarnation=1, load=WorkerLoad(num_running=3))
     process._worker = SimpleNamespace(report=lambda: report)  # type: ignore[assignment]
-    assert process._beat() == report
+    assert without_times(process._beat()) == report
     news = [
         None,
         GpuSample(index=1, uuid="GPU-11-1", name="H999", memory_total_bytes=5, throttled_by=("power",)),
@@ -127,4 +128,10 @@ def test_a_heartbeat_carries_new_gpu_samples(monkeypatch: pytest.MonkeyPatch) ->
     assert beat.load == report.load
     assert beat.gpu is not None
     assert beat.gpu.throttled_by == ("power",)
-    assert process._beat() == report
+    assert without_times(process._beat()) == report
+
+
+def without_times(beat: StepReport) -> StepReport:
+    """Returns a heartbeat without its ranks' processor times, of which this worker has one."""
+    assert len(beat.rank_cpu_s) == 1
+    return structs.replace(beat, rank_cpu_s=())

@@ -167,7 +167,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     leave_workers_working_for_an_ended_request: 0,
     forget_to_abort_the_broken_dispatches_that_a_new_router_finds: 680,
     count_attempts_from_0_in_a_new_router: 365,
-    forget_which_links_between_hosts_are_broken: 69,
+    forget_which_links_between_hosts_are_broken: 21,
     leave_links_untried_until_a_request_needs_them: 2,
     forget_what_workers_computed_while_they_were_away: 78,
     believe_that_aborts_reach_workers_that_are_away: 788,

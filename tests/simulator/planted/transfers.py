@@ -133,7 +133,7 @@ def keep_more_links_than_allowed() -> Planted:
 FIRST_FOUND: dict[Mutation, int] = {
     free_on_abort_before_the_transfer_has_drained: 55,
     forget_the_epoch_check: 989,
-    forget_to_renew_a_lease: 143,
+    forget_to_renew_a_lease: 218,
     lose_a_credit: 0,
     believe_every_checksum: 65,
     announce_layers_before_they_are_computed: 0,

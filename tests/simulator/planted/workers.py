@@ -146,7 +146,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     leak_on_cancel: 0,
     free_twice_on_preemption: 1,
     share_kv_between_salts: 1,
-    decode_an_aborted_sequence: 23,
+    decode_an_aborted_sequence: 121,
     compute_only_part_of_a_prompt_with_requested_logprobs: 1,
     release_an_ended_sequence_while_a_step_has_a_row_of_it: 0,
     report_the_token_of_a_wasted_row: 0,

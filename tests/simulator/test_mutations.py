@@ -722,7 +722,7 @@ def follow_advice_beyond_the_bounds() -> Planted:
 
 
 FIRST_FOUND: dict[Mutation, int] = {
-    forget_which_links_between_hosts_are_broken: 69,
+    forget_which_links_between_hosts_are_broken: 21,
     leave_links_untried_until_a_request_needs_them: 2,
     place_workers_on_a_host_that_has_died: 7,
     forget_that_a_lost_host_is_asked_for: 72,
@@ -740,14 +740,14 @@ FIRST_FOUND: dict[Mutation, int] = {
     leak_on_cancel: 0,
     free_twice_on_preemption: 1,
     lose_a_wake_up: 0,
-    forget_to_renew_a_lease: 143,
+    forget_to_renew_a_lease: 218,
     lose_a_credit: 0,
     believe_every_checksum: 65,
     accept_tokens_out_of_order: 0,
     announce_layers_before_they_are_computed: 0,
     share_kv_between_salts: 1,
     leave_workers_working_for_an_ended_request: 0,
-    decode_an_aborted_sequence: 23,
+    decode_an_aborted_sequence: 121,
     miss_a_deadline: 0,
     stop_a_worker_without_draining_it: 76,
     commit_a_chunk_that_never_left: 13,

@@ -45,7 +45,7 @@ RETURN_FACTOR = 2.0  # of the margin, for a change that takes back the last one,
 
 @dataclass(frozen=True)
 class _View:
-    """What is known at a summary."""
+    """The facts of one summary of the load."""
 
     summary: Summary
     recent: Recent

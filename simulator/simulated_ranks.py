@@ -50,7 +50,7 @@ class EngineClock(Protocol):
 
 @dataclass(frozen=True)
 class Instance:
-    """What the ranks of an instance share. Frozen: each incarnation has its own."""
+    """The values that the ranks of an instance share. Frozen: each incarnation has its own."""
 
     worker_id: str
     incarnation: int

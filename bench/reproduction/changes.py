@@ -1,4 +1,4 @@
-"""What each change of the live planner brought: traffic that turns, and traffic that stays, over many seeds.
+"""The gain of each change that the live planner made, over many seeds, as traffic turns and as it stays.
 
     python -m bench.reproduction.changes [--seeds 200] [--steady]
 

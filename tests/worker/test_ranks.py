@@ -31,7 +31,7 @@ def never() -> bool:
 
 
 class Ends:
-    """What a rank's links have reported."""
+    """The reports of a rank's links, in order."""
 
     def __init__(self, sockets: Mapping[int, socket.socket]) -> None:
         self.messages: queue.SimpleQueue[tuple[int, RankMessage]] = queue.SimpleQueue()
